@@ -1,0 +1,45 @@
+//! Compiles `proto/` into Rust and writes the descriptor set.
+//!
+//! protox is a compiler for protobuf in Rust, so no `protoc` has to be installed. The set keeps
+//! extension options: the access rules are read from it at start.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost::Message as _;
+
+const PROTOS: [&str; 5] = [
+    "tollkeeper/access/v1/access.proto",
+    "tollkeeper/error/v1/error_reason.proto",
+    "tollkeeper/auth/v1/auth_service.proto",
+    "tollkeeper/usage/v1/usage_service.proto",
+    "tollkeeper/admin/v1/admin_service.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    // `embed_migrations!` does not see new files by itself.
+    println!("cargo:rerun-if-changed=migrations");
+
+    let out_dir = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler
+        .include_imports(true)
+        .include_source_info(true)
+        .open_files(PROTOS)?;
+    let descriptor_set = compiler.encode_file_descriptor_set();
+    fs::write(out_dir.join("descriptor_set.bin"), &descriptor_set)?;
+
+    tonic_prost_build::configure()
+        .build_transport(true)
+        .compile_fds(prost_types_of(&descriptor_set)?)?;
+    Ok(())
+}
+
+/// Decodes the set for the generator, which knows no extensions.
+fn prost_types_of(
+    descriptor_set: &[u8],
+) -> Result<tonic_prost_build::FileDescriptorSet, Box<dyn Error>> {
+    Ok(tonic_prost_build::FileDescriptorSet::decode(
+        descriptor_set,
+    )?)
+}

@@ -1,0 +1,3 @@
+//! Tollkeeper: who is calling, and how much they may still use.
+
+pub mod proto;
