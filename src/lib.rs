@@ -1,3 +1,6 @@
 //! Tollkeeper: who is calling, and how much they may still use.
 
+pub mod config;
+pub mod error;
+pub mod model;
 pub mod proto;

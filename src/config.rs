@@ -1,0 +1,308 @@
+//! Settings: one struct per subsystem, and where each value came from.
+//!
+//! Flags over environment over file over defaults. Key `auth.access_ttl` is `TOLLKEEPER_AUTH_ACCESS_TTL`
+//! in the environment and `access_ttl` under `[auth]` in the TOML file. An unknown key is an error.
+
+mod layers;
+mod validate;
+
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+pub use layers::{Loaded, Origin, SettingsError, load};
+
+/// All settings, checked: see [`load`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Makes keys by itself and allows weak ones. On without a database URL.
+    pub dev: bool,
+    /// Where the private Postgres and the keys of dev mode live.
+    pub data_dir: PathBuf,
+    pub server: ServerSettings,
+    pub database: DatabaseSettings,
+    pub auth: AuthSettings,
+    pub password: PasswordSettings,
+    pub usage: UsageSettings,
+    pub log: LogSettings,
+}
+
+/// The gRPC listener and its bounds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerSettings {
+    /// Address and port; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Whether anyone may read the protos by server reflection.
+    pub reflection: bool,
+    /// Largest request, bytes.
+    pub max_request_bytes: usize,
+    /// Concurrent calls on one connection.
+    pub max_streams: u32,
+    /// Longest a call may take; a shorter deadline of the client holds.
+    #[serde(with = "duration")]
+    pub max_deadline: Duration,
+    /// Between "not serving" and the end of accepting connections, so that load balancers notice.
+    #[serde(with = "duration")]
+    pub drain_delay: Duration,
+    /// Longest wait for calls in flight at shutdown.
+    #[serde(with = "duration")]
+    pub drain_deadline: Duration,
+}
+
+/// Postgres.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DatabaseSettings {
+    /// `postgresql://…`. Empty: a private Postgres in `data_dir`. Also read from `DATABASE_URL`.
+    pub url: Secret,
+    /// Connections of this process.
+    pub pool_size: usize,
+    /// Longest wait for a connection.
+    #[serde(with = "duration")]
+    pub acquire_timeout: Duration,
+    /// Longest a statement may run.
+    #[serde(with = "duration")]
+    pub statement_timeout: Duration,
+}
+
+/// Tokens, sessions and keys.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AuthSettings {
+    /// `iss` of access tokens.
+    pub issuer: String,
+    /// `aud` of access tokens.
+    pub audience: String,
+    /// Algorithm that signs: EdDSA, ES256, RS256 or HS256.
+    pub algorithm: SigningAlgorithm,
+    /// Lifetime of access tokens.
+    #[serde(with = "duration")]
+    pub access_ttl: Duration,
+    /// A session lapses when its refresh token is not used for this long.
+    #[serde(with = "duration")]
+    pub refresh_idle_ttl: Duration,
+    /// A session ends after this long however much it is used.
+    #[serde(with = "duration")]
+    pub refresh_absolute_ttl: Duration,
+    /// How long after a refresh the previous token still answers with the same successor.
+    #[serde(with = "duration")]
+    pub refresh_retry_window: Duration,
+    /// Clock difference forgiven when a token's times are checked.
+    #[serde(with = "duration")]
+    pub leeway: Duration,
+    /// Folder of PEM keys. Empty in dev mode: `keys` in `data_dir`.
+    pub key_dir: PathBuf,
+    /// Secret of HS256, at least 256 bits.
+    pub jwt_secret: Secret,
+    /// Secret that refresh tokens are derived from, at least 256 bits.
+    pub master_key: Secret,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SigningAlgorithm {
+    #[serde(rename = "EdDSA")]
+    EdDsa,
+    #[serde(rename = "ES256")]
+    Es256,
+    #[serde(rename = "RS256")]
+    Rs256,
+    #[serde(rename = "HS256")]
+    Hs256,
+}
+
+/// How passwords are hashed and how much of the machine that may take.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PasswordSettings {
+    /// Scheme of new hashes: argon2id or bcrypt.
+    pub scheme: PasswordScheme,
+    /// Shortest password, characters; 8 is the floor.
+    pub min_length: usize,
+    /// Memory of an argon2id hash, KiB.
+    pub argon2_memory_kib: u32,
+    /// Passes of an argon2id hash.
+    pub argon2_iterations: u32,
+    /// Cost of a bcrypt hash: 2^cost rounds.
+    pub bcrypt_cost: u32,
+    /// Hashes computed at once; 0 means one per core.
+    pub threads: usize,
+    /// Hashes waiting beyond those; more are refused at once.
+    pub queue: usize,
+    /// Longest wait for a turn.
+    #[serde(with = "duration")]
+    pub queue_timeout: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PasswordScheme {
+    Argon2id,
+    Bcrypt,
+}
+
+/// Tiers and the ledger.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UsageSettings {
+    /// TOML file of the tiers. Empty: the built-in ones.
+    pub tiers_file: PathBuf,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogSettings {
+    pub format: LogFormat,
+    /// What to log, as `tracing_subscriber::EnvFilter` reads it.
+    pub filter: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Human in dev mode, else JSON.
+    Auto,
+    /// One JSON object a line.
+    Json,
+    /// For reading at a terminal.
+    Human,
+}
+
+/// A value that is never printed. Empty means unset.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(value: impl Into<String>) -> Self {
+        Self(value.into())
+    }
+
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    pub fn is_set(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_set() { "(hidden)" } else { "(unset)" })
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            dev: false,
+            data_dir: default_data_dir(),
+            server: ServerSettings::default(),
+            database: DatabaseSettings::default(),
+            auth: AuthSettings::default(),
+            password: PasswordSettings::default(),
+            usage: UsageSettings::default(),
+            log: LogSettings::default(),
+        }
+    }
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
+            reflection: true,
+            max_request_bytes: 1 << 20,
+            max_streams: 256,
+            max_deadline: Duration::from_secs(30),
+            drain_delay: Duration::ZERO,
+            drain_deadline: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Default for DatabaseSettings {
+    fn default() -> Self {
+        Self {
+            url: Secret::default(),
+            pool_size: 16,
+            acquire_timeout: Duration::from_secs(3),
+            statement_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for AuthSettings {
+    fn default() -> Self {
+        Self {
+            issuer: "tollkeeper".to_owned(),
+            audience: "tollkeeper".to_owned(),
+            algorithm: SigningAlgorithm::EdDsa,
+            access_ttl: Duration::from_mins(30),
+            refresh_idle_ttl: Duration::from_hours(7 * 24),
+            refresh_absolute_ttl: Duration::from_hours(30 * 24),
+            refresh_retry_window: Duration::from_mins(2),
+            leeway: Duration::from_secs(5),
+            key_dir: PathBuf::new(),
+            jwt_secret: Secret::default(),
+            master_key: Secret::default(),
+        }
+    }
+}
+
+impl Default for PasswordSettings {
+    /// OWASP Password Storage Cheat Sheet: argon2id with 19 MiB, two passes, one lane.
+    fn default() -> Self {
+        Self {
+            scheme: PasswordScheme::Argon2id,
+            min_length: 12,
+            argon2_memory_kib: 19 * 1024,
+            argon2_iterations: 2,
+            bcrypt_cost: 12,
+            threads: 0,
+            queue: 256,
+            queue_timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Default for LogSettings {
+    fn default() -> Self {
+        Self {
+            format: LogFormat::Auto,
+            filter: "info".to_owned(),
+        }
+    }
+}
+
+/// The usual place for a service's data: of the machine for root, of the user for anybody else.
+fn default_data_dir() -> PathBuf {
+    if nix::unistd::geteuid().is_root() {
+        return PathBuf::from("/var/lib/tollkeeper");
+    }
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share"));
+    std::env::var_os("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .or_else(home)
+        .unwrap_or_else(std::env::temp_dir)
+        .join("tollkeeper")
+}
+
+/// Durations as people write them: `30m`, `7days`, `250ms`.
+mod duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, out: S) -> Result<S::Ok, S::Error> {
+        out.serialize_str(&humantime::format_duration(*value).to_string())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(from)?;
+        humantime::parse_duration(&text)
+            .map_err(|error| de::Error::custom(format!("not a duration such as 30m: {error}")))
+    }
+}

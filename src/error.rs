@@ -1,0 +1,136 @@
+//! What can go wrong, once for the whole service. Knows no protocol: `grpc::status` turns an
+//! [`Error`] into a status.
+
+use std::{error::Error as StdError, fmt, time::Duration};
+
+use crate::model::{Scope, Violation};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A failed operation.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    Invalid(Violations),
+    #[error("the call needs a credential: authorization metadata with a bearer token")]
+    CredentialMissing,
+    /// A token or key was presented and is not good.
+    #[error("the {credential} {fault}")]
+    Refused {
+        credential: Credential,
+        fault: Fault,
+    },
+    /// Wrong password, unknown account, no password: one answer for all.
+    #[error("identifier or password is wrong")]
+    InvalidCredentials,
+    #[error("this kind of caller may not do this")]
+    CallerNotAllowed,
+    #[error("the service account lacks the scope {0}")]
+    ScopeMissing(Scope),
+    /// The named user is turned off.
+    #[error("the account is disabled")]
+    AccountDisabled,
+    #[error("no such user")]
+    UserNotFound,
+    #[error("no such service account")]
+    ServiceAccountNotFound,
+    #[error("an account with this e-mail address or username exists")]
+    AccountExists,
+    #[error("a service account of this name exists")]
+    ServiceAccountExists,
+    #[error("the event id was recorded before with another payload")]
+    EventConflict,
+    #[error("too much work is waiting, retry after {retry_after:?}")]
+    Overloaded { retry_after: Duration },
+    #[error("the database is unavailable")]
+    Unavailable(#[source] Cause),
+    #[error("internal error")]
+    Internal(#[source] Cause),
+}
+
+/// An underlying error, for the log only: driver text and SQL never leave the process.
+pub type Cause = Box<dyn StdError + Send + Sync>;
+
+impl Error {
+    /// An invalid value of one field.
+    pub fn invalid(field: impl Into<String>, description: impl Into<Violation>) -> Self {
+        Self::Invalid(Violations(vec![FieldViolation {
+            field: field.into(),
+            description: description.into(),
+        }]))
+    }
+
+    pub fn internal(cause: impl Into<Cause>) -> Self {
+        Self::Internal(cause.into())
+    }
+}
+
+/// Which credential of a call is at fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// The caller's own, from the `authorization` metadata.
+    Authorization,
+    /// The token that a service asked about.
+    Token,
+    /// The refresh token of `RefreshTokens`.
+    RefreshToken,
+}
+
+impl Credential {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Authorization => "authorization",
+            Self::Token => "token",
+            Self::RefreshToken => "refresh_token",
+        }
+    }
+}
+
+impl fmt::Display for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Authorization => "caller's credential",
+            Self::Token => "token",
+            Self::RefreshToken => "refresh token",
+        })
+    }
+}
+
+/// Why a credential is not good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// Not ours, malformed or altered.
+    #[error("is not valid")]
+    Invalid,
+    #[error("has expired")]
+    Expired,
+    /// Logged out, revoked or past its limit.
+    #[error("belongs to a session that has ended")]
+    SessionEnded,
+    #[error("belongs to a disabled account")]
+    AccountDisabled,
+    /// A refresh token of an old generation: two parties hold the session.
+    #[error("was used before; the session has been revoked")]
+    Reused,
+}
+
+/// What is wrong with each field of a request.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Violations(pub Vec<FieldViolation>);
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct FieldViolation {
+    /// Path from the request message, such as `event.tokens.input`.
+    pub field: String,
+    pub description: Violation,
+}
+
+impl fmt::Display for Violations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, FieldViolation { field, description }) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "; " };
+            write!(f, "{separator}{field} {description}")?;
+        }
+        Ok(())
+    }
+}

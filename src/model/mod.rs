@@ -1,0 +1,34 @@
+//! Leaf types that every room may name: ids, people, tiers, periods, usage.
+//!
+//! Values here are valid by construction: parsing is the only way in from outside. This room knows
+//! no database, no protocol and no clock.
+
+mod audit;
+mod ids;
+mod names;
+mod page;
+mod period;
+mod quota;
+mod scope;
+mod service_account;
+mod session;
+mod usage;
+mod user;
+
+pub use audit::{Actor, AuditAction, AuditEvent, Origin};
+pub use ids::{EventId, ServiceAccountId, ServiceKeyId, SessionId, UserId};
+pub use names::{Email, FullName, Identifier, ModelName, ServiceName, TierName, Username};
+pub use page::{Cursor, Page, PageRequest};
+pub use period::Period;
+pub use quota::{QuotaStanding, TierLimits, Tiers};
+pub use scope::{Scope, ScopeSet};
+pub use service_account::ServiceAccount;
+pub use session::{RefreshRefusal, RefreshStep, Session, SessionStanding};
+pub use usage::{
+    Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent, UsageRecord,
+    UsageTotals,
+};
+pub use user::{Role, User, UserFilter};
+
+/// What is wrong with a value, as a sentence that ends an error message: "must be …".
+pub type Violation = std::borrow::Cow<'static, str>;

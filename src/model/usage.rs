@@ -1,0 +1,131 @@
+use std::{collections::BTreeMap, iter::Sum, ops::AddAssign};
+
+use chrono::{DateTime, Utc};
+
+use super::{Cursor, EventId, ModelName, Period, UserId};
+
+/// One use of a model, as the client reports it. Immutable once recorded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UsageEvent {
+    pub event_id: EventId,
+    /// To the microsecond, as the database keeps it: a replay must compare equal.
+    pub occurred_at: DateTime<Utc>,
+    pub user_id: UserId,
+    pub model: ModelName,
+    pub tokens: TokenCounts,
+    /// The client's own id of the request; empty when it has none.
+    pub request_id: String,
+    pub labels: Labels,
+}
+
+impl UsageEvent {
+    /// The month it is charged to.
+    pub fn period(&self) -> Period {
+        Period::containing(self.occurred_at)
+    }
+}
+
+/// Free labels of an event.
+pub type Labels = BTreeMap<String, String>;
+
+/// Tokens by dimension; the dimensions are disjoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenCounts {
+    pub input: i64,
+    pub output: i64,
+    pub cached_input: i64,
+    pub cache_write: i64,
+    pub reasoning: i64,
+}
+
+impl TokenCounts {
+    /// The most tokens one dimension of one event may hold. A sum of nine million such events still
+    /// fits the aggregates.
+    pub const MAX: i64 = 1_000_000_000_000;
+
+    /// All dimensions together; saturates.
+    pub fn total(self) -> i64 {
+        [
+            self.input,
+            self.output,
+            self.cached_input,
+            self.cache_write,
+            self.reasoning,
+        ]
+        .into_iter()
+        .fold(0, i64::saturating_add)
+    }
+}
+
+impl AddAssign for TokenCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.input = self.input.saturating_add(other.input);
+        self.output = self.output.saturating_add(other.output);
+        self.cached_input = self.cached_input.saturating_add(other.cached_input);
+        self.cache_write = self.cache_write.saturating_add(other.cache_write);
+        self.reasoning = self.reasoning.saturating_add(other.reasoning);
+    }
+}
+
+/// An event as booked.
+#[derive(Clone, Debug)]
+pub struct UsageRecord {
+    pub event: UsageEvent,
+    pub recorded_at: DateTime<Utc>,
+}
+
+/// The place of a record in a user's list, newest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsageCursor {
+    pub occurred_at: DateTime<Utc>,
+    pub event_id: EventId,
+}
+
+impl Cursor for UsageCursor {
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = self.occurred_at.timestamp_micros().to_be_bytes().to_vec();
+        bytes.extend(self.event_id.0.as_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (micros, event_id) = bytes.split_first_chunk::<8>()?;
+        Some(Self {
+            occurred_at: DateTime::from_timestamp_micros(i64::from_be_bytes(*micros))?,
+            event_id: EventId(uuid::Uuid::from_slice(event_id).ok()?),
+        })
+    }
+}
+
+/// Sums over events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UsageTotals {
+    pub tokens: TokenCounts,
+    pub request_count: i64,
+}
+
+impl Sum for UsageTotals {
+    fn sum<I: Iterator<Item = Self>>(totals: I) -> Self {
+        totals.fold(Self::default(), |mut sum, totals| {
+            sum.tokens += totals.tokens;
+            sum.request_count = sum.request_count.saturating_add(totals.request_count);
+            sum
+        })
+    }
+}
+
+/// A user's month.
+#[derive(Clone, Debug)]
+pub struct MonthlyUsage {
+    pub user_id: UserId,
+    pub period: Period,
+    pub totals: UsageTotals,
+    /// By name of the model.
+    pub models: Vec<ModelUsage>,
+}
+
+#[derive(Clone, Debug)]
+pub struct ModelUsage {
+    pub model: ModelName,
+    pub totals: UsageTotals,
+}

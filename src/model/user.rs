@@ -1,0 +1,72 @@
+use std::str::FromStr;
+
+use chrono::{DateTime, Utc};
+
+use super::{Email, FullName, TierName, UserId, Username, Violation};
+
+/// A person's account, without the means to log in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct User {
+    pub id: UserId,
+    pub email: Email,
+    pub username: Username,
+    pub full_name: FullName,
+    pub role: Role,
+    pub tier: TierName,
+    pub tier_updated_at: DateTime<Utc>,
+    /// The kill switch.
+    pub is_active: bool,
+    /// Access tokens of an earlier epoch are refused.
+    pub auth_epoch: i64,
+    pub email_verified_at: Option<DateTime<Utc>>,
+    pub created_at: DateTime<Utc>,
+    pub updated_at: DateTime<Utc>,
+    pub last_login_at: Option<DateTime<Utc>>,
+}
+
+/// What a user may do beside their own affairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    User,
+    Admin,
+}
+
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+impl FromStr for Role {
+    type Err = Violation;
+
+    fn from_str(text: &str) -> Result<Self, Violation> {
+        match text {
+            "user" => Ok(Self::User),
+            "admin" => Ok(Self::Admin),
+            _ => Err("must be user or admin".into()),
+        }
+    }
+}
+
+/// Which users to list; `None` means any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UserFilter {
+    pub tier: Option<TierName>,
+    pub is_active: Option<bool>,
+}
+
+impl std::fmt::Display for UserFilter {
+    /// A canonical form: two filters are equal exactly when it is.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "users {:?} {:?}",
+            self.tier.as_ref().map(TierName::as_str),
+            self.is_active
+        )
+    }
+}
