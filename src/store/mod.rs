@@ -1,0 +1,100 @@
+//! Postgres: the only room with SQL. One file per aggregate; rows never leave it.
+//!
+//! Every public operation is one statement or one transaction, so a dropped future leaves all of it
+//! or nothing: the pool discards a connection whose transaction was cut short.
+
+mod audit;
+mod errors;
+mod migrations;
+mod partitions;
+#[rustfmt::skip]
+mod schema;
+mod service_accounts;
+mod sessions;
+mod usage;
+mod users;
+
+use std::time::Duration;
+
+use deadpool::Runtime;
+use diesel_async::{
+    AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
+    pooled_connection::{
+        AsyncDieselConnectionManager, ManagerConfig,
+        deadpool::{Object, Pool},
+    },
+};
+
+pub use migrations::{MigrationStatus, Migrator};
+pub use service_accounts::{NewServiceAccount, ServiceStanding};
+pub use sessions::{NewSession, RefreshOutcome};
+pub use usage::UsageInsert;
+pub use users::{Credentials, NewUser};
+
+use crate::{
+    config::DatabaseSettings,
+    error::{Error, Result},
+};
+
+/// The database, through a bounded pool of connections. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    pool: Pool<AsyncPgConnection>,
+}
+
+impl Store {
+    /// Sets the pool up; connects on first use.
+    ///
+    /// # Errors
+    /// `Internal` when the URL cannot be read.
+    pub fn new(settings: &DatabaseSettings) -> Result<Self> {
+        let mut config = ManagerConfig::default();
+        let statement_timeout = settings.statement_timeout;
+        config.custom_setup = Box::new(move |url| {
+            let url = url.to_owned();
+            Box::pin(async move {
+                let mut conn = AsyncPgConnection::establish(&url).await?;
+                conn.batch_execute(&session_setup(statement_timeout))
+                    .await
+                    .map_err(diesel::ConnectionError::CouldntSetupConfiguration)?;
+                Ok(conn)
+            })
+        });
+        let manager = AsyncDieselConnectionManager::new_with_config(settings.url.expose(), config);
+        let pool = Pool::builder(manager)
+            .max_size(settings.pool_size)
+            .wait_timeout(Some(settings.acquire_timeout))
+            .create_timeout(Some(settings.acquire_timeout))
+            .recycle_timeout(Some(settings.acquire_timeout))
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(Error::internal)?;
+        Ok(Self { pool })
+    }
+
+    /// Asks the database for a sign of life.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn ping(&self) -> Result<()> {
+        let mut conn = self.conn().await?;
+        conn.batch_execute("SELECT 1").await?;
+        Ok(())
+    }
+
+    /// Closes every connection that is idle and refuses new work.
+    pub fn close(&self) {
+        self.pool.close();
+    }
+
+    async fn conn(&self) -> Result<Object<AsyncPgConnection>> {
+        Ok(self.pool.get().await?)
+    }
+}
+
+fn session_setup(statement_timeout: Duration) -> String {
+    format!(
+        "SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {}",
+        statement_timeout.as_millis()
+    )
+}

@@ -1,0 +1,132 @@
+// @generated automatically by Diesel CLI.
+
+diesel::table! {
+    audit_events (occurred_at, id) {
+        id -> Uuid,
+        occurred_at -> Timestamptz,
+        action -> Text,
+        actor_kind -> Text,
+        actor_id -> Nullable<Uuid>,
+        target_id -> Uuid,
+        request_id -> Text,
+        address -> Nullable<Text>,
+        user_agent -> Text,
+        details -> Jsonb,
+    }
+}
+
+diesel::table! {
+    monthly_model_usage (user_id, month, model) {
+        user_id -> Uuid,
+        month -> Text,
+        model -> Text,
+        input_tokens -> Int8,
+        output_tokens -> Int8,
+        cached_input_tokens -> Int8,
+        cache_write_tokens -> Int8,
+        reasoning_tokens -> Int8,
+        request_count -> Int8,
+    }
+}
+
+diesel::table! {
+    monthly_usage (user_id, month) {
+        user_id -> Uuid,
+        month -> Text,
+        input_tokens -> Int8,
+        output_tokens -> Int8,
+        cached_input_tokens -> Int8,
+        cache_write_tokens -> Int8,
+        reasoning_tokens -> Int8,
+        request_count -> Int8,
+    }
+}
+
+diesel::table! {
+    service_accounts (id) {
+        id -> Uuid,
+        name -> Text,
+        scopes -> Array<Text>,
+        is_active -> Bool,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    service_keys (id) {
+        id -> Uuid,
+        service_account_id -> Uuid,
+        key_hash -> Bytea,
+        created_at -> Timestamptz,
+        expires_at -> Nullable<Timestamptz>,
+        revoked_at -> Nullable<Timestamptz>,
+    }
+}
+
+diesel::table! {
+    sessions (id) {
+        id -> Uuid,
+        user_id -> Uuid,
+        counter -> Int8,
+        rotated_at -> Timestamptz,
+        created_at -> Timestamptz,
+        last_used_at -> Timestamptz,
+        idle_expires_at -> Timestamptz,
+        absolute_expires_at -> Timestamptz,
+        revoked_at -> Nullable<Timestamptz>,
+        user_agent -> Text,
+        address -> Nullable<Text>,
+    }
+}
+
+diesel::table! {
+    usage_records (usage_month, user_id, event_id) {
+        usage_month -> Text,
+        user_id -> Uuid,
+        event_id -> Uuid,
+        occurred_at -> Timestamptz,
+        model -> Text,
+        input_tokens -> Int8,
+        output_tokens -> Int8,
+        cached_input_tokens -> Int8,
+        cache_write_tokens -> Int8,
+        reasoning_tokens -> Int8,
+        request_id -> Text,
+        labels -> Jsonb,
+        recorded_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    users (id) {
+        id -> Uuid,
+        email -> Text,
+        username -> Text,
+        full_name -> Text,
+        password_hash -> Nullable<Text>,
+        role -> Text,
+        tier -> Text,
+        tier_updated_at -> Timestamptz,
+        is_active -> Bool,
+        auth_epoch -> Int8,
+        email_verified_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+        last_login_at -> Nullable<Timestamptz>,
+    }
+}
+
+diesel::joinable!(service_keys -> service_accounts (service_account_id));
+diesel::joinable!(sessions -> users (user_id));
+
+diesel::allow_tables_to_appear_in_same_query!(
+    audit_events,
+    monthly_model_usage,
+    monthly_usage,
+    service_accounts,
+    service_keys,
+    sessions,
+    usage_records,
+    users,
+);

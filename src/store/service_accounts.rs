@@ -1,0 +1,190 @@
+use chrono::{DateTime, Utc};
+use diesel::{dsl::now, prelude::*};
+use diesel_async::{AsyncConnection as _, RunQueryDsl};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{
+    Store,
+    audit::audit_insert_in_txn,
+    errors::{on_unique, stored},
+    schema::{service_accounts, service_keys},
+};
+use crate::{
+    error::{Error, Result},
+    model::{
+        AuditAction, AuditEvent, Origin, Page, PageRequest, ScopeSet, ServiceAccount,
+        ServiceAccountId, ServiceKeyId, ServiceName,
+    },
+};
+
+/// A service account to create, with its first key.
+pub struct NewServiceAccount {
+    pub name: ServiceName,
+    pub scopes: ScopeSet,
+    pub key_hash: Vec<u8>,
+}
+
+/// A key and its account as they stand now.
+pub struct ServiceStanding {
+    pub account: ServiceAccount,
+    pub key_expires_at: Option<DateTime<Utc>>,
+    pub key_revoked_at: Option<DateTime<Utc>>,
+}
+
+impl Store {
+    /// # Errors
+    /// `ServiceAccountExists` · `Unavailable`
+    pub async fn service_account_insert(
+        &self,
+        new: &NewServiceAccount,
+        origin: &Origin,
+    ) -> Result<ServiceAccount> {
+        let id = ServiceAccountId::new();
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let row = diesel::insert_into(service_accounts::table)
+                .values((
+                    service_accounts::id.eq(id.0),
+                    service_accounts::name.eq(new.name.as_str()),
+                    service_accounts::scopes.eq(new.scopes.names()),
+                ))
+                .returning(ServiceAccountRow::as_returning())
+                .get_result(conn)
+                .await
+                .map_err(on_unique(|| Error::ServiceAccountExists))?;
+            diesel::insert_into(service_keys::table)
+                .values((
+                    service_keys::id.eq(ServiceKeyId::new().0),
+                    service_keys::service_account_id.eq(id.0),
+                    service_keys::key_hash.eq(&new.key_hash),
+                ))
+                .execute(conn)
+                .await?;
+            let event = AuditEvent::new(AuditAction::ServiceAccountCreated, id.0, origin)
+                .with_details(json!({"name": row.name, "scopes": row.scopes}));
+            audit_insert_in_txn(&event, conn).await?;
+            row.try_into()
+        })
+        .await
+    }
+
+    pub async fn service_by_key_hash(&self, key_hash: &[u8]) -> Result<Option<ServiceStanding>> {
+        type Found = (
+            ServiceAccountRow,
+            Option<DateTime<Utc>>,
+            Option<DateTime<Utc>>,
+        );
+        let mut conn = self.conn().await?;
+        let found: Option<Found> = service_keys::table
+            .inner_join(service_accounts::table)
+            .filter(service_keys::key_hash.eq(key_hash))
+            .select((
+                ServiceAccountRow::as_select(),
+                service_keys::expires_at,
+                service_keys::revoked_at,
+            ))
+            .first(&mut conn)
+            .await
+            .optional()?;
+        found
+            .map(|(row, key_expires_at, key_revoked_at)| {
+                Ok(ServiceStanding {
+                    account: row.try_into()?,
+                    key_expires_at,
+                    key_revoked_at,
+                })
+            })
+            .transpose()
+    }
+
+    /// Newest first.
+    pub async fn service_account_list(
+        &self,
+        page: &PageRequest<Uuid>,
+    ) -> Result<Page<ServiceAccount>> {
+        let mut query = service_accounts::table
+            .select(ServiceAccountRow::as_select())
+            .order(service_accounts::id.desc())
+            .limit(page.size + 1)
+            .into_boxed();
+        if let Some(after) = page.after {
+            query = query.filter(service_accounts::id.lt(after));
+        }
+        let mut conn = self.conn().await?;
+        let rows: Vec<ServiceAccountRow> = query.load(&mut conn).await?;
+        let accounts = rows
+            .into_iter()
+            .map(ServiceAccount::try_from)
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Page::from_rows(
+            accounts,
+            page.size,
+            ServiceAccount::LIST,
+            |account| account.id.0,
+        ))
+    }
+
+    /// Turns an account off for good. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// `ServiceAccountNotFound` · `Unavailable`
+    pub async fn service_account_disable(
+        &self,
+        id: ServiceAccountId,
+        origin: &Origin,
+    ) -> Result<ServiceAccount> {
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let disabled = diesel::update(service_accounts::table.find(id.0))
+                .filter(service_accounts::is_active)
+                .set((
+                    service_accounts::is_active.eq(false),
+                    service_accounts::updated_at.eq(now),
+                ))
+                .execute(conn)
+                .await?;
+            if disabled > 0 {
+                let event = AuditEvent::new(AuditAction::ServiceAccountDisabled, id.0, origin);
+                audit_insert_in_txn(&event, conn).await?;
+            }
+            service_accounts::table
+                .find(id.0)
+                .select(ServiceAccountRow::as_select())
+                .first(conn)
+                .await
+                .optional()?
+                .ok_or(Error::ServiceAccountNotFound)?
+                .try_into()
+        })
+        .await
+    }
+}
+
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = service_accounts, check_for_backend(diesel::pg::Pg))]
+struct ServiceAccountRow {
+    id: Uuid,
+    name: String,
+    scopes: Vec<String>,
+    is_active: bool,
+    created_at: DateTime<Utc>,
+}
+
+impl TryFrom<ServiceAccountRow> for ServiceAccount {
+    type Error = Error;
+
+    fn try_from(row: ServiceAccountRow) -> Result<Self> {
+        Ok(Self {
+            id: ServiceAccountId(row.id),
+            name: stored("service_accounts.name", &row.name)?,
+            scopes: row
+                .scopes
+                .iter()
+                .map(|scope| stored("service_accounts.scopes", scope))
+                .collect::<Result<_>>()?,
+            is_active: row.is_active,
+            created_at: row.created_at,
+        })
+    }
+}

@@ -1,0 +1,292 @@
+use chrono::{DateTime, Utc};
+use diesel::{
+    dsl::{exists, now, sql},
+    prelude::*,
+    sql_types::Text,
+};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{
+    Store,
+    audit::audit_insert_in_txn,
+    errors::{on_unique, stored},
+    schema::users,
+};
+use crate::{
+    error::{Error, Result},
+    model::{
+        AuditAction, AuditEvent, Email, FullName, Identifier, Origin, Page, PageRequest, Role,
+        TierName, User, UserFilter, UserId, Username,
+    },
+};
+
+/// A user to create.
+#[derive(Clone, Debug)]
+pub struct NewUser {
+    pub email: Email,
+    pub username: Username,
+    pub full_name: FullName,
+    /// `None`: cannot log in by password.
+    pub password_hash: Option<String>,
+    pub role: Role,
+    pub tier: TierName,
+}
+
+/// A user and what a login is checked against.
+pub struct Credentials {
+    pub user: User,
+    pub password_hash: Option<String>,
+}
+
+impl Store {
+    /// # Errors
+    /// `AccountExists` · `Unavailable`
+    pub async fn user_insert(&self, new: &NewUser, origin: &Origin) -> Result<User> {
+        let row = NewUserRow {
+            id: UserId::new().0,
+            email: new.email.as_str(),
+            username: new.username.as_str(),
+            full_name: new.full_name.as_str(),
+            password_hash: new.password_hash.as_deref(),
+            role: new.role.as_str(),
+            tier: new.tier.as_str(),
+        };
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let user = diesel::insert_into(users::table)
+                .values(row)
+                .returning(UserRow::as_returning())
+                .get_result(conn)
+                .await
+                .map_err(on_unique(|| Error::AccountExists))?;
+            let details = json!({"tier": user.tier, "role": user.role});
+            let event = AuditEvent::new(AuditAction::UserCreated, user.id, origin);
+            audit_insert_in_txn(&event.with_details(details), conn).await?;
+            user.try_into()
+        })
+        .await
+    }
+
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn user_by_id(&self, id: UserId) -> Result<User> {
+        let mut conn = self.conn().await?;
+        user_by_id_in_txn(id, &mut conn).await
+    }
+
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn user_by_identifier(&self, identifier: &Identifier) -> Result<User> {
+        match self.credentials_by_identifier(identifier).await? {
+            Some(Credentials { user, .. }) => Ok(user),
+            None => Err(Error::UserNotFound),
+        }
+    }
+
+    pub async fn credentials_by_identifier(
+        &self,
+        identifier: &Identifier,
+    ) -> Result<Option<Credentials>> {
+        let by = match identifier {
+            Identifier::Email(_) => sql::<Text>("lower(email)"),
+            Identifier::Username(_) => sql::<Text>("lower(username)"),
+        };
+        let name = match identifier {
+            Identifier::Email(email) => email.as_str(),
+            Identifier::Username(username) => username.as_str(),
+        };
+        let mut conn = self.conn().await?;
+        let found: Option<(UserRow, Option<String>)> = users::table
+            .filter(by.eq(name.to_ascii_lowercase()))
+            .select((UserRow::as_select(), users::password_hash))
+            .first(&mut conn)
+            .await
+            .optional()?;
+        found
+            .map(|(row, password_hash)| {
+                Ok(Credentials {
+                    user: row.try_into()?,
+                    password_hash,
+                })
+            })
+            .transpose()
+    }
+
+    /// Whether there is any user at all.
+    pub async fn user_any(&self) -> Result<bool> {
+        let mut conn = self.conn().await?;
+        Ok(diesel::select(exists(users::table.select(users::id)))
+            .get_result(&mut conn)
+            .await?)
+    }
+
+    /// Newest first.
+    pub async fn user_list(
+        &self,
+        filter: &UserFilter,
+        page: &PageRequest<Uuid>,
+    ) -> Result<Page<User>> {
+        let mut query = users::table
+            .select(UserRow::as_select())
+            .order(users::id.desc())
+            .limit(page.size + 1)
+            .into_boxed();
+        if let Some(tier) = &filter.tier {
+            query = query.filter(users::tier.eq(tier.as_str()));
+        }
+        if let Some(is_active) = filter.is_active {
+            query = query.filter(users::is_active.eq(is_active));
+        }
+        if let Some(after) = page.after {
+            query = query.filter(users::id.lt(after));
+        }
+        let mut conn = self.conn().await?;
+        let rows: Vec<UserRow> = query.load(&mut conn).await?;
+        let users = rows
+            .into_iter()
+            .map(User::try_from)
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Page::from_rows(
+            users,
+            page.size,
+            &filter.to_string(),
+            |user| user.id.0,
+        ))
+    }
+
+    /// Naming the present tier changes nothing.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn user_set_tier(
+        &self,
+        id: UserId,
+        tier: &TierName,
+        origin: &Origin,
+    ) -> Result<User> {
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let changed: Option<UserRow> = diesel::update(users::table)
+                .filter(users::id.eq(id.0).and(users::tier.ne(tier.as_str())))
+                .set((
+                    users::tier.eq(tier.as_str()),
+                    users::tier_updated_at.eq(now),
+                    users::updated_at.eq(now),
+                ))
+                .returning(UserRow::as_returning())
+                .get_result(conn)
+                .await
+                .optional()?;
+            let Some(row) = changed else {
+                return user_by_id_in_txn(id, conn).await;
+            };
+            let event = AuditEvent::new(AuditAction::UserTierSet, id.0, origin)
+                .with_details(json!({"tier": row.tier}));
+            audit_insert_in_txn(&event, conn).await?;
+            row.try_into()
+        })
+        .await
+    }
+
+    /// Turns a user on or off; `reason` is for the audit trail. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn user_set_active(
+        &self,
+        id: UserId,
+        is_active: bool,
+        reason: &str,
+        origin: &Origin,
+    ) -> Result<User> {
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let changed: Option<UserRow> = diesel::update(users::table)
+                .filter(users::id.eq(id.0).and(users::is_active.ne(is_active)))
+                .set((users::is_active.eq(is_active), users::updated_at.eq(now)))
+                .returning(UserRow::as_returning())
+                .get_result(conn)
+                .await
+                .optional()?;
+            let Some(row) = changed else {
+                return user_by_id_in_txn(id, conn).await;
+            };
+            let action = if is_active {
+                AuditAction::UserEnabled
+            } else {
+                AuditAction::UserDisabled
+            };
+            let event =
+                AuditEvent::new(action, id.0, origin).with_details(json!({"reason": reason}));
+            audit_insert_in_txn(&event, conn).await?;
+            row.try_into()
+        })
+        .await
+    }
+}
+
+async fn user_by_id_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<User> {
+    users::table
+        .find(id.0)
+        .select(UserRow::as_select())
+        .first(conn)
+        .await
+        .optional()?
+        .ok_or(Error::UserNotFound)?
+        .try_into()
+}
+
+#[derive(Insertable)]
+#[diesel(table_name = users, treat_none_as_default_value = false)]
+struct NewUserRow<'a> {
+    id: Uuid,
+    email: &'a str,
+    username: &'a str,
+    full_name: &'a str,
+    password_hash: Option<&'a str>,
+    role: &'a str,
+    tier: &'a str,
+}
+
+/// A user as stored, without the password hash.
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = users, check_for_backend(diesel::pg::Pg))]
+pub(super) struct UserRow {
+    id: Uuid,
+    email: String,
+    username: String,
+    full_name: String,
+    role: String,
+    tier: String,
+    tier_updated_at: DateTime<Utc>,
+    is_active: bool,
+    auth_epoch: i64,
+    email_verified_at: Option<DateTime<Utc>>,
+    created_at: DateTime<Utc>,
+    updated_at: DateTime<Utc>,
+    last_login_at: Option<DateTime<Utc>>,
+}
+
+impl TryFrom<UserRow> for User {
+    type Error = Error;
+
+    fn try_from(row: UserRow) -> Result<Self> {
+        Ok(Self {
+            id: UserId(row.id),
+            email: stored("users.email", &row.email)?,
+            username: stored("users.username", &row.username)?,
+            full_name: stored("users.full_name", &row.full_name)?,
+            role: stored("users.role", &row.role)?,
+            tier: stored("users.tier", &row.tier)?,
+            tier_updated_at: row.tier_updated_at,
+            is_active: row.is_active,
+            auth_epoch: row.auth_epoch,
+            email_verified_at: row.email_verified_at,
+            created_at: row.created_at,
+            updated_at: row.updated_at,
+            last_login_at: row.last_login_at,
+        })
+    }
+}
