@@ -1,0 +1,106 @@
+//! People's accounts: creation, look-up, tier and kill switch.
+
+use uuid::Uuid;
+
+use super::{Auth, ImportedHash};
+use crate::{
+    error::{Error, Result},
+    model::{
+        Email, FullName, Identifier, Origin, Page, PageRequest, Role, TierName, User, UserFilter,
+        UserId, Username,
+    },
+    store::NewUser,
+};
+
+/// An account to create.
+pub struct NewAccount {
+    pub email: Email,
+    pub username: Username,
+    pub full_name: FullName,
+    pub credential: InitialCredential,
+    pub role: Role,
+    pub tier: TierName,
+}
+
+/// How a new account will log in.
+pub enum InitialCredential {
+    /// A password to set, not checked yet.
+    Password(String),
+    /// A hash from another system, replaced at the next login.
+    Hash(ImportedHash),
+    /// Not by password.
+    None,
+}
+
+impl Auth {
+    /// Creates an account. The password is hashed before the database is asked, so that a taken
+    /// address answers no sooner than a free one.
+    ///
+    /// # Errors
+    /// `Invalid` (password) · `AccountExists` · `Overloaded` · `Unavailable`
+    pub async fn create_account(&self, new: NewAccount, origin: &Origin) -> Result<User> {
+        let password_hash = match new.credential {
+            InitialCredential::Password(password) => {
+                self.passwords
+                    .check(&password)
+                    .map_err(|violation| Error::invalid("password", violation))?;
+                Some(self.passwords.hash(password).await?)
+            }
+            InitialCredential::Hash(hash) => Some(hash.into_string()),
+            InitialCredential::None => None,
+        };
+        let new = NewUser {
+            email: new.email,
+            username: new.username,
+            full_name: new.full_name,
+            password_hash,
+            role: new.role,
+            tier: new.tier,
+        };
+        self.store.user_insert(&new, origin).await
+    }
+
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn user(&self, id: UserId) -> Result<User> {
+        self.store.user_by_id(id).await
+    }
+
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn user_by_identifier(&self, identifier: &Identifier) -> Result<User> {
+        self.store.user_by_identifier(identifier).await
+    }
+
+    /// Newest first.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn users(&self, filter: &UserFilter, page: &PageRequest<Uuid>) -> Result<Page<User>> {
+        self.store.user_list(filter, page).await
+    }
+
+    /// Moves a user to another tier; tokens already issued see it at once.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn set_tier(&self, id: UserId, tier: &TierName, origin: &Origin) -> Result<User> {
+        self.store.user_set_tier(id, tier, origin).await
+    }
+
+    /// Turns the kill switch: while off, every token and login of the user is refused.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn set_active(
+        &self,
+        id: UserId,
+        is_active: bool,
+        reason: &str,
+        origin: &Origin,
+    ) -> Result<User> {
+        self.store
+            .user_set_active(id, is_active, reason, origin)
+            .await
+    }
+}

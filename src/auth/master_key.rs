@@ -1,0 +1,19 @@
+use aws_lc_rs::{hkdf, hmac};
+
+/// The secret that others are derived from, one for each purpose (RFC 5869).
+pub struct MasterKey(hkdf::Prk);
+
+impl MasterKey {
+    /// Takes the configured secret as it is; its strength was checked with the settings.
+    pub fn new(secret: &[u8]) -> Self {
+        Self(hkdf::Salt::new(hkdf::HKDF_SHA256, b"tollkeeper").extract(secret))
+    }
+
+    /// A key for `purpose` alone: what leaks there tells nothing elsewhere.
+    pub(super) fn mac_key(&self, purpose: &str) -> hmac::Key {
+        self.0
+            .expand(&[purpose.as_bytes()], hmac::HMAC_SHA256)
+            .expect("one block is within the limit of the expansion")
+            .into()
+    }
+}

@@ -1,0 +1,85 @@
+//! People, programs and their credentials: who is calling, and is it still allowed.
+//!
+//! Knows no protocol and no SQL. [`Auth`] is the public face; decisions beneath it are pure.
+
+mod access_token;
+mod accounts;
+mod hash_pool;
+mod keys;
+mod master_key;
+mod password;
+mod random;
+mod refresh_token;
+mod service_accounts;
+mod service_key;
+mod sessions;
+mod validation;
+
+use std::{sync::Arc, time::Duration};
+
+pub use accounts::{InitialCredential, NewAccount};
+pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
+pub use master_key::MasterKey;
+pub use password::{ImportedHash, LoginPassword};
+pub use random::random_alphanumeric;
+pub use sessions::{IssuedTokens, LoggedIn, Refreshed};
+pub use validation::{Principal, UserPrincipal, Validated};
+
+use access_token::AccessTokens;
+use password::Passwords;
+use refresh_token::RefreshTokens;
+
+use crate::{
+    config::{AuthSettings, PasswordSettings},
+    error::Result,
+    store::Store,
+};
+
+/// The public face of this room. Cheap to clone.
+#[derive(Clone)]
+pub struct Auth {
+    store: Store,
+    passwords: Passwords,
+    access_tokens: Arc<AccessTokens>,
+    refresh_tokens: Arc<RefreshTokens>,
+    lifetimes: Lifetimes,
+}
+
+/// How long things last.
+#[derive(Clone, Copy, Debug)]
+struct Lifetimes {
+    refresh_idle: Duration,
+    refresh_absolute: Duration,
+    refresh_retry_window: Duration,
+}
+
+impl Auth {
+    /// Computes one hash, to answer for accounts that do not exist.
+    ///
+    /// # Errors
+    /// `Internal` when the random source fails.
+    pub fn new(
+        store: Store,
+        keys: KeyRing,
+        master_key: &MasterKey,
+        settings: &AuthSettings,
+        passwords: &PasswordSettings,
+    ) -> Result<Self> {
+        Ok(Self {
+            store,
+            passwords: Passwords::new(passwords)?,
+            access_tokens: Arc::new(AccessTokens::new(keys, settings)),
+            refresh_tokens: Arc::new(RefreshTokens::new(master_key)),
+            lifetimes: Lifetimes {
+                refresh_idle: settings.refresh_idle_ttl,
+                refresh_absolute: settings.refresh_absolute_ttl,
+                refresh_retry_window: settings.refresh_retry_window,
+            },
+        })
+    }
+
+    /// The public keys that verify access tokens.
+    pub fn public_keys(&self) -> &[PublicKey] {
+        self.access_tokens.public_keys()
+    }
+}

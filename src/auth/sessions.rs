@@ -1,0 +1,152 @@
+//! Logins and what follows: opening, refreshing and ending sessions.
+
+use chrono::{DateTime, Utc};
+
+use super::{Auth, LoginPassword, refresh_token};
+use crate::{
+    error::{Credential, Error, Fault, Result},
+    model::{Identifier, Origin, RefreshRefusal, RefreshStep, SessionId, SessionStanding, User},
+    store::{Credentials, NewSession},
+};
+
+/// Both tokens of a session.
+#[derive(Debug)]
+pub struct IssuedTokens {
+    pub access_token: String,
+    pub access_token_expires_at: DateTime<Utc>,
+    pub refresh_token: String,
+    /// When the session lapses if the refresh token is not used.
+    pub refresh_token_expires_at: DateTime<Utc>,
+    pub session_id: SessionId,
+}
+
+pub struct LoggedIn {
+    pub tokens: IssuedTokens,
+    pub user: User,
+}
+
+pub struct Refreshed {
+    pub tokens: IssuedTokens,
+    /// The same successor was given before.
+    pub repeated: bool,
+}
+
+impl Auth {
+    /// Opens a session.
+    ///
+    /// Whether the account exists shows neither in the answer nor in its time: an unknown one costs
+    /// a hash too.
+    ///
+    /// # Errors
+    /// `InvalidCredentials` · `AccountDisabled`, only after the right password · `Overloaded` ·
+    /// `Unavailable`
+    pub async fn login(
+        &self,
+        identifier: &Identifier,
+        password: LoginPassword,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<LoggedIn> {
+        let known = self.store.credentials_by_identifier(identifier).await?;
+        let (user, hash) = match known {
+            Some(Credentials {
+                user,
+                password_hash,
+            }) => (Some(user), password_hash),
+            None => (None, None),
+        };
+        let verdict = self.passwords.verify(password, hash.clone()).await?;
+        let (Some(user), Some(hash), true) = (user, hash, verdict.matches) else {
+            return Err(Error::InvalidCredentials);
+        };
+        if !user.is_active {
+            return Err(Error::AccountDisabled);
+        }
+        let absolute_expires_at = now + self.lifetimes.refresh_absolute;
+        let new = NewSession {
+            id: SessionId::new(),
+            user_id: user.id,
+            idle_expires_at: (now + self.lifetimes.refresh_idle).min(absolute_expires_at),
+            absolute_expires_at,
+            rehashed_password: verdict.rehashed,
+            origin,
+        };
+        let standing = self.store.session_open(new, &hash, now).await?;
+        let tokens = self.issue(&standing, now)?;
+        Ok(LoggedIn {
+            tokens,
+            user: standing.user,
+        })
+    }
+
+    /// Exchanges a refresh token for its successor.
+    ///
+    /// # Errors
+    /// `Refused` with the fault of the refresh token · `Unavailable`
+    pub async fn refresh(
+        &self,
+        token: &str,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<Refreshed> {
+        let refused = |fault| Error::Refused {
+            credential: Credential::RefreshToken,
+            fault,
+        };
+        let (session_id, presented) = self
+            .refresh_tokens
+            .read(token)
+            .ok_or(refused(Fault::Invalid))?;
+        let lifetimes = self.lifetimes;
+        let decide = move |standing: &SessionStanding| {
+            refresh_token::decide(standing, presented, &lifetimes, now)
+        };
+        let after = self
+            .store
+            .session_refresh(session_id, origin, decide, now)
+            .await?
+            .ok_or(refused(Fault::SessionEnded))?;
+        let repeated = match after.step {
+            RefreshStep::Advance { .. } => false,
+            RefreshStep::Repeat => true,
+            RefreshStep::Revoke => return Err(refused(Fault::Reused)),
+            RefreshStep::Refuse(refusal) => {
+                return Err(refused(match refusal {
+                    RefreshRefusal::Unknown => Fault::Invalid,
+                    RefreshRefusal::Expired => Fault::Expired,
+                    RefreshRefusal::SessionEnded => Fault::SessionEnded,
+                    RefreshRefusal::AccountDisabled => Fault::AccountDisabled,
+                }));
+            }
+        };
+        Ok(Refreshed {
+            tokens: self.issue(&after.standing, now)?,
+            repeated,
+        })
+    }
+
+    /// Ends a session. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn logout(
+        &self,
+        session: SessionId,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<()> {
+        self.store.session_revoke(session, origin, now).await
+    }
+
+    fn issue(&self, standing: &SessionStanding, now: DateTime<Utc>) -> Result<IssuedTokens> {
+        let session = &standing.session;
+        let (access_token, access_token_expires_at) = self.access_tokens.issue(standing, now)?;
+        Ok(IssuedTokens {
+            access_token,
+            access_token_expires_at,
+            refresh_token: self.refresh_tokens.derive(session.id, session.counter),
+            refresh_token_expires_at: session.idle_expires_at,
+            session_id: session.id,
+        })
+    }
+}

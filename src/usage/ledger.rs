@@ -1,0 +1,80 @@
+//! Booking and reading usage.
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use super::Usage;
+use crate::{
+    error::{Error, Result},
+    model::{
+        MonthlyUsage, Page, PageRequest, Period, UsageCursor, UsageEvent, UsageRecord, UserId,
+    },
+    store::UsageInsert,
+};
+
+/// How old an event may be: late batches count, years-old ones are a mistake.
+const MAX_AGE: TimeDelta = TimeDelta::days(35);
+
+/// How far a client's clock may be ahead.
+const MAX_AHEAD: TimeDelta = TimeDelta::minutes(5);
+
+impl Usage {
+    /// Books an event once, however often it is sent. Returns whether it was booked now.
+    ///
+    /// The caller has checked that the user exists. Durable when it returns.
+    ///
+    /// # Errors
+    /// `Invalid` (outside the window) · `EventConflict` · `Unavailable`
+    pub async fn record(&self, event: &UsageEvent, now: DateTime<Utc>) -> Result<bool> {
+        if !in_window(event.occurred_at, now) {
+            return Err(Error::invalid(
+                "event.occurred_at",
+                "must be at most 35 days old and at most 5 minutes ahead",
+            ));
+        }
+        match self.store.usage_insert(event).await? {
+            UsageInsert::Recorded => Ok(true),
+            UsageInsert::Duplicate => Ok(false),
+            UsageInsert::Conflict => Err(Error::EventConflict),
+        }
+    }
+
+    /// A user's month; zeroes when nothing was used.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn month(&self, user_id: UserId, period: Period) -> Result<MonthlyUsage> {
+        self.store.usage_month(user_id, period).await
+    }
+
+    /// A user's events, newest first; of one month or of all. `list` names what was asked for: page
+    /// tokens are bound to it.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn records(
+        &self,
+        user_id: UserId,
+        period: Option<Period>,
+        page: &PageRequest<UsageCursor>,
+        list: &str,
+    ) -> Result<Page<UsageRecord>> {
+        self.store.usage_list(user_id, period, page, list).await
+    }
+}
+
+fn in_window(occurred_at: DateTime<Utc>, now: DateTime<Utc>) -> bool {
+    now - MAX_AGE <= occurred_at && occurred_at <= now + MAX_AHEAD
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_includes_its_ends() {
+        let now = DateTime::from_timestamp(1_800_000_000, 0).expect("valid");
+        let tick = TimeDelta::microseconds(1);
+        assert!(in_window(now - MAX_AGE, now) && in_window(now + MAX_AHEAD, now));
+        assert!(!in_window(now - MAX_AGE - tick, now) && !in_window(now + MAX_AHEAD + tick, now));
+    }
+}
