@@ -1,0 +1,49 @@
+use clap::Subcommand;
+
+use super::database::Database;
+use crate::{config::Loaded, store::Migrator};
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Apply every migration that is pending; `serve` does so too
+    Up,
+    /// Revert the newest migration. Its data is lost
+    Down,
+    /// List the migrations of this binary and which are applied
+    Status,
+}
+
+pub(super) async fn run(command: Command, loaded: Loaded) -> anyhow::Result<()> {
+    let database = Database::open(&loaded.settings).await?;
+    let outcome = migrate(command, database.settings.url.expose()).await;
+    database.close().await?;
+    outcome
+}
+
+async fn migrate(command: Command, url: &str) -> anyhow::Result<()> {
+    let mut migrator = Migrator::connect(url).await?;
+    match command {
+        Command::Up => {
+            let applied = migrator.up()?;
+            applied.iter().for_each(|name| println!("applied {name}"));
+            if applied.is_empty() {
+                println!("nothing to do: the schema is up to date");
+            }
+        }
+        Command::Down => match migrator.down()? {
+            Some(name) => println!("reverted {name}"),
+            None => println!("nothing to do: no migration is applied"),
+        },
+        Command::Status => {
+            for migration in migrator.status()? {
+                let mark = if migration.applied {
+                    "applied"
+                } else {
+                    "pending"
+                };
+                println!("{mark}  {}", migration.name);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! The command line: reads settings, runs one command, says what went wrong.
+
+mod accounts;
+mod database;
+mod keys;
+mod migrate;
+mod secrets;
+mod serve;
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    config::{self, Loaded},
+    grpc::health,
+};
+
+/// Knows who is calling and how much they may still use.
+#[derive(Parser)]
+#[command(name = "tollkeeper", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    settings: SettingsArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Settings: flags over environment over file. `tollkeeper config` shows them all.
+#[derive(Args)]
+#[command(next_help_heading = "Settings")]
+struct SettingsArgs {
+    /// TOML file of settings
+    #[arg(long, global = true, env = "TOLLKEEPER_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Any setting by its key, for example `--set auth.access_ttl=5m`
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = key_value)]
+    set: Vec<(String, String)>,
+    /// Postgres to use; without one the service runs its own
+    /// [env: `DATABASE_URL`]
+    #[arg(long, global = true, value_name = "URL")]
+    database_url: Option<String>,
+    /// Where the private Postgres and the keys of dev mode live
+    #[arg(long, global = true, value_name = "DIR")]
+    data_dir: Option<String>,
+    /// Make keys when there are none, even with a database URL
+    #[arg(long, global = true)]
+    dev: bool,
+    /// json, human, or auto: human in dev mode
+    #[arg(long, global = true, value_name = "FORMAT")]
+    log_format: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the service
+    ///
+    /// Without a database URL it runs its own Postgres in the data folder, makes keys, and prints
+    /// an admin login and a service key at its first start.
+    Serve {
+        /// Address and port; port 0 takes a free one [default: 127.0.0.1:50051]
+        #[arg(long, value_name = "ADDRESS")]
+        listen: Option<String>,
+    },
+    /// Change or show the database schema
+    #[command(subcommand)]
+    Migrate(migrate::Command),
+    /// Create users
+    #[command(subcommand)]
+    Users(accounts::UsersCommand),
+    /// Create service accounts, which programs call with
+    #[command(subcommand)]
+    Services(accounts::ServicesCommand),
+    /// Make or list the keys that sign access tokens
+    #[command(subcommand)]
+    Keys(keys::Command),
+    /// Ask a running service whether it serves; exit code 0 if so, else 1
+    Health {
+        /// Where it listens
+        #[arg(long, default_value = "http://127.0.0.1:50051", value_name = "URL")]
+        address: String,
+        /// One of its services; empty: as a whole
+        #[arg(long, default_value = "", hide_default_value = true)]
+        service: String,
+        /// How long to wait
+        #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
+    },
+    /// Print every setting and where it comes from; secrets stay hidden
+    Config,
+}
+
+/// Parses the arguments and runs the command.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => match runtime.block_on(dispatch(cli)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("tollkeeper: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+        Err(error) => {
+            eprintln!("tollkeeper: cannot start the runtime: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Serve { listen } => serve::serve(cli.settings.load(listen)?).await,
+        Command::Migrate(command) => migrate::run(command, cli.settings.load(None)?).await,
+        Command::Users(command) => accounts::users(command, cli.settings.load(None)?).await,
+        Command::Services(command) => accounts::services(command, cli.settings.load(None)?).await,
+        Command::Keys(command) => keys::run(command, &cli.settings.load(None)?.settings),
+        Command::Health {
+            address,
+            service,
+            timeout,
+        } => {
+            health::probe(&address, &service, timeout)
+                .await
+                .map_err(anyhow::Error::msg)?;
+            println!("SERVING");
+            Ok(())
+        }
+        Command::Config => {
+            let loaded = cli.settings.load(None)?;
+            for (key, value, origin) in loaded.describe() {
+                println!("{key} = {value}  # {origin}");
+            }
+            Ok(())
+        }
+    }
+}
+
+impl SettingsArgs {
+    fn load(self, listen: Option<String>) -> anyhow::Result<Loaded> {
+        let mut flags = self.set;
+        let named = [
+            ("server.listen", listen),
+            ("database.url", self.database_url),
+            ("data_dir", self.data_dir),
+            ("dev", self.dev.then(|| "true".to_owned())),
+            ("log.format", self.log_format),
+        ];
+        flags.extend(
+            named
+                .into_iter()
+                .filter_map(|(key, value)| Some((key.to_owned(), value?))),
+        );
+        let environment = std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        });
+        Ok(config::load(&flags, environment, self.config.as_deref())?)
+    }
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text
+        .split_once('=')
+        .ok_or("must be of the form KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// Writes a file that only its owner may read; fails when it exists.
+fn write_private(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
+    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        })
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

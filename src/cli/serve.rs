@@ -1,0 +1,137 @@
+//! `serve`: the service, from the first line to the last.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::info;
+
+use super::{database::Database, secrets, write_private};
+use crate::{
+    auth::{InitialCredential, NewAccount, random_alphanumeric},
+    config::{Loaded, Settings},
+    model::{Origin, Role, Scope},
+    server::Server,
+    telemetry,
+};
+
+const ADMIN_EMAIL: &str = "admin@tollkeeper.local";
+/// 142 bits.
+pub(super) const PASSWORD_CHARS: usize = 24;
+
+const FIRST_RUN_FILE: &str = "first-run.txt";
+
+/// Runs the service until SIGTERM or SIGINT.
+pub(super) async fn serve(loaded: Loaded) -> anyhow::Result<()> {
+    loaded.check_secrets()?;
+    let mut settings = loaded.settings;
+    telemetry::init(&settings.log, settings.dev).map_err(anyhow::Error::msg)?;
+    let mut signals = Signals::new()?;
+    let is_private = !settings.database.url.is_set();
+    let started = tokio::select! {
+        started = start(&mut settings, is_private) => started?,
+        // Dropping the start stops a Postgres that is on its way up.
+        () = signals.received() => return Ok(()),
+    };
+    let (server, database) = started;
+    let address = server.local_addr().context("the listener has no address")?;
+    info!(%address, dev = settings.dev, "listening");
+    let ended = server.run(signals.received()).await;
+    database.close().await?;
+    Ok(ended?)
+}
+
+async fn start(settings: &mut Settings, is_private: bool) -> anyhow::Result<(Server, Database)> {
+    let database = Database::own(settings).await?;
+    settings.database = database.settings.clone();
+    let (keys, master_key) = secrets::load(settings)?;
+    let server = Server::bind(settings, keys, &master_key).await?;
+    if is_private && !server.store().user_any().await? {
+        let address = server.local_addr().context("the listener has no address")?;
+        introduce(&server, &settings.data_dir, &address.to_string()).await?;
+    }
+    Ok((server, database))
+}
+
+/// Makes an administrator and a service account, prints both once, and says what to try.
+///
+/// The administrator comes last: while there is none, the next start begins anew, so a kill in
+/// between leaves nobody without the password.
+async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::Result<()> {
+    let origin = Origin::operator();
+    let password = random_alphanumeric(PASSWORD_CHARS)?;
+    let tag = password[..6].to_ascii_lowercase();
+    let scopes = [
+        Scope::TokensValidate,
+        Scope::UsageWrite,
+        Scope::UsageRead,
+        Scope::Quota,
+    ];
+    let (_, key) = server
+        .auth()
+        .create_service_account(
+            format!("first-{tag}").parse().map_err(anyhow::Error::msg)?,
+            scopes.into_iter().collect(),
+            &origin,
+        )
+        .await?;
+    let path = data_dir.join(FIRST_RUN_FILE);
+    let text = format!("admin_email={ADMIN_EMAIL}\nadmin_password={password}\nservice_key={key}\n");
+    if path.exists() {
+        std::fs::remove_file(&path)
+            .with_context(|| format!("cannot replace {}", path.display()))?;
+    }
+    write_private(&path, &text)?;
+    let admin = NewAccount {
+        email: ADMIN_EMAIL.parse().map_err(anyhow::Error::msg)?,
+        username: "admin".parse().map_err(anyhow::Error::msg)?,
+        full_name: "Administrator".parse().map_err(anyhow::Error::msg)?,
+        credential: InitialCredential::Password(password.clone()),
+        role: Role::Admin,
+        tier: server.usage().tiers().default_tier().name.clone(),
+    };
+    server.auth().create_account(admin, &origin).await?;
+    println!(
+        "\n\
+         Tollkeeper is up for the first time, on its own Postgres in {folder}.\n\
+         \n\
+         \x20 admin login   {ADMIN_EMAIL}\n\
+         \x20 password      {password}\n\
+         \x20 service key   {key}\n\
+         \n\
+         They are shown this once; {file} keeps them until you delete it.\n\
+         \n\
+         Try next:\n\
+         \x20 grpcurl -plaintext {address} list\n\
+         \x20 grpcurl -plaintext -d '{{\"identifier\": \"admin\", \"password\": \"{password}\"}}' \\\n\
+         \x20   {address} tollkeeper.auth.v1.AuthService/Login\n\
+         \x20 grpcurl -plaintext -H 'authorization: Bearer {key}' \\\n\
+         \x20   {address} tollkeeper.usage.v1.UsageService/ListTiers\n",
+        folder = data_dir.display(),
+        file = path.display(),
+    );
+    Ok(())
+}
+
+/// SIGTERM and SIGINT, caught from the first moment on.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let caught = |kind| signal(kind).context("cannot catch signals");
+        Ok(Self {
+            terminate: caught(SignalKind::terminate())?,
+            interrupt: caught(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! Who may call what: rules from the protos, enforced before any handler runs.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use chrono::Utc;
+use futures_util::future::BoxFuture;
+use http::{Request, Response, header::AUTHORIZATION};
+use prost::Message as _;
+use tonic::{Status, body::Body};
+use tower::{Layer, Service};
+
+use super::status;
+use crate::{
+    auth::{Auth, Principal, UserPrincipal},
+    error::{Credential, Error, Fault, Result},
+    model::{Role, Scope, UserId},
+    proto::tollkeeper::access::v1::{CallerKind, Rule},
+};
+
+/// Services that are not ours and that anyone may call.
+const PUBLIC_SERVICES: [&str; 3] = [
+    "/grpc.health.v1.Health/",
+    "/grpc.reflection.v1.ServerReflection/",
+    "/grpc.reflection.v1alpha.ServerReflection/",
+];
+
+/// What a caller proved to be; in the extensions of every request that reaches a handler.
+#[derive(Clone, Debug)]
+pub(super) enum Caller {
+    Anonymous,
+    Known(Principal),
+}
+
+impl Caller {
+    /// The caller of a request. One without an identity is refused.
+    pub(super) fn of<T>(request: &tonic::Request<T>) -> Result<&Principal> {
+        match request.extensions().get() {
+            Some(Self::Known(principal)) => Ok(principal),
+            Some(Self::Anonymous) | None => Err(Error::CredentialMissing),
+        }
+    }
+
+    /// The user who calls.
+    pub(super) fn user_of<T>(request: &tonic::Request<T>) -> Result<UserPrincipal> {
+        match Self::of(request)? {
+            Principal::User(user) => Ok(*user),
+            Principal::Service { .. } => Err(Error::CallerNotAllowed),
+        }
+    }
+
+    /// The user whose data is asked for: the caller, or whom a service or an administrator names.
+    pub(super) fn subject_of<T>(
+        request: &tonic::Request<T>,
+        named: Option<UserId>,
+    ) -> Result<UserId> {
+        match (Self::of(request)?, named) {
+            (Principal::User(user), None) => Ok(user.id),
+            (Principal::User(user), Some(named)) if user.id == named => Ok(named),
+            (Principal::User(user), Some(named)) if user.role == Role::Admin => Ok(named),
+            (Principal::User(_), Some(_)) => Err(Error::CallerNotAllowed),
+            (Principal::Service { .. }, Some(named)) => Ok(named),
+            (Principal::Service { .. }, None) => Err(Error::invalid(
+                "user_id",
+                "must name a user: the caller is none",
+            )),
+        }
+    }
+}
+
+/// Who may call each RPC, by its path.
+#[derive(Clone, Debug)]
+pub struct Rules(Arc<HashMap<String, Admission>>);
+
+/// A rule as enforced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Admission {
+    public: bool,
+    user: bool,
+    service: Option<Scope>,
+    admin: bool,
+}
+
+/// A rule that is missing or makes no sense.
+#[derive(Debug, thiserror::Error)]
+pub enum RulesError {
+    #[error("the descriptor set cannot be read: {0}")]
+    Descriptor(#[from] prost::DecodeError),
+    #[error("{method} declares no access rule")]
+    Missing { method: String },
+    #[error("the access rule of {method} {message}")]
+    Invalid {
+        method: String,
+        message: &'static str,
+    },
+}
+
+impl Rules {
+    /// Reads the rule of every RPC in a descriptor set.
+    ///
+    /// # Errors
+    /// Names the RPC whose rule is missing or invalid: a server must not start without it.
+    pub fn from_descriptor_set(bytes: &[u8]) -> Result<Self, RulesError> {
+        let mut rules = HashMap::new();
+        for file in descriptor::FileSet::decode(bytes)?.file {
+            for service in file.service {
+                for method in service.method {
+                    let path = format!("/{}.{}/{}", file.package, service.name, method.name);
+                    let rule = method.options.and_then(|options| options.rule);
+                    rules.insert(path.clone(), Admission::of(path, rule)?);
+                }
+            }
+        }
+        Ok(Self(Arc::new(rules)))
+    }
+
+    /// The rule of an RPC; `None` when there is no such RPC.
+    fn admission(&self, path: &str) -> Option<Admission> {
+        let public = || {
+            PUBLIC_SERVICES
+                .iter()
+                .any(|service| path.starts_with(service))
+        };
+        match self.0.get(path) {
+            Some(admission) => Some(*admission),
+            None => public().then_some(Admission {
+                public: true,
+                ..Admission::default()
+            }),
+        }
+    }
+}
+
+impl Admission {
+    fn of(method: String, rule: Option<Rule>) -> Result<Self, RulesError> {
+        let invalid = |message| RulesError::Invalid {
+            method: method.clone(),
+            message,
+        };
+        let Some(rule) = rule else {
+            return Err(RulesError::Missing { method });
+        };
+        let scope = match rule.scope.as_str() {
+            "" => None,
+            scope => Some(
+                scope
+                    .parse()
+                    .map_err(|_| invalid("names an unknown scope"))?,
+            ),
+        };
+        let mut admission = Self::default();
+        for kind in rule.callers() {
+            match kind {
+                CallerKind::Unspecified => return Err(invalid("names an unknown kind of caller")),
+                CallerKind::Public => admission.public = true,
+                CallerKind::User => admission.user = true,
+                CallerKind::Service => admission.service = scope,
+                CallerKind::Admin => admission.admin = true,
+            }
+        }
+        let names_service = rule.callers().any(|kind| kind == CallerKind::Service);
+        if names_service != scope.is_some() {
+            return Err(invalid("must name a scope exactly when it admits services"));
+        }
+        if admission == Self::default() {
+            return Err(invalid("admits nobody"));
+        }
+        Ok(admission)
+    }
+
+    /// Whether a caller may pass.
+    fn admit(self, principal: &Principal) -> Result<()> {
+        match principal {
+            _ if self.public => Ok(()),
+            Principal::User(user) => {
+                if self.user || (self.admin && user.role == Role::Admin) {
+                    Ok(())
+                } else {
+                    Err(Error::CallerNotAllowed)
+                }
+            }
+            Principal::Service { scopes, .. } => {
+                let mut wanted = self
+                    .service
+                    .into_iter()
+                    .chain(self.admin.then_some(Scope::Admin))
+                    .peekable();
+                let missing = *wanted.peek().ok_or(Error::CallerNotAllowed)?;
+                if wanted.any(|scope| scopes.contains(scope)) {
+                    Ok(())
+                } else {
+                    Err(Error::ScopeMissing(missing))
+                }
+            }
+        }
+    }
+}
+
+/// Authenticates the caller and holds the rules.
+#[derive(Clone)]
+pub struct AccessLayer {
+    auth: Auth,
+    rules: Rules,
+}
+
+impl AccessLayer {
+    pub fn new(auth: Auth, rules: Rules) -> Self {
+        Self { auth, rules }
+    }
+
+    /// The caller of an RPC, if it may call it.
+    async fn admit(&self, admission: Admission, headers: &http::HeaderMap) -> Result<Caller> {
+        if admission.public {
+            return Ok(Caller::Anonymous);
+        }
+        let principal = self.auth.authenticate(bearer(headers)?, Utc::now()).await?;
+        admission.admit(&principal)?;
+        Ok(Caller::Known(principal))
+    }
+}
+
+/// The bearer credential of a request (RFC 6750 §2.1).
+fn bearer(headers: &http::HeaderMap) -> Result<&str> {
+    let refused = Error::Refused {
+        credential: Credential::Authorization,
+        fault: Fault::Invalid,
+    };
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let value = values.next().ok_or(Error::CredentialMissing)?;
+    // Two credentials: whoever reads the other one would see another caller.
+    if values.next().is_some() {
+        return Err(refused);
+    }
+    match value.to_str().ok().and_then(|value| value.split_once(' ')) {
+        Some((scheme, credential)) if scheme.eq_ignore_ascii_case("bearer") => Ok(credential),
+        _ => Err(refused),
+    }
+}
+
+impl<S> Layer<S> for AccessLayer {
+    type Service = AccessService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        AccessService {
+            access: self.clone(),
+            inner,
+        }
+    }
+}
+
+/// See [`AccessLayer`].
+#[derive(Clone)]
+pub struct AccessService<S> {
+    access: AccessLayer,
+    inner: S,
+}
+
+impl<S> Service<Request<Body>> for AccessService<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, std::result::Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<std::result::Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let access = self.access.clone();
+        // The clone takes the place of the service that was polled ready (tower's `Service::call`).
+        let clone = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, clone);
+        Box::pin(async move {
+            let Some(admission) = access.rules.admission(request.uri().path()) else {
+                return Ok(status::unknown_method().into_http());
+            };
+            match access.admit(admission, request.headers()).await {
+                Ok(caller) => {
+                    request.extensions_mut().insert(caller);
+                    inner.call(request).await
+                }
+                Err(error) => Ok(Status::from(error).into_http()),
+            }
+        })
+    }
+}
+
+/// As much of `google/protobuf/descriptor.proto` as names an RPC, with our option in it: the
+/// generated types drop options they do not know.
+mod descriptor {
+    use crate::proto::tollkeeper::access::v1::Rule;
+
+    #[derive(prost::Message)]
+    pub(super) struct FileSet {
+        #[prost(message, repeated, tag = "1")]
+        pub(super) file: Vec<File>,
+    }
+
+    #[derive(prost::Message)]
+    pub(super) struct File {
+        #[prost(string, tag = "2")]
+        pub(super) package: String,
+        #[prost(message, repeated, tag = "6")]
+        pub(super) service: Vec<Service>,
+    }
+
+    #[derive(prost::Message)]
+    pub(super) struct Service {
+        #[prost(string, tag = "1")]
+        pub(super) name: String,
+        #[prost(message, repeated, tag = "2")]
+        pub(super) method: Vec<Method>,
+    }
+
+    #[derive(prost::Message)]
+    pub(super) struct Method {
+        #[prost(string, tag = "1")]
+        pub(super) name: String,
+        #[prost(message, optional, tag = "4")]
+        pub(super) options: Option<MethodOptions>,
+    }
+
+    #[derive(prost::Message)]
+    pub(super) struct MethodOptions {
+        #[prost(message, optional, tag = "50611")]
+        pub(super) rule: Option<Rule>,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::{ScopeSet, ServiceAccountId, SessionId},
+        proto::DESCRIPTOR_SET,
+    };
+
+    fn user(role: Role) -> Principal {
+        Principal::User(UserPrincipal {
+            id: UserId::new(),
+            role,
+            session_id: SessionId::new(),
+        })
+    }
+
+    fn service(scopes: &[Scope]) -> Principal {
+        let scopes: ScopeSet = scopes.iter().copied().collect();
+        Principal::Service {
+            id: ServiceAccountId::new(),
+            scopes,
+        }
+    }
+
+    fn set_with(rule: Option<Rule>) -> Vec<u8> {
+        let method = descriptor::Method {
+            name: "Do".to_owned(),
+            options: Some(descriptor::MethodOptions { rule }),
+        };
+        let service = descriptor::Service {
+            name: "S".to_owned(),
+            method: vec![method],
+        };
+        let file = descriptor::File {
+            package: "p".to_owned(),
+            service: vec![service],
+        };
+        descriptor::FileSet { file: vec![file] }.encode_to_vec()
+    }
+
+    fn rule(callers: &[CallerKind], scope: &str) -> Option<Rule> {
+        let callers = callers.iter().map(|kind| i32::from(*kind)).collect();
+        Some(Rule {
+            callers,
+            scope: scope.to_owned(),
+        })
+    }
+
+    #[test]
+    fn every_rpc_has_a_rule() {
+        let rules = Rules::from_descriptor_set(DESCRIPTOR_SET).expect("valid rules");
+        assert!(rules.0.len() >= 22, "{}", rules.0.len());
+        assert!(
+            rules
+                .admission("/tollkeeper.auth.v1.AuthService/Login")
+                .expect("known")
+                .public
+        );
+        assert!(
+            rules
+                .admission("/tollkeeper.auth.v1.AuthService/Logon")
+                .is_none()
+        );
+        assert!(
+            rules
+                .admission("/grpc.health.v1.Health/Check")
+                .expect("known")
+                .public
+        );
+    }
+
+    #[test]
+    fn a_missing_or_senseless_rule_is_refused() {
+        let refused = |rule| Rules::from_descriptor_set(&set_with(rule)).expect_err("refused");
+        assert!(matches!(refused(None), RulesError::Missing { method } if method == "/p.S/Do"));
+        for rule in [
+            rule(&[], ""),
+            rule(&[CallerKind::Unspecified], ""),
+            rule(&[CallerKind::Service], ""),
+            rule(&[CallerKind::Service], "everything"),
+            rule(&[CallerKind::User], "quota"),
+        ] {
+            assert!(matches!(refused(rule), RulesError::Invalid { .. }));
+        }
+        let unknown = Some(Rule {
+            callers: vec![99],
+            scope: String::new(),
+        });
+        assert!(Rules::from_descriptor_set(&set_with(unknown)).is_err());
+    }
+
+    #[test]
+    fn each_kind_is_admitted_where_it_is_named_and_nowhere_else() {
+        let quota = Admission {
+            service: Some(Scope::Quota),
+            ..Admission::default()
+        };
+        assert!(quota.admit(&service(&[Scope::Quota])).is_ok());
+        assert!(matches!(
+            quota.admit(&service(&[Scope::Admin])),
+            Err(Error::ScopeMissing(Scope::Quota))
+        ));
+        assert!(quota.admit(&user(Role::Admin)).is_err());
+
+        let own = Admission {
+            user: true,
+            ..Admission::default()
+        };
+        assert!(own.admit(&user(Role::User)).is_ok() && own.admit(&user(Role::Admin)).is_ok());
+        assert!(matches!(
+            own.admit(&service(&Scope::ALL)),
+            Err(Error::CallerNotAllowed)
+        ));
+
+        let admin = Admission {
+            admin: true,
+            ..Admission::default()
+        };
+        assert!(admin.admit(&user(Role::Admin)).is_ok());
+        assert!(admin.admit(&service(&[Scope::Admin])).is_ok());
+        assert!(admin.admit(&user(Role::User)).is_err());
+        assert!(matches!(
+            admin.admit(&service(&[Scope::Quota])),
+            Err(Error::ScopeMissing(Scope::Admin))
+        ));
+    }
+
+    #[test]
+    fn bearer_credentials_are_read_strictly() {
+        let read = |values: &[&str]| {
+            let mut headers = http::HeaderMap::new();
+            for value in values {
+                headers.append(AUTHORIZATION, value.parse().expect("ASCII"));
+            }
+            bearer(&headers).map(str::to_owned)
+        };
+        assert_eq!(read(&["Bearer x"]).expect("read"), "x");
+        assert_eq!(read(&["bearer x"]).expect("read"), "x");
+        assert!(matches!(read(&[]), Err(Error::CredentialMissing)));
+        for refused in [
+            &["x"][..],
+            &["Basic x"],
+            &["Bearer"],
+            &["Bearer a", "Bearer b"],
+        ] {
+            assert!(
+                matches!(read(refused), Err(Error::Refused { .. })),
+                "{refused:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,226 @@
+use tonic::{Request, Response, Status};
+
+use super::{
+    call::origin_of,
+    convert::{self, Fields, only},
+};
+use crate::{
+    auth::{Auth, InitialCredential, NewAccount},
+    model::{ScopeSet, ServiceAccount, UserFilter, UserId, Violation},
+    proto::tollkeeper::admin::v1::{
+        CreateServiceAccountRequest, CreateServiceAccountResponse, CreateUserRequest,
+        CreateUserResponse, DisableServiceAccountRequest, DisableServiceAccountResponse,
+        DisableUserRequest, DisableUserResponse, EnableUserRequest, EnableUserResponse,
+        GetUserRequest, GetUserResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
+        ListUsersRequest, ListUsersResponse, LookupUserRequest, LookupUserResponse,
+        SetUserTierRequest, SetUserTierResponse, admin_service_server::AdminService,
+        create_user_request,
+    },
+    usage::Usage,
+};
+
+/// `AdminService`.
+pub(super) struct Handler {
+    pub(super) auth: Auth,
+    pub(super) usage: Usage,
+}
+
+#[tonic::async_trait]
+impl AdminService for Handler {
+    async fn create_user(
+        &self,
+        request: Request<CreateUserRequest>,
+    ) -> Result<Response<CreateUserResponse>, Status> {
+        use create_user_request::Credential;
+        let origin = origin_of(&request);
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let email = fields.parse("email", &request.email);
+        let username = fields.parse("username", &request.username);
+        let full_name = fields.parse("full_name", &request.full_name);
+        let credential = match request.credential {
+            Some(Credential::Password(password)) => Some(InitialCredential::Password(password)),
+            Some(Credential::PasswordHash(hash)) => fields
+                .parse("password_hash", &hash)
+                .map(InitialCredential::Hash),
+            None => Some(InitialCredential::None),
+        };
+        let tier = fields.tier("tier", &request.tier, self.usage.tiers());
+        let role = fields.take("role", convert::role(request.role));
+        let new = fields.finish((|| {
+            Some(NewAccount {
+                email: email?,
+                username: username?,
+                full_name: full_name?,
+                credential: credential?,
+                role: role?,
+                tier: tier?,
+            })
+        })())?;
+        let user = self.auth.create_account(new, &origin).await?;
+        Ok(Response::new(CreateUserResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn get_user(
+        &self,
+        request: Request<GetUserRequest>,
+    ) -> Result<Response<GetUserResponse>, Status> {
+        let id = only(|fields| fields.parse("user_id", &request.get_ref().user_id))?;
+        let user = self.auth.user(id).await?;
+        Ok(Response::new(GetUserResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn lookup_user(
+        &self,
+        request: Request<LookupUserRequest>,
+    ) -> Result<Response<LookupUserResponse>, Status> {
+        let identifier = only(|fields| convert::lookup(fields, request.into_inner().by))?;
+        let user = self.auth.user_by_identifier(&identifier).await?;
+        Ok(Response::new(LookupUserResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn list_users(
+        &self,
+        request: Request<ListUsersRequest>,
+    ) -> Result<Response<ListUsersResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let tier = fields.parse_optional("tier", &request.tier);
+        let filter = UserFilter {
+            tier: tier.clone().flatten(),
+            is_active: request.is_active,
+        };
+        let page = fields.page(request.page_size, &request.page_token, &filter.to_string());
+        let (_, page) = fields.finish(tier.zip(page))?;
+        let page = self.auth.users(&filter, &page).await?.map(Into::into);
+        Ok(Response::new(ListUsersResponse {
+            users: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn set_user_tier(
+        &self,
+        request: Request<SetUserTierRequest>,
+    ) -> Result<Response<SetUserTierResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let id = fields.parse("user_id", &message.user_id);
+        let tier = fields.known_tier("tier", &message.tier, self.usage.tiers());
+        let (id, tier) = fields.finish(id.zip(tier))?;
+        let user = self.auth.set_tier(id, &tier, &origin_of(&request)).await?;
+        Ok(Response::new(SetUserTierResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn enable_user(
+        &self,
+        request: Request<EnableUserRequest>,
+    ) -> Result<Response<EnableUserResponse>, Status> {
+        let id = only(|fields| fields.parse("user_id", &request.get_ref().user_id))?;
+        let user = self
+            .auth
+            .set_active(id, true, "", &origin_of(&request))
+            .await?;
+        Ok(Response::new(EnableUserResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn disable_user(
+        &self,
+        request: Request<DisableUserRequest>,
+    ) -> Result<Response<DisableUserResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let id: Option<UserId> = fields.parse("user_id", &message.user_id);
+        let reason = fields.take("reason", reason(&message.reason));
+        let (id, reason) = fields.finish(id.zip(reason))?;
+        let user = self
+            .auth
+            .set_active(id, false, reason, &origin_of(&request))
+            .await?;
+        Ok(Response::new(DisableUserResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn create_service_account(
+        &self,
+        request: Request<CreateServiceAccountRequest>,
+    ) -> Result<Response<CreateServiceAccountResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let name = fields.parse("name", &message.name);
+        let scopes = fields.take("scopes", scopes(&message.scopes));
+        let (name, scopes) = fields.finish(name.zip(scopes))?;
+        let (account, key) = self
+            .auth
+            .create_service_account(name, scopes, &origin_of(&request))
+            .await?;
+        Ok(Response::new(CreateServiceAccountResponse {
+            service_account: Some(account.into()),
+            key,
+        }))
+    }
+
+    async fn list_service_accounts(
+        &self,
+        request: Request<ListServiceAccountsRequest>,
+    ) -> Result<Response<ListServiceAccountsResponse>, Status> {
+        let request = request.into_inner();
+        let page = only(|fields| {
+            fields.page(request.page_size, &request.page_token, ServiceAccount::LIST)
+        })?;
+        let page = self.auth.service_accounts(&page).await?.map(Into::into);
+        Ok(Response::new(ListServiceAccountsResponse {
+            service_accounts: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn disable_service_account(
+        &self,
+        request: Request<DisableServiceAccountRequest>,
+    ) -> Result<Response<DisableServiceAccountResponse>, Status> {
+        let text = &request.get_ref().service_account_id;
+        let id = only(|fields| fields.parse("service_account_id", text))?;
+        let account = self
+            .auth
+            .disable_service_account(id, &origin_of(&request))
+            .await?;
+        Ok(Response::new(DisableServiceAccountResponse {
+            service_account: Some(account.into()),
+        }))
+    }
+}
+
+/// A remark for the audit trail.
+fn reason(text: &str) -> Result<&str, Violation> {
+    if text.chars().count() > 500 {
+        Err("must be at most 500 characters".into())
+    } else if text.contains('\0') {
+        Err("must not hold a NUL character".into())
+    } else {
+        Ok(text)
+    }
+}
+
+fn scopes(names: &[String]) -> Result<ScopeSet, Violation> {
+    let scopes: ScopeSet = names
+        .iter()
+        .map(|name| name.parse())
+        .collect::<Result<_, _>>()?;
+    if scopes.is_empty() {
+        Err("must hold at least one scope".into())
+    } else {
+        Ok(scopes)
+    }
+}

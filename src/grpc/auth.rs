@@ -1,0 +1,160 @@
+use chrono::Utc;
+use tonic::{Request, Response, Status};
+
+use super::{
+    access::Caller,
+    call::origin_of,
+    convert::{Fields, only, time},
+};
+use crate::{
+    auth::{Auth, InitialCredential, NewAccount},
+    error::{Credential, Error},
+    model::{Role, Violation},
+    proto::tollkeeper::auth::v1::{
+        self as pb, GetCurrentUserRequest, GetCurrentUserResponse, GetJwksRequest, GetJwksResponse,
+        LoginRequest, LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest,
+        RefreshTokensResponse, RegisterRequest, RegisterResponse, ValidateTokenRequest,
+        ValidateTokenResponse, auth_service_server::AuthService,
+    },
+    usage::Usage,
+};
+
+/// `AuthService`.
+pub(super) struct Handler {
+    pub(super) auth: Auth,
+    pub(super) usage: Usage,
+}
+
+#[tonic::async_trait]
+impl AuthService for Handler {
+    async fn register(
+        &self,
+        request: Request<RegisterRequest>,
+    ) -> Result<Response<RegisterResponse>, Status> {
+        let origin = origin_of(&request);
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let email = fields.parse("email", &request.email);
+        let username = fields.parse("username", &request.username);
+        let full_name = fields.parse("full_name", &request.full_name);
+        let password = fields.take("password", present(request.password));
+        let tier = self.usage.tiers().default_tier().name.clone();
+        let new = fields.finish((|| {
+            Some(NewAccount {
+                email: email?,
+                username: username?,
+                full_name: full_name?,
+                credential: InitialCredential::Password(password?),
+                role: Role::User,
+                tier,
+            })
+        })())?;
+        let user = self.auth.create_account(new, &origin).await?;
+        Ok(Response::new(RegisterResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn login(
+        &self,
+        request: Request<LoginRequest>,
+    ) -> Result<Response<LoginResponse>, Status> {
+        let origin = origin_of(&request);
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let identifier = fields.parse("identifier", &request.identifier);
+        let password = fields.parse("password", &request.password);
+        let (identifier, password) = fields.finish(identifier.zip(password))?;
+        let login = self
+            .auth
+            .login(&identifier, password, &origin, Utc::now())
+            .await?;
+        Ok(Response::new(LoginResponse {
+            tokens: Some(login.tokens.into()),
+            user: Some(login.user.into()),
+        }))
+    }
+
+    async fn refresh_tokens(
+        &self,
+        request: Request<RefreshTokensRequest>,
+    ) -> Result<Response<RefreshTokensResponse>, Status> {
+        let origin = origin_of(&request);
+        let request = request.into_inner();
+        let token = only(|fields| fields.take("refresh_token", present(request.refresh_token)))?;
+        let refreshed = self.auth.refresh(&token, &origin, Utc::now()).await?;
+        Ok(Response::new(RefreshTokensResponse {
+            tokens: Some(refreshed.tokens.into()),
+            repeated: refreshed.repeated,
+        }))
+    }
+
+    async fn logout(
+        &self,
+        request: Request<LogoutRequest>,
+    ) -> Result<Response<LogoutResponse>, Status> {
+        let caller = Caller::user_of(&request)?;
+        self.auth
+            .logout(caller.session_id, &origin_of(&request), Utc::now())
+            .await?;
+        Ok(Response::new(LogoutResponse {}))
+    }
+
+    async fn get_current_user(
+        &self,
+        request: Request<GetCurrentUserRequest>,
+    ) -> Result<Response<GetCurrentUserResponse>, Status> {
+        let user = self.auth.user(Caller::user_of(&request)?.id).await?;
+        Ok(Response::new(GetCurrentUserResponse {
+            user: Some(user.into()),
+        }))
+    }
+
+    async fn validate_token(
+        &self,
+        request: Request<ValidateTokenRequest>,
+    ) -> Result<Response<ValidateTokenResponse>, Status> {
+        let request = request.into_inner();
+        let token = only(|fields| fields.take("token", present(request.token)))?;
+        let now = Utc::now();
+        let validated = self.auth.validate(&token, Credential::Token, now).await?;
+        let quota = if request.include_quota {
+            Some(self.usage.quota(&validated.user, now).await?.into())
+        } else {
+            None
+        };
+        Ok(Response::new(ValidateTokenResponse {
+            user_id: validated.user.id.to_string(),
+            username: validated.user.username.into_string(),
+            tier: validated.user.tier.into_string(),
+            role: pb::Role::from(validated.user.role).into(),
+            session_id: validated.session_id.to_string(),
+            issued_at: Some(time(validated.issued_at)),
+            expires_at: Some(time(validated.expires_at)),
+            cache_for: prost_types::Duration::try_from(validated.cache_for).ok(),
+            quota,
+        }))
+    }
+
+    async fn get_jwks(
+        &self,
+        _request: Request<GetJwksRequest>,
+    ) -> Result<Response<GetJwksResponse>, Status> {
+        let keys = self.auth.public_keys();
+        let json =
+            serde_json::to_string(&serde_json::json!({"keys": keys})).map_err(Error::internal)?;
+        Ok(Response::new(GetJwksResponse {
+            keys: keys.iter().map(Into::into).collect(),
+            json,
+        }))
+    }
+}
+
+/// A text that must not be left out.
+fn present(text: String) -> Result<String, Violation> {
+    if text.is_empty() {
+        Err("must not be empty".into())
+    } else {
+        Ok(text)
+    }
+}

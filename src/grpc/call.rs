@@ -1,0 +1,234 @@
+//! What every call gets: a request id, a deadline, a log line, an explained error, and protection
+//! of the others from its panic.
+
+use std::{
+    net::IpAddr,
+    panic::AssertUnwindSafe,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header::USER_AGENT};
+use tonic::{Code, Status, body::Body, transport::server::TcpConnectInfo};
+use tower::{Layer, Service};
+use tracing::Instrument as _;
+use uuid::Uuid;
+
+use super::{access::Caller, status};
+use crate::{
+    auth::Principal,
+    model::{Actor, Origin},
+};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Methods called once per request of somebody else's traffic: their successes are no news.
+const HOT_METHODS: [&str; 4] = ["Check", "CheckQuota", "RecordUsage", "ValidateToken"];
+
+/// Where a call came from; in the extensions of every request.
+#[derive(Clone, Debug)]
+struct CallContext {
+    request_id: String,
+    address: Option<IpAddr>,
+    user_agent: String,
+}
+
+/// Who calls, from where, for the audit trail.
+pub(super) fn origin_of<T>(request: &tonic::Request<T>) -> Origin {
+    let actor = match Caller::of(request) {
+        Ok(Principal::User(user)) => Actor::User(user.id),
+        Ok(Principal::Service { id, .. }) => Actor::Service(*id),
+        Err(_) => Actor::Anonymous,
+    };
+    let context = request.extensions().get::<CallContext>().cloned();
+    Origin {
+        actor,
+        request_id: context
+            .as_ref()
+            .map(|c| c.request_id.clone())
+            .unwrap_or_default(),
+        address: context.as_ref().and_then(|c| c.address),
+        user_agent: context.map(|c| c.user_agent).unwrap_or_default(),
+    }
+}
+
+/// See the module.
+#[derive(Clone, Copy, Debug)]
+pub struct CallLayer {
+    max_deadline: Duration,
+}
+
+impl CallLayer {
+    pub fn new(max_deadline: Duration) -> Self {
+        Self { max_deadline }
+    }
+}
+
+impl<S> Layer<S> for CallLayer {
+    type Service = CallService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        CallService {
+            layer: *self,
+            inner,
+        }
+    }
+}
+
+/// See [`CallLayer`].
+#[derive(Clone, Debug)]
+pub struct CallService<S> {
+    layer: CallLayer,
+    inner: S,
+}
+
+impl<S> Service<Request<Body>> for CallService<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Send,
+    S::Future: Send + 'static,
+    S::Error: Send,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let started = Instant::now();
+        let method = request.uri().path().trim_start_matches('/').to_owned();
+        let context = CallContext {
+            request_id: request_id(request.headers()),
+            address: request
+                .extensions()
+                .get::<TcpConnectInfo>()
+                .and_then(TcpConnectInfo::remote_addr)
+                .map(|address| address.ip()),
+            user_agent: user_agent(request.headers()),
+        };
+        let request_id = context.request_id.clone();
+        let span = tracing::info_span!("call", method, request_id);
+        request.extensions_mut().insert(context);
+        let deadline = deadline(request.headers(), self.layer.max_deadline);
+        let handled = self.inner.call(request);
+        let call = async move {
+            let guarded = AssertUnwindSafe(handled).catch_unwind();
+            let mut response = match tokio::time::timeout(deadline, guarded).await {
+                Ok(Ok(handled)) => handled?,
+                Ok(Err(_panic)) => {
+                    tracing::error!("the handler panicked");
+                    status::panicked().into_http()
+                }
+                Err(_) => status::deadline_exceeded().into_http(),
+            };
+            let code = explain(&mut response);
+            if let Ok(value) = HeaderValue::from_str(&request_id) {
+                response.headers_mut().insert(REQUEST_ID, value);
+            }
+            log(&method, code, started.elapsed());
+            Ok(response)
+        };
+        Box::pin(call.instrument(span))
+    }
+}
+
+/// The caller's request id when it is sane, a new one otherwise.
+fn request_id(headers: &HeaderMap) -> String {
+    let sane =
+        |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    headers
+        .get(REQUEST_ID)
+        .and_then(|value| value.to_str().ok())
+        .filter(sane)
+        .map_or_else(|| Uuid::now_v7().to_string(), str::to_owned)
+}
+
+fn user_agent(headers: &HeaderMap) -> String {
+    let value = headers
+        .get(USER_AGENT)
+        .and_then(|value| value.to_str().ok());
+    value.unwrap_or_default().chars().take(256).collect()
+}
+
+/// The client's deadline (gRPC over HTTP/2, `grpc-timeout`) or the longest one, whichever is sooner.
+fn deadline(headers: &HeaderMap, max: Duration) -> Duration {
+    let parse = |text: &str| {
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        let value: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+        match unit {
+            "H" => Some(Duration::from_hours(value)),
+            "M" => Some(Duration::from_mins(value)),
+            "S" => Some(Duration::from_secs(value)),
+            "m" => Some(Duration::from_millis(value)),
+            "u" => Some(Duration::from_micros(value)),
+            "n" => Some(Duration::from_nanos(value)),
+            _ => None,
+        }
+    };
+    let asked = headers
+        .get("grpc-timeout")
+        .and_then(|value| value.to_str().ok())
+        .and_then(parse);
+    asked.map_or(max, |asked| asked.min(max))
+}
+
+/// The code of an answer; an error of the transport is given its details.
+fn explain(response: &mut Response<Body>) -> Code {
+    let Some(bare) = Status::from_header_map(response.headers()) else {
+        return Code::Ok;
+    };
+    if bare.code() == Code::Ok || !bare.details().is_empty() {
+        return bare.code();
+    }
+    let explained = status::explain(&bare);
+    let code = explained.code();
+    *response = explained.into_http();
+    code
+}
+
+/// One line a call. A client's mistake is the client's business; ours is an error where it arose.
+fn log(method: &str, code: Code, took: Duration) {
+    let duration_ms = took.as_secs_f64() * 1000.0;
+    let name = method.rsplit('/').next().unwrap_or_default();
+    if code == Code::Ok && HOT_METHODS.contains(&name) {
+        tracing::debug!(?code, duration_ms, "call finished");
+    } else {
+        tracing::info!(?code, duration_ms, "call finished");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: &'static str, value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(
+            HeaderName::from_static(name),
+            HeaderValue::from_str(value).expect("ASCII"),
+        )])
+    }
+
+    #[test]
+    fn request_ids_are_taken_when_sane() {
+        assert_eq!(request_id(&headers("x-request-id", "abc-123")), "abc-123");
+        for bad in ["", "with space", &"x".repeat(129)] {
+            assert_ne!(request_id(&headers("x-request-id", bad)), *bad);
+        }
+        assert_ne!(request_id(&HeaderMap::new()), request_id(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn the_sooner_deadline_holds() {
+        let max = Duration::from_secs(30);
+        let with = |text| deadline(&headers("grpc-timeout", text), max);
+        assert_eq!(with("250m"), Duration::from_millis(250));
+        assert_eq!(with("5S"), Duration::from_secs(5));
+        assert_eq!(with("1H"), max);
+        for bad in ["", "S", "5", "5X", "-5S", "123456789S"] {
+            assert_eq!(with(bad), max, "{bad}");
+        }
+    }
+}

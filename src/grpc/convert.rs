@@ -1,0 +1,403 @@
+//! Between messages and the model. Reading a message collects what is wrong with every field.
+
+use chrono::{DateTime, Utc};
+use prost_types::Timestamp;
+
+use crate::{
+    auth::{IssuedTokens, PublicKey},
+    error::{Error, FieldViolation, Result, Violations},
+    model::{
+        Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, QuotaStanding, Role,
+        ServiceAccount, TierLimits, TierName, Tiers, TokenCounts, UsageEvent, UsageRecord,
+        UsageTotals, User, UserId, Violation,
+    },
+    proto::tollkeeper::{admin, auth, usage},
+};
+
+/// Reads the fields of a message and collects what is wrong with them.
+#[derive(Default)]
+pub(super) struct Fields {
+    violations: Vec<FieldViolation>,
+}
+
+impl Fields {
+    /// Takes a field's value, or notes what is wrong with it.
+    pub(super) fn take<T>(
+        &mut self,
+        field: &str,
+        value: std::result::Result<T, Violation>,
+    ) -> Option<T> {
+        value
+            .map_err(|description| {
+                self.violations.push(FieldViolation {
+                    field: field.to_owned(),
+                    description,
+                });
+            })
+            .ok()
+    }
+
+    /// Parses a field.
+    pub(super) fn parse<T: std::str::FromStr<Err = Violation>>(
+        &mut self,
+        field: &str,
+        text: &str,
+    ) -> Option<T> {
+        self.take(field, text.parse())
+    }
+
+    /// Parses a field that may be left empty.
+    pub(super) fn parse_optional<T: std::str::FromStr<Err = Violation>>(
+        &mut self,
+        field: &str,
+        text: &str,
+    ) -> Option<Option<T>> {
+        if text.is_empty() {
+            Some(None)
+        } else {
+            self.parse(field, text).map(Some)
+        }
+    }
+
+    /// Reads the name of a configured tier; empty means the default one.
+    pub(super) fn tier(&mut self, field: &str, text: &str, tiers: &Tiers) -> Option<TierName> {
+        if text.is_empty() {
+            return Some(tiers.default_tier().name.clone());
+        }
+        self.known_tier(field, text, tiers)
+    }
+
+    /// Reads the name of a configured tier.
+    pub(super) fn known_tier(
+        &mut self,
+        field: &str,
+        text: &str,
+        tiers: &Tiers,
+    ) -> Option<TierName> {
+        let known = text
+            .parse()
+            .and_then(|name: TierName| match tiers.get(&name) {
+                Some(tier) => Ok(tier.name.clone()),
+                None => Err("must be a configured tier, see UsageService.ListTiers".into()),
+            });
+        self.take(field, known)
+    }
+
+    /// Reads `page_size` and `page_token` of a list that was asked for by `filter`.
+    pub(super) fn page<C: Cursor>(
+        &mut self,
+        page_size: i32,
+        page_token: &str,
+        filter: &str,
+    ) -> Option<PageRequest<C>> {
+        let size = self.take("page_size", PageRequest::<C>::size(page_size));
+        let after = self.take("page_token", PageRequest::after(page_token, filter));
+        Some(PageRequest {
+            size: size?,
+            after: after?,
+        })
+    }
+
+    /// The values read, if every field was right.
+    ///
+    /// # Errors
+    /// `Invalid`, naming every wrong field.
+    pub(super) fn finish<T>(self, values: Option<T>) -> Result<T> {
+        match values {
+            Some(values) if self.violations.is_empty() => Ok(values),
+            _ => Err(Error::Invalid(Violations(self.violations))),
+        }
+    }
+}
+
+/// Reads one field of a message that has no other to read.
+pub(super) fn only<T>(read: impl FnOnce(&mut Fields) -> Option<T>) -> Result<T> {
+    let mut fields = Fields::default();
+    let value = read(&mut fields);
+    fields.finish(value)
+}
+
+/// The time since the epoch that people and machines mean: 1970 to 9999.
+pub(super) fn timestamp(value: Option<Timestamp>) -> std::result::Result<DateTime<Utc>, Violation> {
+    let value = value.ok_or("must be set")?;
+    let nanos = u32::try_from(value.nanos)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000);
+    nanos
+        // To the microsecond, as the database keeps it.
+        .map(|nanos| nanos - nanos % 1000)
+        .filter(|_| (0..253_402_300_800).contains(&value.seconds))
+        .and_then(|nanos| DateTime::from_timestamp(value.seconds, nanos))
+        .ok_or_else(|| "must be a time from 1970 to 9999".into())
+}
+
+/// Reads a usage event; `field` is its path in the request.
+pub(super) fn usage_event(
+    fields: &mut Fields,
+    field: &str,
+    event: Option<usage::v1::UsageEvent>,
+) -> Option<UsageEvent> {
+    let event = fields.take(field, event.ok_or("must be set".into()))?;
+    let path = |name: &str| format!("{field}.{name}");
+    let event_id: Option<EventId> = fields.parse(&path("event_id"), &event.event_id);
+    let occurred_at = fields.take(&path("occurred_at"), timestamp(event.occurred_at));
+    let user_id: Option<UserId> = fields.parse(&path("user_id"), &event.user_id);
+    let model = fields.parse(&path("model"), &event.model);
+    let tokens = token_counts(fields, &path("tokens"), event.tokens);
+    let request_id = fields.take(&path("request_id"), request_id(event.request_id));
+    let labels = fields.take(&path("labels"), labels(event.labels.into_iter().collect()));
+    Some(UsageEvent {
+        event_id: event_id?,
+        occurred_at: occurred_at?,
+        user_id: user_id?,
+        model: model?,
+        tokens: tokens?,
+        request_id: request_id?,
+        labels: labels?,
+    })
+}
+
+fn token_counts(
+    fields: &mut Fields,
+    field: &str,
+    counts: Option<usage::v1::TokenCounts>,
+) -> Option<TokenCounts> {
+    let counts = counts.unwrap_or_default();
+    let mut count =
+        |name: &str, value: i64| fields.take(&format!("{field}.{name}"), token_count(value));
+    let (input, output) = (count("input", counts.input), count("output", counts.output));
+    let cached_input = count("cached_input", counts.cached_input);
+    let cache_write = count("cache_write", counts.cache_write);
+    let reasoning = count("reasoning", counts.reasoning);
+    let counts = TokenCounts {
+        input: input?,
+        output: output?,
+        cached_input: cached_input?,
+        cache_write: cache_write?,
+        reasoning: reasoning?,
+    };
+    let some = if counts.total() > 0 {
+        Ok(counts)
+    } else {
+        Err("must count at least one token".into())
+    };
+    fields.take(field, some)
+}
+
+/// Reads a number of tokens.
+pub(super) fn token_count(value: i64) -> std::result::Result<i64, Violation> {
+    if (0..=TokenCounts::MAX).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!("must be 0 to {}", TokenCounts::MAX).into())
+    }
+}
+
+fn request_id(text: String) -> std::result::Result<String, Violation> {
+    if text.len() <= 128 && text.bytes().all(|b| b.is_ascii_graphic()) {
+        Ok(text)
+    } else {
+        Err("must be at most 128 visible ASCII characters".into())
+    }
+}
+
+fn labels(labels: Labels) -> std::result::Result<Labels, Violation> {
+    let fits = |(key, value): (&String, &String)| {
+        (1..=64).contains(&key.len())
+            && value.len() <= 256
+            // Postgres keeps no NUL in text.
+            && !key.contains('\0')
+            && !value.contains('\0')
+    };
+    if labels.len() <= 16 && labels.iter().all(fits) {
+        Ok(labels)
+    } else {
+        Err(
+            "must be at most 16, keys of 1 to 64 and values of at most 256 bytes, without NUL"
+                .into(),
+        )
+    }
+}
+
+/// Reads the role of a user to create; unspecified means an ordinary one.
+pub(super) fn role(value: i32) -> std::result::Result<Role, Violation> {
+    match auth::v1::Role::try_from(value) {
+        Ok(auth::v1::Role::Unspecified | auth::v1::Role::User) => Ok(Role::User),
+        Ok(auth::v1::Role::Admin) => Ok(Role::Admin),
+        Err(_) => Err("must be a known role".into()),
+    }
+}
+
+/// Reads by what to look a user up.
+pub(super) fn lookup(
+    fields: &mut Fields,
+    by: Option<admin::v1::lookup_user_request::By>,
+) -> Option<Identifier> {
+    use admin::v1::lookup_user_request::By;
+    match by {
+        Some(By::Email(email)) => fields.parse("email", &email).map(Identifier::Email),
+        Some(By::Username(name)) => fields.parse("username", &name).map(Identifier::Username),
+        None => fields.take("by", Err("must hold email or username".into())),
+    }
+}
+
+impl From<User> for auth::v1::User {
+    fn from(user: User) -> Self {
+        Self {
+            id: user.id.to_string(),
+            email: user.email.into_string(),
+            username: user.username.into_string(),
+            full_name: user.full_name.into_string(),
+            tier: user.tier.into_string(),
+            tier_updated_at: Some(time(user.tier_updated_at)),
+            role: auth::v1::Role::from(user.role).into(),
+            is_active: user.is_active,
+            email_verified_at: user.email_verified_at.map(time),
+            created_at: Some(time(user.created_at)),
+            updated_at: Some(time(user.updated_at)),
+            last_login_at: user.last_login_at.map(time),
+        }
+    }
+}
+
+impl From<Role> for auth::v1::Role {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::User => Self::User,
+            Role::Admin => Self::Admin,
+        }
+    }
+}
+
+impl From<IssuedTokens> for auth::v1::Tokens {
+    fn from(tokens: IssuedTokens) -> Self {
+        Self {
+            access_token: tokens.access_token,
+            access_token_expires_at: Some(time(tokens.access_token_expires_at)),
+            refresh_token: tokens.refresh_token,
+            refresh_token_expires_at: Some(time(tokens.refresh_token_expires_at)),
+            session_id: tokens.session_id.to_string(),
+        }
+    }
+}
+
+impl From<&PublicKey> for auth::v1::Jwk {
+    fn from(key: &PublicKey) -> Self {
+        Self {
+            kty: key.kty.to_owned(),
+            kid: key.kid.clone(),
+            alg: key.alg.to_owned(),
+            r#use: key.usage.to_owned(),
+            crv: key.crv.unwrap_or_default().to_owned(),
+            x: key.x.clone().unwrap_or_default(),
+            y: key.y.clone().unwrap_or_default(),
+            n: key.n.clone().unwrap_or_default(),
+            e: key.e.clone().unwrap_or_default(),
+        }
+    }
+}
+
+impl From<ServiceAccount> for admin::v1::ServiceAccount {
+    fn from(account: ServiceAccount) -> Self {
+        Self {
+            id: account.id.to_string(),
+            name: account.name.into_string(),
+            scopes: account.scopes.names(),
+            is_active: account.is_active,
+            created_at: Some(time(account.created_at)),
+        }
+    }
+}
+
+impl From<QuotaStanding> for usage::v1::Quota {
+    fn from(standing: QuotaStanding) -> Self {
+        Self {
+            month: standing.period.to_string(),
+            limit_tokens: standing.limit_tokens.unwrap_or_default(),
+            unlimited: standing.limit_tokens.is_none(),
+            used_tokens: standing.used_tokens,
+            remaining_tokens: standing.remaining_tokens().unwrap_or_default(),
+            resets_at: Some(time(standing.period.end())),
+            tier: standing.tier.into_string(),
+        }
+    }
+}
+
+impl From<MonthlyUsage> for usage::v1::GetMonthlyUsageResponse {
+    fn from(month: MonthlyUsage) -> Self {
+        let model = |model: crate::model::ModelUsage| usage::v1::ModelUsage {
+            model: model.model.into_string(),
+            totals: Some(model.totals.into()),
+        };
+        Self {
+            user_id: month.user_id.to_string(),
+            month: month.period.to_string(),
+            totals: Some(month.totals.into()),
+            models: month.models.into_iter().map(model).collect(),
+        }
+    }
+}
+
+impl From<UsageTotals> for usage::v1::UsageTotals {
+    fn from(totals: UsageTotals) -> Self {
+        Self {
+            tokens: Some(totals.tokens.into()),
+            total_tokens: totals.tokens.total(),
+            request_count: totals.request_count,
+        }
+    }
+}
+
+impl From<TokenCounts> for usage::v1::TokenCounts {
+    fn from(counts: TokenCounts) -> Self {
+        let TokenCounts {
+            input,
+            output,
+            cached_input,
+            cache_write,
+            reasoning,
+        } = counts;
+        Self {
+            input,
+            output,
+            cached_input,
+            cache_write,
+            reasoning,
+        }
+    }
+}
+
+impl From<UsageRecord> for usage::v1::UsageRecord {
+    fn from(record: UsageRecord) -> Self {
+        let event = record.event;
+        Self {
+            event: Some(usage::v1::UsageEvent {
+                event_id: event.event_id.to_string(),
+                occurred_at: Some(time(event.occurred_at)),
+                user_id: event.user_id.to_string(),
+                model: event.model.into_string(),
+                tokens: Some(event.tokens.into()),
+                request_id: event.request_id,
+                labels: event.labels.into_iter().collect(),
+            }),
+            recorded_at: Some(time(record.recorded_at)),
+        }
+    }
+}
+
+/// A tier as listed.
+pub(super) fn tier(limits: &TierLimits, is_default: bool) -> usage::v1::Tier {
+    usage::v1::Tier {
+        name: limits.name.to_string(),
+        monthly_tokens: limits.monthly_tokens,
+        max_request_tokens: limits.max_request_tokens,
+        is_default,
+    }
+}
+
+pub(super) fn time(instant: DateTime<Utc>) -> Timestamp {
+    Timestamp {
+        seconds: instant.timestamp(),
+        nanos: i32::try_from(instant.timestamp_subsec_nanos().min(999_999_999)).unwrap_or(0),
+    }
+}

@@ -1,0 +1,80 @@
+//! The gRPC edge: who may call, what the messages mean, how errors look.
+//!
+//! A handler converts the request, makes one call inward and converts the answer; the layers do the
+//! rest. Nothing inward knows that it is called by gRPC.
+
+mod access;
+mod admin;
+mod auth;
+mod call;
+mod convert;
+pub mod health;
+mod status;
+mod usage;
+
+use std::time::Duration;
+
+use tonic::service::{Routes, RoutesBuilder};
+
+pub use access::{AccessLayer, Rules, RulesError};
+pub use call::CallLayer;
+
+use crate::{
+    auth::Auth,
+    proto::{
+        DESCRIPTOR_SET,
+        tollkeeper::{
+            admin::v1::admin_service_server::AdminServiceServer,
+            auth::v1::auth_service_server::AuthServiceServer,
+            usage::v1::usage_service_server::UsageServiceServer,
+        },
+    },
+    usage::Usage,
+};
+
+/// What a client may ask of the transport.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub max_request_bytes: usize,
+    pub max_deadline: Duration,
+}
+
+/// Every service of this server, health included and reflection by choice.
+///
+/// # Errors
+/// When the descriptor set cannot be read, which the build would have shown.
+pub fn routes(
+    auth: Auth,
+    usage: Usage,
+    health: tonic_health::server::HealthService,
+    reflection: bool,
+    bounds: Bounds,
+) -> Result<Routes, tonic_reflection::server::Error> {
+    let max = bounds.max_request_bytes;
+    let mut routes = RoutesBuilder::default();
+    let handler = auth::Handler {
+        auth: auth.clone(),
+        usage: usage.clone(),
+    };
+    routes.add_service(AuthServiceServer::new(handler).max_decoding_message_size(max));
+    let handler = usage::Handler {
+        auth: auth.clone(),
+        usage: usage.clone(),
+    };
+    routes.add_service(UsageServiceServer::new(handler).max_decoding_message_size(max));
+    let handler = admin::Handler { auth, usage };
+    routes.add_service(AdminServiceServer::new(handler).max_decoding_message_size(max));
+    routes.add_service(tonic_health::pb::health_server::HealthServer::new(health));
+    if reflection {
+        // Python's clients speak the older version only.
+        routes.add_service(reflection_builder().build_v1()?);
+        routes.add_service(reflection_builder().build_v1alpha()?);
+    }
+    Ok(routes.routes())
+}
+
+fn reflection_builder() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}

@@ -1,0 +1,148 @@
+//! From our errors to gRPC statuses, in one place.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::{
+    error::{Error, Fault},
+    proto::tollkeeper::error::v1::ErrorReason,
+};
+
+/// `ErrorInfo.domain` of every error.
+const DOMAIN: &str = "tollkeeper";
+
+/// How long to wait before trying again when the database was away.
+const OUTAGE_RETRY: Duration = Duration::from_secs(1);
+
+impl From<Error> for Status {
+    /// Logs what is the service's own fault; its cause never leaves the process.
+    fn from(error: Error) -> Self {
+        use ErrorReason as Reason;
+        let message = error.to_string();
+        match error {
+            Error::Invalid(violations) => {
+                let mut details = info(Reason::InvalidField, []);
+                for violation in violations.0 {
+                    details.add_bad_request_violation(violation.field, violation.description);
+                }
+                Self::with_error_details(Code::InvalidArgument, message, details)
+            }
+            Error::CredentialMissing => {
+                status(Code::Unauthenticated, Reason::CredentialMissing, message)
+            }
+            Error::Refused { credential, fault } => {
+                let reason = match fault {
+                    Fault::Invalid => Reason::CredentialInvalid,
+                    Fault::Expired => Reason::CredentialExpired,
+                    Fault::SessionEnded => Reason::SessionEnded,
+                    Fault::AccountDisabled => Reason::AccountDisabled,
+                    Fault::Reused => Reason::RefreshTokenReused,
+                };
+                let details = info(reason, [("credential", credential.as_str())]);
+                Self::with_error_details(Code::Unauthenticated, message, details)
+            }
+            Error::InvalidCredentials => {
+                status(Code::Unauthenticated, Reason::InvalidCredentials, message)
+            }
+            Error::CallerNotAllowed => {
+                status(Code::PermissionDenied, Reason::CallerNotAllowed, message)
+            }
+            Error::ScopeMissing(scope) => {
+                let details = info(Reason::ScopeMissing, [("scope", scope.as_str())]);
+                Self::with_error_details(Code::PermissionDenied, message, details)
+            }
+            Error::AccountDisabled => {
+                status(Code::PermissionDenied, Reason::AccountDisabled, message)
+            }
+            Error::UserNotFound => status(Code::NotFound, Reason::UserNotFound, message),
+            Error::ServiceAccountNotFound => {
+                status(Code::NotFound, Reason::ServiceAccountNotFound, message)
+            }
+            Error::AccountExists => status(Code::AlreadyExists, Reason::AccountExists, message),
+            Error::ServiceAccountExists => {
+                status(Code::AlreadyExists, Reason::ServiceAccountExists, message)
+            }
+            Error::EventConflict => status(Code::AlreadyExists, Reason::EventConflict, message),
+            Error::Overloaded { retry_after } => {
+                let mut details = info(Reason::Overloaded, []);
+                details.set_retry_info(Some(retry_after));
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
+            Error::Unavailable(cause) => {
+                tracing::warn!(cause = %chain(&*cause), "the database is unavailable");
+                let mut details = info(Reason::DatabaseUnavailable, []);
+                details.set_retry_info(Some(OUTAGE_RETRY));
+                Self::with_error_details(Code::Unavailable, message, details)
+            }
+            Error::Internal(cause) => {
+                tracing::error!(cause = %chain(&*cause), "internal error");
+                status(Code::Internal, Reason::Internal, message)
+            }
+        }
+    }
+}
+
+pub(super) fn unknown_method() -> Status {
+    status(
+        Code::Unimplemented,
+        ErrorReason::UnknownMethod,
+        "no such method",
+    )
+}
+
+pub(super) fn deadline_exceeded() -> Status {
+    status(
+        Code::DeadlineExceeded,
+        ErrorReason::DeadlineExceeded,
+        "the call took too long",
+    )
+}
+
+/// For a handler that panicked.
+pub(super) fn panicked() -> Status {
+    status(Code::Internal, ErrorReason::Internal, "internal error")
+}
+
+/// Gives a status of the transport itself the details that every error has.
+pub(super) fn explain(bare: &Status) -> Status {
+    let (code, reason) = match bare.code() {
+        Code::Unimplemented => (Code::Unimplemented, ErrorReason::UnknownMethod),
+        // How the transport says that the client's own deadline passed.
+        Code::Cancelled | Code::DeadlineExceeded => {
+            (Code::DeadlineExceeded, ErrorReason::DeadlineExceeded)
+        }
+        // The transport says INTERNAL of a message it cannot decode; that is the client's fault.
+        Code::Internal => (Code::InvalidArgument, ErrorReason::MalformedRequest),
+        Code::Unavailable => (Code::Unavailable, ErrorReason::ShuttingDown),
+        code => (code, ErrorReason::MalformedRequest),
+    };
+    status(code, reason, bare.message())
+}
+
+fn status(code: Code, reason: ErrorReason, message: impl Into<String>) -> Status {
+    Status::with_error_details(code, message, info(reason, []))
+}
+
+fn info<const N: usize>(reason: ErrorReason, metadata: [(&str, &str); N]) -> ErrorDetails {
+    let name = reason.as_str_name();
+    let name = name.strip_prefix("ERROR_REASON_").unwrap_or(name);
+    let metadata: HashMap<String, String> = metadata
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
+    ErrorDetails::with_error_info(name, DOMAIN, metadata)
+}
+
+/// An error and all that caused it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,135 @@
+use chrono::Utc;
+use tonic::{Request, Response, Status};
+
+use super::{
+    access::Caller,
+    convert::{self, Fields, only},
+};
+use crate::{
+    auth::Auth,
+    model::{Period, UserId},
+    proto::tollkeeper::usage::v1::{
+        CheckQuotaRequest, CheckQuotaResponse, GetMonthlyUsageRequest, GetMonthlyUsageResponse,
+        ListTiersRequest, ListTiersResponse, ListUsageRecordsRequest, ListUsageRecordsResponse,
+        RecordUsageRequest, RecordUsageResponse, check_quota_response, record_usage_response,
+        usage_service_server::UsageService,
+    },
+    usage::{Decision, Usage},
+};
+
+/// `UsageService`.
+pub(super) struct Handler {
+    pub(super) auth: Auth,
+    pub(super) usage: Usage,
+}
+
+#[tonic::async_trait]
+impl UsageService for Handler {
+    async fn record_usage(
+        &self,
+        request: Request<RecordUsageRequest>,
+    ) -> Result<Response<RecordUsageResponse>, Status> {
+        let event = request.into_inner().event;
+        let event = only(|fields| convert::usage_event(fields, "event", event))?;
+        self.auth.user(event.user_id).await?;
+        let recorded = self.usage.record(&event, Utc::now()).await?;
+        let outcome = if recorded {
+            record_usage_response::Outcome::Recorded
+        } else {
+            record_usage_response::Outcome::Duplicate
+        };
+        Ok(Response::new(RecordUsageResponse {
+            outcome: outcome.into(),
+        }))
+    }
+
+    async fn check_quota(
+        &self,
+        request: Request<CheckQuotaRequest>,
+    ) -> Result<Response<CheckQuotaResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let user_id: Option<UserId> = fields.parse("user_id", &request.user_id);
+        let tokens = fields.take("tokens", convert::token_count(request.tokens));
+        let (user_id, tokens) = fields.finish(user_id.zip(tokens))?;
+        let user = self.auth.user(user_id).await?;
+        let (decision, quota) = self.usage.check_quota(&user, tokens, Utc::now()).await?;
+        let decision = match decision {
+            Decision::Allowed => check_quota_response::Decision::Allowed,
+            Decision::MonthlyLimit => check_quota_response::Decision::MonthlyLimit,
+            Decision::RequestTooLarge => check_quota_response::Decision::RequestTooLarge,
+        };
+        Ok(Response::new(CheckQuotaResponse {
+            decision: decision.into(),
+            quota: Some(quota.into()),
+        }))
+    }
+
+    async fn get_monthly_usage(
+        &self,
+        request: Request<GetMonthlyUsageRequest>,
+    ) -> Result<Response<GetMonthlyUsageResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let user_id = fields.parse_optional("user_id", &message.user_id);
+        let month = fields.parse_optional("month", &message.month);
+        let (named, period) = fields.finish(user_id.zip(month))?;
+        let user_id = self.subject(&request, named).await?;
+        let period = period.unwrap_or_else(|| Period::containing(Utc::now()));
+        Ok(Response::new(
+            self.usage.month(user_id, period).await?.into(),
+        ))
+    }
+
+    async fn list_usage_records(
+        &self,
+        request: Request<ListUsageRecordsRequest>,
+    ) -> Result<Response<ListUsageRecordsResponse>, Status> {
+        let message = request.get_ref();
+        let list = format!("usage {} {}", message.user_id, message.month);
+        let mut fields = Fields::default();
+        let user_id = fields.parse_optional("user_id", &message.user_id);
+        let month = fields.parse_optional("month", &message.month);
+        let page = fields.page(message.page_size, &message.page_token, &list);
+        let ((named, period), page) = fields.finish(user_id.zip(month).zip(page))?;
+        let user_id = self.subject(&request, named).await?;
+        let page = self
+            .usage
+            .records(user_id, period, &page, &list)
+            .await?
+            .map(Into::into);
+        Ok(Response::new(ListUsageRecordsResponse {
+            records: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn list_tiers(
+        &self,
+        _request: Request<ListTiersRequest>,
+    ) -> Result<Response<ListTiersResponse>, Status> {
+        let tiers = self.usage.tiers();
+        let default = &tiers.default_tier().name;
+        let list = tiers
+            .all
+            .iter()
+            .map(|tier| convert::tier(tier, tier.name == *default))
+            .collect();
+        Ok(Response::new(ListTiersResponse { tiers: list }))
+    }
+}
+
+impl Handler {
+    /// Whose usage is asked for. A user who is named must exist.
+    async fn subject<T>(
+        &self,
+        request: &Request<T>,
+        named: Option<UserId>,
+    ) -> crate::error::Result<UserId> {
+        let subject = Caller::subject_of(request, named)?;
+        if named.is_some() {
+            self.auth.user(subject).await?;
+        }
+        Ok(subject)
+    }
+}

@@ -1,0 +1,35 @@
+//! Logs: to standard error, one event a line.
+
+use std::io::{IsTerminal as _, stderr};
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{LogFormat, LogSettings};
+
+/// Installs the process-wide subscriber.
+///
+/// # Errors
+/// What is wrong with `log.filter`.
+pub fn init(settings: &LogSettings, dev: bool) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&settings.filter)
+        .map_err(|error| format!("setting log.filter: {error}"))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(stderr)
+        .with_ansi(stderr().is_terminal());
+    let human = match settings.format {
+        LogFormat::Auto => dev,
+        LogFormat::Human => true,
+        LogFormat::Json => false,
+    };
+    let installed = if human {
+        builder.with_target(false).try_init()
+    } else {
+        builder
+            .json()
+            .flatten_event(true)
+            .with_span_list(false)
+            .try_init()
+    };
+    installed.map_err(|error| error.to_string())
+}
