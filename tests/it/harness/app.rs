@@ -1,0 +1,221 @@
+use std::net::{Ipv4Addr, SocketAddr};
+
+use tokio::{sync::oneshot, task::JoinHandle};
+use tokio_postgres::NoTls;
+use tollkeeper::{
+    auth::{InitialCredential, KeyRing, MasterKey, NewAccount, generate_key_file},
+    config::{PasswordSettings, Secret, Settings},
+    model::{Origin, Role, Scope},
+    server::{Server, ServerError},
+    store::Migrator,
+};
+use tonic::transport::{Channel, Endpoint};
+
+use super::{PASSWORD, cluster};
+
+/// A change of the settings of one server.
+pub(crate) type Overrides = fn(&mut Settings);
+
+const TEMPLATE: &str = "tollkeeper_template";
+
+/// A server in this process, on a port and a database of its own. Ends with the test.
+pub(crate) struct TestApp {
+    pub(crate) address: SocketAddr,
+    pub(crate) database_url: String,
+    /// A key of a service account with every scope.
+    pub(crate) service_key: String,
+    /// E-mail address of an administrator whose password is [`PASSWORD`].
+    pub(crate) admin_email: String,
+    /// One connection, shared by all clients that [`TestApp`] hands out.
+    pub(crate) channel: Channel,
+    server: RunningServer,
+    settings: Settings,
+}
+
+impl TestApp {
+    pub(crate) async fn spawn() -> Self {
+        Self::spawn_with(|_| {}).await
+    }
+
+    /// Spawns a server whose settings `change` has changed.
+    pub(crate) async fn spawn_with(change: Overrides) -> Self {
+        let mut settings = settings(new_database().await);
+        change(&mut settings);
+        let server = RunningServer::start(&settings)
+            .await
+            .expect("the server starts");
+        Self::introduce(server, settings).await
+    }
+
+    /// A further server on the same database: another replica.
+    pub(crate) async fn replica(&self) -> RunningServer {
+        RunningServer::start(&self.settings)
+            .await
+            .expect("the replica starts")
+    }
+
+    /// Stops the server and waits for the end, as SIGTERM would.
+    pub(crate) async fn stop(self) -> Result<(), ServerError> {
+        self.server.stop().await
+    }
+
+    /// Runs SQL on the test's database; for what no RPC can show or bring about.
+    pub(crate) async fn sql(&self, statement: &str) -> Vec<tokio_postgres::Row> {
+        let (client, connection) = tokio_postgres::connect(&self.database_url, NoTls)
+            .await
+            .expect("connected");
+        let connection = tokio::spawn(connection);
+        let rows = client.query(statement, &[]).await.expect(statement);
+        drop(client);
+        connection
+            .await
+            .expect("no panic")
+            .expect("closed in order");
+        rows
+    }
+
+    /// The one number that a statement answers.
+    pub(crate) async fn count(&self, statement: &str) -> i64 {
+        self.sql(statement).await.first().expect("one row").get(0)
+    }
+
+    async fn introduce(server: RunningServer, settings: Settings) -> Self {
+        let admin_email = "admin@example.com".to_owned();
+        let origin = Origin::operator();
+        let admin = NewAccount {
+            email: admin_email.parse().expect("valid"),
+            username: "admin".parse().expect("valid"),
+            full_name: "Administrator".parse().expect("valid"),
+            credential: InitialCredential::Password(PASSWORD.to_owned()),
+            role: Role::Admin,
+            tier: "free".parse().expect("valid"),
+        };
+        server
+            .auth
+            .create_account(admin, &origin)
+            .await
+            .expect("created");
+        let (_, service_key) = server
+            .auth
+            .create_service_account(
+                "all-scopes".parse().expect("valid"),
+                Scope::ALL.into_iter().collect(),
+                &origin,
+            )
+            .await
+            .expect("created");
+        Self {
+            address: server.address,
+            database_url: settings.database.url.expose().to_owned(),
+            service_key,
+            admin_email,
+            channel: server.channel(),
+            server,
+            settings,
+        }
+    }
+}
+
+/// A server in this process. Dropping it stops it.
+pub(crate) struct RunningServer {
+    pub(crate) address: SocketAddr,
+    pub(crate) auth: tollkeeper::auth::Auth,
+    shutdown: Option<oneshot::Sender<()>>,
+    ended: JoinHandle<Result<(), ServerError>>,
+    _keys: tempfile::TempDir,
+}
+
+impl RunningServer {
+    pub(crate) async fn start(settings: &Settings) -> Result<Self, ServerError> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (keys, master_key) = keys(settings, folder.path());
+        let server = Server::bind(settings, keys, &master_key).await?;
+        let address = server.local_addr().expect("bound");
+        let auth = server.auth().clone();
+        let (shutdown, asked) = oneshot::channel::<()>();
+        let ended = tokio::spawn(server.run(async {
+            let _ = asked.await;
+        }));
+        Ok(Self {
+            address,
+            auth,
+            shutdown: Some(shutdown),
+            ended,
+            _keys: folder,
+        })
+    }
+
+    /// A connection of its own to this server, made on first use.
+    pub(crate) fn channel(&self) -> Channel {
+        Endpoint::from_shared(format!("http://{}", self.address))
+            .expect("an address")
+            .connect_lazy()
+    }
+
+    pub(crate) async fn stop(mut self) -> Result<(), ServerError> {
+        let _ = self.shutdown.take().expect("stopped once").send(());
+        self.ended.await.expect("no panic")
+    }
+}
+
+/// Settings of a test: real everything, cheap hashes, a free port.
+fn settings(database_url: String) -> Settings {
+    let mut settings = Settings::default();
+    settings.dev = true;
+    settings.server.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    settings.database.url = Secret::new(database_url);
+    settings.database.pool_size = 8;
+    settings.password = PasswordSettings {
+        argon2_memory_kib: 64,
+        argon2_iterations: 1,
+        bcrypt_cost: 4,
+        ..PasswordSettings::default()
+    };
+    settings
+}
+
+/// One signing key in the folder that the settings name, or in one of the test's own.
+fn keys(settings: &Settings, own: &std::path::Path) -> (KeyRing, MasterKey) {
+    use tollkeeper::config::SigningAlgorithm::Hs256;
+    let auth = &settings.auth;
+    let configured = auth.key_dir.as_path();
+    let folder = if configured.as_os_str().is_empty() {
+        own
+    } else {
+        configured
+    };
+    let ring = if auth.algorithm == Hs256 {
+        KeyRing::from_secret(&auth.jwt_secret)
+    } else {
+        KeyRing::from_folder(folder, auth.algorithm).or_else(|_| {
+            generate_key_file(folder, auth.algorithm, chrono::Utc::now())?;
+            KeyRing::from_folder(folder, auth.algorithm)
+        })
+    };
+    (
+        ring.expect("a key"),
+        MasterKey::new(b"the master key of the tests, not a secret"),
+    )
+}
+
+/// A migrated database of the test's own.
+async fn new_database() -> String {
+    tokio::task::spawn_blocking(|| {
+        cluster::template_once(TEMPLATE, migrate);
+        cluster::create_from_template(TEMPLATE)
+    })
+    .await
+    .expect("no panic")
+}
+
+fn migrate(url: &str) {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(async {
+            let mut migrator = Migrator::connect(url).await.expect("connected");
+            migrator.up().expect("migrated");
+        });
+}

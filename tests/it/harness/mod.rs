@@ -1,0 +1,16 @@
+//! What every test starts from: a server of its own on a database of its own.
+//!
+//! ```ignore
+//! let app = TestApp::spawn().await;
+//! let user = app.user().tier("starter").create().await;
+//! let session = app.login(&user).await;
+//! ```
+
+mod app;
+mod client;
+pub(crate) mod cluster;
+mod user;
+
+pub(crate) use app::{Overrides, TestApp};
+pub(crate) use client::{Raw, reason};
+pub(crate) use user::{PASSWORD, TestUser};
