@@ -174,6 +174,7 @@ impl Server {
         background.shutdown().await;
         health::report(&reporter, false).await;
         sleep(settings.drain_delay).await;
+        health::dismiss(reporter).await;
         let _ = stop.send(());
         let drained = timeout(settings.drain_deadline, &mut serving).await;
         if drained.is_err() {

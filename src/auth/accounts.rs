@@ -6,17 +6,14 @@ use super::{Auth, ImportedHash};
 use crate::{
     error::{Error, Result},
     model::{
-        Email, FullName, Identifier, Origin, Page, PageRequest, Role, TierName, User, UserFilter,
-        UserId, Username,
+        Identifier, Origin, Page, PageRequest, Person, Role, TierName, User, UserFilter, UserId,
     },
     store::NewUser,
 };
 
 /// An account to create.
 pub struct NewAccount {
-    pub email: Email,
-    pub username: Username,
-    pub full_name: FullName,
+    pub person: Person,
     pub credential: InitialCredential,
     pub role: Role,
     pub tier: TierName,
@@ -50,9 +47,7 @@ impl Auth {
             InitialCredential::None => None,
         };
         let new = NewUser {
-            email: new.email,
-            username: new.username,
-            full_name: new.full_name,
+            person: new.person,
             password_hash,
             role: new.role,
             tier: new.tier,

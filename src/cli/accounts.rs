@@ -7,7 +7,7 @@ use super::{database::Database, secrets, serve::PASSWORD_CHARS};
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    model::{Origin, Role, Scope, ScopeSet, TierName, Violation},
+    model::{Origin, Person, Role, Scope, ScopeSet, TierName, Violation},
     store::{Migrator, Store},
     usage::load_tiers,
 };
@@ -73,9 +73,11 @@ pub(super) async fn users(command: UsersCommand, loaded: Loaded) -> anyhow::Resu
         (random_alphanumeric(PASSWORD_CHARS)?, false)
     };
     let new = NewAccount {
-        email: named("--email", email.parse())?,
-        username: named("--username", username.parse())?,
-        full_name: named("--full-name", full_name.parse())?,
+        person: Person {
+            email: named("--email", email.parse())?,
+            username: named("--username", username.parse())?,
+            full_name: named("--full-name", full_name.parse())?,
+        },
         credential: InitialCredential::Password(password.clone()),
         role: if admin { Role::Admin } else { Role::User },
         tier,

@@ -10,7 +10,7 @@ use super::{database::Database, secrets, write_private};
 use crate::{
     auth::{InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    model::{Origin, Role, Scope},
+    model::{Origin, Person, Role, Scope},
     server::Server,
     telemetry,
 };
@@ -83,9 +83,11 @@ async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::R
     }
     write_private(&path, &text)?;
     let admin = NewAccount {
-        email: ADMIN_EMAIL.parse().map_err(anyhow::Error::msg)?,
-        username: "admin".parse().map_err(anyhow::Error::msg)?,
-        full_name: "Administrator".parse().map_err(anyhow::Error::msg)?,
+        person: Person {
+            email: ADMIN_EMAIL.parse().map_err(anyhow::Error::msg)?,
+            username: "admin".parse().map_err(anyhow::Error::msg)?,
+            full_name: "Administrator".parse().map_err(anyhow::Error::msg)?,
+        },
         credential: InitialCredential::Password(password.clone()),
         role: Role::Admin,
         tier: server.usage().tiers().default_tier().name.clone(),

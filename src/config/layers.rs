@@ -14,7 +14,7 @@ use super::{Settings, validate};
 const SECRET_KEYS: [&str; 3] = ["database.url", "auth.jwt_secret", "auth.master_key"];
 
 /// Settings and where each came from.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Loaded {
     pub settings: Settings,
     entries: BTreeMap<String, (Value, Origin)>,
@@ -117,6 +117,13 @@ impl Loaded {
     }
 }
 
+impl fmt::Debug for Loaded {
+    /// As the settings show themselves: the entries hold secrets in the clear.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.settings.fmt(f)
+    }
+}
+
 struct Layers {
     entries: BTreeMap<String, (Value, Origin)>,
 }
@@ -172,8 +179,9 @@ impl Layers {
                 self.set_text(key, &text, origin())?;
             } else if name == "DATABASE_URL" {
                 self.set_text("database.url", &text, origin())?;
-            } else if sections.iter().any(|section| name.starts_with(section)) {
-                // Other names stay alone: an orchestrator adds its own, such as TOLLKEEPER_PORT.
+            } else if sections.iter().any(|section| name.starts_with(section))
+                && !is_service_link(&name)
+            {
                 let hint = hint(&name, keys.keys());
                 return Err(SettingsError::Unknown {
                     key: name.clone(),
@@ -255,6 +263,15 @@ impl Layers {
             entries: self.entries,
         })
     }
+}
+
+/// Whether an orchestrator made this variable: Kubernetes describes a service named
+/// `tollkeeper-server` in `TOLLKEEPER_SERVER_PORT` and the like.
+fn is_service_link(name: &str) -> bool {
+    name.ends_with("_PORT")
+        || ["_PORT_", "_SERVICE_HOST", "_SERVICE_PORT"]
+            .iter()
+            .any(|part| name.contains(part))
 }
 
 /// The environment variable of a key.
@@ -378,6 +395,7 @@ mod tests {
         let names = [
             ("TOLLKEEPER_PORT", "tcp://10.0.0.1"),
             ("TOLLKEEPER_SERVICE_HOST", "10.0.0.1"),
+            ("TOLLKEEPER_SERVER_PORT_50051_TCP", "tcp://10.0.0.1"),
         ];
         assert!(load(&[], env(&names), None).is_ok());
     }
@@ -389,5 +407,6 @@ mod tests {
             load(&[], env(&[("TOLLKEEPER_AUTH_MASTER_KEY", secret)]), None).expect("valid");
         let shown: String = loaded.describe().map(|(_, value, _)| value).collect();
         assert!(!shown.contains("THE-SECRET"));
+        assert!(!format!("{loaded:?}").contains("THE-SECRET"));
     }
 }

@@ -35,9 +35,12 @@ impl AdminService for Handler {
         let origin = origin_of(&request);
         let request = request.into_inner();
         let mut fields = Fields::default();
-        let email = fields.parse("email", &request.email);
-        let username = fields.parse("username", &request.username);
-        let full_name = fields.parse("full_name", &request.full_name);
+        let person = convert::person(
+            &mut fields,
+            &request.email,
+            &request.username,
+            &request.full_name,
+        );
         let credential = match request.credential {
             Some(Credential::Password(password)) => Some(InitialCredential::Password(password)),
             Some(Credential::PasswordHash(hash)) => fields
@@ -47,16 +50,14 @@ impl AdminService for Handler {
         };
         let tier = fields.tier("tier", &request.tier, self.usage.tiers());
         let role = fields.take("role", convert::role(request.role));
-        let new = fields.finish((|| {
-            Some(NewAccount {
-                email: email?,
-                username: username?,
-                full_name: full_name?,
-                credential: credential?,
-                role: role?,
-                tier: tier?,
-            })
-        })())?;
+        let read = person.zip(credential).zip(role.zip(tier));
+        let ((person, credential), (role, tier)) = fields.finish(read)?;
+        let new = NewAccount {
+            person,
+            credential,
+            role,
+            tier,
+        };
         let user = self.auth.create_account(new, &origin).await?;
         Ok(Response::new(CreateUserResponse {
             user: Some(user.into()),

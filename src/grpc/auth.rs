@@ -4,7 +4,7 @@ use tonic::{Request, Response, Status};
 use super::{
     access::Caller,
     call::origin_of,
-    convert::{Fields, only, time},
+    convert::{self, Fields, only, time},
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
@@ -34,21 +34,21 @@ impl AuthService for Handler {
         let origin = origin_of(&request);
         let request = request.into_inner();
         let mut fields = Fields::default();
-        let email = fields.parse("email", &request.email);
-        let username = fields.parse("username", &request.username);
-        let full_name = fields.parse("full_name", &request.full_name);
+        let person = convert::person(
+            &mut fields,
+            &request.email,
+            &request.username,
+            &request.full_name,
+        );
         let password = fields.take("password", present(request.password));
         let tier = self.usage.tiers().default_tier().name.clone();
-        let new = fields.finish((|| {
-            Some(NewAccount {
-                email: email?,
-                username: username?,
-                full_name: full_name?,
-                credential: InitialCredential::Password(password?),
-                role: Role::User,
-                tier,
-            })
-        })())?;
+        let (person, password) = fields.finish(person.zip(password))?;
+        let new = NewAccount {
+            person,
+            credential: InitialCredential::Password(password),
+            role: Role::User,
+            tier,
+        };
         let user = self.auth.create_account(new, &origin).await?;
         Ok(Response::new(RegisterResponse {
             user: Some(user.into()),

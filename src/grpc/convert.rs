@@ -7,8 +7,8 @@ use crate::{
     auth::{IssuedTokens, PublicKey},
     error::{Error, FieldViolation, Result, Violations},
     model::{
-        Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, QuotaStanding, Role,
-        ServiceAccount, TierLimits, TierName, Tiers, TokenCounts, UsageEvent, UsageRecord,
+        Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, Person, QuotaStanding,
+        Role, ServiceAccount, TierLimits, TierName, Tiers, TokenCounts, UsageEvent, UsageRecord,
         UsageTotals, User, UserId, Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
@@ -217,6 +217,23 @@ fn labels(labels: Labels) -> std::result::Result<Labels, Violation> {
                 .into(),
         )
     }
+}
+
+/// Reads who a new account is for.
+pub(super) fn person(
+    fields: &mut Fields,
+    email: &str,
+    username: &str,
+    full_name: &str,
+) -> Option<Person> {
+    let email = fields.parse("email", email);
+    let username = fields.parse("username", username);
+    let full_name = fields.parse("full_name", full_name);
+    Some(Person {
+        email: email?,
+        username: username?,
+        full_name: full_name?,
+    })
 }
 
 /// Reads the role of a user to create; unspecified means an ordinary one.

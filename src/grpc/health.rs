@@ -36,6 +36,13 @@ pub async fn report(reporter: &HealthReporter, serving: bool) {
     }
 }
 
+/// Ends the streams of those who watch: they would keep their connections, and so the server, open.
+pub async fn dismiss(mut reporter: HealthReporter) {
+    for service in SERVICES {
+        reporter.clear_service_status(service).await;
+    }
+}
+
 /// Reports as serving while `database` answers a sign of life; runs until dropped.
 pub async fn follow<E>(database: impl AsyncFn() -> Result<(), E>, reporter: HealthReporter) {
     let mut serving = false;

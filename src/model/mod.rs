@@ -28,7 +28,7 @@ pub use usage::{
     Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent, UsageRecord,
     UsageTotals,
 };
-pub use user::{Role, User, UserFilter};
+pub use user::{Person, Role, User, UserFilter};
 
 /// What is wrong with a value, as a sentence that ends an error message: "must be …".
 pub type Violation = std::borrow::Cow<'static, str>;

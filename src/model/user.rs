@@ -24,6 +24,14 @@ pub struct User {
     pub last_login_at: Option<DateTime<Utc>>,
 }
 
+/// Who an account is for, by the names that they chose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Person {
+    pub email: Email,
+    pub username: Username,
+    pub full_name: FullName,
+}
+
 /// What a user may do beside their own affairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {

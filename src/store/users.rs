@@ -17,17 +17,15 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Email, FullName, Identifier, Origin, Page, PageRequest, Role,
-        TierName, User, UserFilter, UserId, Username,
+        AuditAction, AuditEvent, Identifier, Origin, Page, PageRequest, Person, Role, TierName,
+        User, UserFilter, UserId,
     },
 };
 
 /// A user to create.
 #[derive(Clone, Debug)]
 pub struct NewUser {
-    pub email: Email,
-    pub username: Username,
-    pub full_name: FullName,
+    pub person: Person,
     /// `None`: cannot log in by password.
     pub password_hash: Option<String>,
     pub role: Role,
@@ -46,9 +44,9 @@ impl Store {
     pub async fn user_insert(&self, new: &NewUser, origin: &Origin) -> Result<User> {
         let row = NewUserRow {
             id: UserId::new().0,
-            email: new.email.as_str(),
-            username: new.username.as_str(),
-            full_name: new.full_name.as_str(),
+            email: new.person.email.as_str(),
+            username: new.person.username.as_str(),
+            full_name: new.person.full_name.as_str(),
             password_hash: new.password_hash.as_deref(),
             role: new.role.as_str(),
             tier: new.tier.as_str(),

@@ -5,7 +5,7 @@ use tokio_postgres::NoTls;
 use tollkeeper::{
     auth::{InitialCredential, KeyRing, MasterKey, NewAccount, generate_key_file},
     config::{PasswordSettings, Secret, Settings},
-    model::{Origin, Role, Scope},
+    model::{Origin, Person, Role, Scope},
     server::{Server, ServerError},
     store::Migrator,
 };
@@ -83,9 +83,11 @@ impl TestApp {
         let admin_email = "admin@example.com".to_owned();
         let origin = Origin::operator();
         let admin = NewAccount {
-            email: admin_email.parse().expect("valid"),
-            username: "admin".parse().expect("valid"),
-            full_name: "Administrator".parse().expect("valid"),
+            person: Person {
+                email: admin_email.parse().expect("valid"),
+                username: "admin".parse().expect("valid"),
+                full_name: "Administrator".parse().expect("valid"),
+            },
             credential: InitialCredential::Password(PASSWORD.to_owned()),
             role: Role::Admin,
             tier: "free".parse().expect("valid"),
