@@ -13,9 +13,6 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::{PASSWORD, cluster};
 
-/// A change of the settings of one server.
-pub(crate) type Overrides = fn(&mut Settings);
-
 const TEMPLATE: &str = "tollkeeper_template";
 
 /// A server in this process, on a port and a database of its own. Ends with the test.
@@ -38,7 +35,7 @@ impl TestApp {
     }
 
     /// Spawns a server whose settings `change` has changed.
-    pub(crate) async fn spawn_with(change: Overrides) -> Self {
+    pub(crate) async fn spawn_with(change: impl FnOnce(&mut Settings)) -> Self {
         let mut settings = settings(new_database().await);
         change(&mut settings);
         let server = RunningServer::start(&settings)

@@ -9,8 +9,11 @@
 mod app;
 mod client;
 pub(crate) mod cluster;
+mod proxy;
 mod user;
+mod wait;
 
-pub(crate) use app::{Overrides, TestApp};
+pub(crate) use app::{RunningServer, TestApp};
 pub(crate) use client::{Raw, reason};
 pub(crate) use user::{PASSWORD, TestUser};
+pub(crate) use wait::eventually;

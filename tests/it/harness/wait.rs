@@ -1,0 +1,18 @@
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// Longest wait for what has to come; generous, since the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+/// Names `what` did not come in time.
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
