@@ -86,10 +86,15 @@ impl UsageService for Handler {
         request: Request<ListUsageRecordsRequest>,
     ) -> Result<Response<ListUsageRecordsResponse>, Status> {
         let message = request.get_ref();
-        let list = format!("usage {} {}", message.user_id, message.month);
         let mut fields = Fields::default();
         let user_id = fields.parse_optional("user_id", &message.user_id);
         let month = fields.parse_optional("month", &message.month);
+        // An empty user_id is another list for every caller.
+        let subject = match user_id {
+            Some(named) => Some(Caller::subject_of(&request, named)?),
+            None => None,
+        };
+        let list = format!("usage {subject:?} {}", message.month);
         let page = fields.page(message.page_size, &message.page_token, &list);
         let ((named, period), page) = fields.finish(user_id.zip(month).zip(page))?;
         let user_id = self.subject(&request, named).await?;
