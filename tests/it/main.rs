@@ -7,3 +7,4 @@
 
 mod harness;
 mod smoke;
+mod usage;
