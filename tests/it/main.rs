@@ -6,5 +6,6 @@
 )]
 
 mod harness;
+mod schema;
 mod smoke;
 mod usage;
