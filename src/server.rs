@@ -5,7 +5,7 @@ use std::{future::Future, io, net::SocketAddr, time::Duration};
 use chrono::Utc;
 use tokio::{
     net::TcpListener,
-    sync::oneshot,
+    sync::{oneshot, watch},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -23,6 +23,9 @@ use crate::{
     tasks,
     usage::{TiersError, Usage, load_tiers},
 };
+
+/// How long the answers to calls that were cut may take to leave.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Why a server did not start or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -139,11 +142,12 @@ impl Server {
             bounds,
         )?;
         let (stop, stopped) = oneshot::channel::<()>();
+        let (cut, cut_asked) = watch::channel(false);
         let serving = tonic::transport::Server::builder()
             .max_concurrent_streams(settings.max_streams)
             .http2_keepalive_interval(Some(Duration::from_secs(30)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-            .layer(CallLayer::new(bounds.max_deadline))
+            .layer(CallLayer::new(bounds.max_deadline, cut_asked))
             .layer(AccessLayer::new(auth, rules))
             .add_routes(routes)
             .serve_with_incoming_shutdown(
@@ -174,11 +178,16 @@ impl Server {
         background.shutdown().await;
         health::report(&reporter, false).await;
         sleep(settings.drain_delay).await;
-        health::dismiss(reporter).await;
         let _ = stop.send(());
-        let drained = timeout(settings.drain_deadline, &mut serving).await;
+        health::end_watches(reporter).await;
+        let mut drained = timeout(settings.drain_deadline, &mut serving).await;
         if drained.is_err() {
             warn!("calls were still in flight at the deadline");
+            // Connections are tasks of their own and outlive the listener: their calls are told.
+            cut.send_replace(true);
+            drained = timeout(LAST_WORDS, &mut serving).await;
+        }
+        if drained.is_err() {
             serving.abort();
         }
         store.close();

@@ -10,6 +10,7 @@ use std::{
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header::USER_AGENT};
+use tokio::sync::watch;
 use tonic::{Code, Status, body::Body, transport::server::TcpConnectInfo};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
@@ -54,14 +55,16 @@ pub(super) fn origin_of<T>(request: &tonic::Request<T>) -> Origin {
 }
 
 /// See the module.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct CallLayer {
     max_deadline: Duration,
+    cut: watch::Receiver<bool>,
 }
 
 impl CallLayer {
-    pub fn new(max_deadline: Duration) -> Self {
-        Self { max_deadline }
+    /// Calls are answered `SHUTTING_DOWN` once `cut` turns true.
+    pub fn new(max_deadline: Duration, cut: watch::Receiver<bool>) -> Self {
+        Self { max_deadline, cut }
     }
 }
 
@@ -70,7 +73,7 @@ impl<S> Layer<S> for CallLayer {
 
     fn layer(&self, inner: S) -> Self::Service {
         CallService {
-            layer: *self,
+            layer: self.clone(),
             inner,
         }
     }
@@ -113,16 +116,21 @@ where
         let span = tracing::info_span!("call", method, request_id);
         request.extensions_mut().insert(context);
         let deadline = deadline(request.headers(), self.layer.max_deadline);
+        let mut cut = self.layer.cut.clone();
         let handled = self.inner.call(request);
         let call = async move {
             let guarded = AssertUnwindSafe(handled).catch_unwind();
-            let mut response = match tokio::time::timeout(deadline, guarded).await {
-                Ok(Ok(handled)) => handled?,
-                Ok(Err(_panic)) => {
-                    tracing::error!("the handler panicked");
-                    status::panicked().into_http()
-                }
-                Err(_) => status::deadline_exceeded().into_http(),
+            let mut response = tokio::select! {
+                outcome = tokio::time::timeout(deadline, guarded) => match outcome {
+                    Ok(Ok(handled)) => handled?,
+                    Ok(Err(_panic)) => {
+                        tracing::error!("the handler panicked");
+                        status::panicked().into_http()
+                    }
+                    Err(_) => status::deadline_exceeded().into_http(),
+                },
+                // An error means that nobody can cut any more.
+                Ok(_) = cut.wait_for(|cut| *cut) => status::shutting_down().into_http(),
             };
             let code = explain(&mut response);
             if let Ok(value) = HeaderValue::from_str(&request_id) {

@@ -36,8 +36,8 @@ pub async fn report(reporter: &HealthReporter, serving: bool) {
     }
 }
 
-/// Ends the streams of those who watch: they would keep their connections, and so the server, open.
-pub async fn dismiss(mut reporter: HealthReporter) {
+/// Ends every watch: one that goes on would keep its connection, and with it the server, open.
+pub async fn end_watches(mut reporter: HealthReporter) {
     for service in SERVICES {
         reporter.clear_service_status(service).await;
     }

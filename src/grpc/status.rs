@@ -13,7 +13,7 @@ use crate::{
 /// `ErrorInfo.domain` of every error.
 const DOMAIN: &str = "tollkeeper";
 
-/// How long to wait before trying again when the database was away.
+/// How long to wait before trying again when the database or the server was away.
 const OUTAGE_RETRY: Duration = Duration::from_secs(1);
 
 impl From<Error> for Status {
@@ -98,6 +98,14 @@ pub(super) fn deadline_exceeded() -> Status {
         ErrorReason::DeadlineExceeded,
         "the call took too long",
     )
+}
+
+/// For a call that was still in flight at the end of the drain.
+pub(super) fn shutting_down() -> Status {
+    let mut details = info(ErrorReason::ShuttingDown, []);
+    details.set_retry_info(Some(OUTAGE_RETRY));
+    let message = "the server is shutting down";
+    Status::with_error_details(Code::Unavailable, message, details)
 }
 
 /// For a handler that panicked.
