@@ -6,6 +6,7 @@
 )]
 
 mod harness;
+mod outage;
 mod schema;
 mod smoke;
 mod usage;

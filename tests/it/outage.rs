@@ -1,0 +1,107 @@
+//! What callers see when the database, the network or the server itself goes away.
+
+mod database;
+mod drain;
+mod network;
+
+use std::time::Duration;
+
+use tokio::{task::JoinHandle, time::timeout};
+use tokio_postgres::{Client, NoTls};
+use tollkeeper::proto::tollkeeper::usage::v1::{UsageEvent, record_usage_response::Outcome};
+use tonic::{Code, Status, transport::Channel};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tonic_types::StatusExt as _;
+
+use crate::{
+    harness::{TestApp, eventually, reason},
+    usage::{event, record_through},
+};
+
+/// Words of the machinery; none is for callers.
+const INTERNALS: [&str; 16] = [
+    "select",
+    "insert",
+    "update",
+    "usage_records",
+    "monthly_usage",
+    "postgres",
+    "psql",
+    "socket",
+    "diesel",
+    "deadpool",
+    "pool",
+    "tokio",
+    "server closed",
+    "connection",
+    "terminating",
+    "statement",
+];
+
+/// Asserts that a call failed because the database was away, and says so as documented.
+fn assert_database_unavailable(status: &Status) {
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert_eq!(reason(status), "DATABASE_UNAVAILABLE");
+    let retry = status.get_details_retry_info().expect("RetryInfo");
+    assert!(retry.retry_delay.expect("a delay") > Duration::ZERO);
+    assert_tells_nothing(status, &[]);
+}
+
+/// Asserts that neither message nor details show SQL, driver text or `secrets`.
+fn assert_tells_nothing(status: &Status, secrets: &[&str]) {
+    let details = String::from_utf8_lossy(status.details()).to_lowercase();
+    // "the database is unavailable" is what callers are told instead.
+    let text = format!("{} {details}", status.message().to_lowercase());
+    for word in INTERNALS.iter().chain(secrets) {
+        assert!(!text.contains(word), "{word} in {text}");
+    }
+}
+
+/// A session past the pool that holds a table, so that calls writing to it hang.
+struct Blocker {
+    client: Client,
+}
+
+impl Blocker {
+    async fn lock(app: &TestApp, table: &str) -> Self {
+        let connected = tokio_postgres::connect(&app.database_url, NoTls).await;
+        let (client, connection) = connected.unwrap();
+        tokio::spawn(connection);
+        let lock = format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
+        client.batch_execute(&lock).await.unwrap();
+        Self { client }
+    }
+
+    /// Waits until `calls` calls hang.
+    async fn hold_up(&self, app: &TestApp, calls: i64) {
+        // Over another session: inside a transaction, this view never changes.
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        eventually("calls hang", async || app.count(waiting).await >= calls).await;
+    }
+
+    async fn release(self) {
+        self.client.batch_execute("COMMIT").await.unwrap();
+    }
+}
+
+/// Starts to book an event, on a connection and a task of its own.
+fn start_recording(app: &TestApp, event: UsageEvent) -> JoinHandle<Result<Outcome, Status>> {
+    let (channel, key) = (app.channel.clone(), app.service_key.clone());
+    tokio::spawn(async move { record_through(&channel, &key, &event).await })
+}
+
+async fn health(channel: &Channel) -> Result<ServingStatus, Status> {
+    let request = HealthCheckRequest::default();
+    let answer = HealthClient::new(channel.clone()).check(request).await?;
+    Ok(answer.into_inner().status())
+}
+
+async fn eventually_reports(channel: &Channel, status: ServingStatus) {
+    eventually(status.as_str_name(), async || {
+        health(channel).await.is_ok_and(|current| current == status)
+    })
+    .await;
+}

@@ -1,0 +1,168 @@
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use super::*;
+
+/// Ends every connection of the servers under test, as an administrator of Postgres would.
+const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+     WHERE datname = current_database() AND application_name = 'tollkeeper'";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn terminated_connections_cost_retries_and_nothing_else() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let enough = Arc::new(AtomicBool::new(false));
+    let load: Vec<_> = (0..12)
+        .map(|_| {
+            let (channel, key) = (app.channel.clone(), app.service_key.clone());
+            let (user_id, enough) = (user.id.clone(), enough.clone());
+            tokio::spawn(async move {
+                let (mut events, mut failures) = (Vec::new(), Vec::new());
+                while !enough.load(Ordering::Relaxed) {
+                    let event = event(&user_id);
+                    // The client's side of the contract: the same event until it succeeds.
+                    while let Err(status) = record_through(&channel, &key, &event).await {
+                        failures.push(status);
+                    }
+                    events.push(event);
+                }
+                (events, failures)
+            })
+        })
+        .collect();
+    let booked = "SELECT count(*) FROM usage_records";
+    for round in 1..=10 {
+        eventually("the load goes on", async || {
+            app.count(booked).await >= round * 20
+        })
+        .await;
+        app.sql(TERMINATE).await;
+    }
+    enough.store(true, Ordering::Relaxed);
+    let (mut events, mut failures) = (0, Vec::new());
+    for load in load {
+        let (booked, failed) = load.await.unwrap();
+        events += i64::try_from(booked.len()).unwrap();
+        failures.extend(failed);
+    }
+    assert!(!failures.is_empty(), "nothing was hit");
+    for status in &failures {
+        assert_database_unavailable(status);
+    }
+    app.assert_books_balance(events).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_connections_that_were_terminated_are_replaced_unnoticed() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let all: Vec<_> = (0..8)
+        .map(|_| start_recording(&app, event(&user.id)))
+        .collect();
+    for call in all {
+        call.await.unwrap().unwrap();
+    }
+    app.sql(TERMINATE).await;
+    let alive = "SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name = 'tollkeeper'
+             AND state_change < now() - interval '1 second'";
+    eventually("the old are gone", async || app.count(alive).await == 0).await;
+    // The news may reach the pool a moment after the server has forgotten the session.
+    eventually("calls succeed", async || {
+        app.record(&event(&user.id)).await.is_ok()
+    })
+    .await;
+    for _ in 0..20 {
+        app.record(&event(&user.id)).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_over_its_time_is_unavailable_and_books_nothing() {
+    let app = TestApp::spawn_with(|settings| {
+        settings.database.statement_timeout = Duration::from_millis(200);
+    })
+    .await;
+    let user = app.user().create().await;
+    for table in ["usage_records", "monthly_usage", "monthly_model_usage"] {
+        let blocker = Blocker::lock(&app, table).await;
+        let failed = app.record(&event(&user.id)).await.unwrap_err();
+        assert_database_unavailable(&failed);
+        blocker.release().await;
+        app.assert_books_balance(0).await;
+    }
+    app.record(&event(&user.id)).await.unwrap();
+    app.assert_books_balance(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_call_books_all_or_nothing_and_gives_its_connection_back() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let events: Vec<_> = (0..8).map(|_| event(&user.id)).collect();
+    for _ in 0..3 {
+        let blocker = Blocker::lock(&app, "monthly_usage").await;
+        let calls: Vec<_> = events
+            .iter()
+            .map(|event| start_recording(&app, event.clone()))
+            .collect();
+        // As many as the pool has connections.
+        blocker.hold_up(&app, 8).await;
+        for call in &calls {
+            call.abort();
+        }
+        for call in calls {
+            assert!(call.await.unwrap_err().is_cancelled());
+        }
+        blocker.release().await;
+        let open = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+             AND application_name = 'tollkeeper' AND state <> 'idle'";
+        eventually("no transaction is left open", async || {
+            app.count(open).await == 0
+        })
+        .await;
+        let booked = app.count("SELECT count(*) FROM usage_records").await;
+        app.assert_books_balance(booked).await;
+    }
+    let calls: Vec<_> = events
+        .iter()
+        .map(|event| start_recording(&app, event.clone()))
+        .collect();
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    app.assert_books_balance(8).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_cancelled_at_any_moment_book_all_or_nothing() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let events: Vec<_> = (0..60).map(|_| event(&user.id)).collect();
+    for (n, event) in (0..).zip(&events) {
+        let call = start_recording(&app, event.clone());
+        let cancel = timeout(Duration::from_micros(n * 150), async {
+            std::future::pending::<()>().await;
+        });
+        let _ = cancel.await;
+        call.abort();
+    }
+    for event in &events {
+        app.record(event).await.unwrap();
+    }
+    app.assert_books_balance(60).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_ours_shows_nothing_of_its_cause() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    app.sql("DROP TABLE monthly_usage").await;
+    let failed = app.record(&event(&user.id)).await.unwrap_err();
+    assert_eq!(failed.code(), Code::Internal);
+    assert_eq!(reason(&failed), "INTERNAL");
+    assert_eq!(failed.message(), "internal error");
+    assert_tells_nothing(&failed, &[]);
+}
