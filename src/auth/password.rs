@@ -353,9 +353,31 @@ mod tests {
         }
     }
 
-    /// Vectors made by Python: bcrypt 4, passlib 1.7 and argon2-cffi 25, for `correct horse`.
+    /// Made by Python, with bcrypt 4.0, argon2-cffi 25.1 and passlib 1.7.
     #[test]
-    fn weaker_and_foreign_hashes_are_outdated() {
+    fn hashes_of_other_systems_are_imported_verified_and_outdated() {
+        for foreign in [
+            "$2b$04$9dBEZ2HpoiKFWz3mlWUcLe23YxjQgfL1O4O1s1FHCWYV9mBzYoKgK",
+            "$2a$04$xYDZ8euaeIyC62eqL9vrIe4EhpKiqsGphez6tr7fV3eACClF5NRSO",
+            "$2y$04$pUrKzu/aDDlI46Q0VF1avOH3s44r2uTJufw4T3EPcea1o4CQhUMn.",
+            "$argon2id$v=19$m=32,t=1,p=2$bONNoctdk4DDHLrPTL7itQ$xGJkCqdz/PsZMY236mIZFfD8V0xE4bArg1jcIMnK4Zc",
+            "$argon2i$v=19$m=32,t=1,p=2$HWKMNEoYWN0AaDl7l1DwOw$857nPYpnT4DBs33ds/2UTXGosPdj68K5Kow7bkJImls",
+            "$argon2d$v=19$m=32,t=1,p=2$a0biISOr/YgRi/nmQG3xNw$PUIHevdZCDXZX/YZFclWQi/L5HSb2ZZi4Qpd+nvYeDo",
+            "$5$rounds=1000$yGMREI97klsu7HfK$g9.IXGiJF9Pa/sd5rdD.NgbAS//M5IyfkcMjiRlUsn7",
+            "$6$rounds=1000$jKWrP5bFLocK66er$rwT5cCIU/pSCrHoL84NUuZWVAbU812lsa./haYOgzSf/GjjSpfLjoGLCAz7mJE5vB3SPDkSF3WyHKabGAVJeH0",
+            "$6$uirfD9kY9r.voz6y$9Z3DRNkjGybUWPvDjBbyPGRUXmDnAaUfRJSaJleFepbPbKgq8cBvUV2IoGAARK7omBE.YXiw9IzaOSjxpjogn.",
+        ] {
+            assert!(foreign.parse::<ImportedHash>().is_ok(), "{foreign}");
+            assert!(verify("correct horse", foreign), "{foreign}");
+            assert!(!verify("correct horsf", foreign), "{foreign}");
+            let settings = PasswordSettings::default();
+            let scheme = Scheme::of(foreign).expect("known");
+            assert!(scheme.is_outdated(&settings), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn weaker_hashes_and_those_of_another_scheme_are_outdated() {
         let argon2id = cheap(PasswordScheme::Argon2id);
         let bcrypt = cheap(PasswordScheme::Bcrypt);
         let weak = hash(&argon2id, "x").expect("hashed");
