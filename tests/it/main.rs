@@ -5,6 +5,7 @@
     reason = "a test that cannot go on has failed and says where"
 )]
 
+mod auth;
 mod harness;
 mod outage;
 mod schema;

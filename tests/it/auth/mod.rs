@@ -1,0 +1,154 @@
+//! Accounts, logins, sessions, keys and the trail they leave: `AuthService` and `AdminService`.
+
+mod accounts;
+mod keys;
+mod login;
+mod own_account;
+mod python;
+mod python_hashes;
+mod refresh;
+mod refresh_races;
+mod register;
+mod service_accounts;
+mod timing;
+mod users;
+mod validate;
+
+use std::{fmt::Debug, time::Duration};
+
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::{DisableUserRequest, EnableUserRequest, SetUserTierRequest},
+    auth::v1::{
+        LogoutRequest, RefreshTokensRequest, RefreshTokensResponse, User, ValidateTokenRequest,
+        ValidateTokenResponse, auth_service_client::AuthServiceClient,
+    },
+};
+use tonic::{Code, Status, transport::Channel};
+use tonic_types::StatusExt as _;
+
+use crate::harness::{TestApp, TestUser, reason};
+
+/// Asserts code and reason of a refusal and hands it on.
+#[track_caller]
+fn assert_refused<T: Debug>(outcome: Result<T, Status>, code: Code, why: &str) -> Status {
+    let status = outcome.expect_err(why);
+    assert_eq!(
+        (status.code(), &*reason(&status)),
+        (code, why),
+        "{status:?}"
+    );
+    status
+}
+
+/// Asserts that a request was refused for exactly these fields.
+#[track_caller]
+fn assert_invalid<T: Debug>(outcome: Result<T, Status>, fields: &[&str]) {
+    let status = assert_refused(outcome, Code::InvalidArgument, "INVALID_FIELD");
+    let violations = status.get_details_bad_request().expect("a BadRequest");
+    let named: Vec<&str> = violations
+        .field_violations
+        .iter()
+        .map(|violation| &*violation.field)
+        .collect();
+    assert_eq!(named, fields);
+}
+
+/// Which credential a refusal is about.
+fn credential(status: &Status) -> String {
+    let mut info = status.get_details_error_info().expect("an ErrorInfo");
+    info.metadata.remove("credential").unwrap_or_default()
+}
+
+/// All that a client can tell two refusals apart by.
+fn visible(status: &Status) -> (Code, &str, &[u8]) {
+    (status.code(), status.message(), status.details())
+}
+
+async fn refresh(app: &TestApp, token: &str) -> Result<RefreshTokensResponse, Status> {
+    refresh_over(app.channel.clone(), token).await
+}
+
+async fn refresh_over(channel: Channel, token: &str) -> Result<RefreshTokensResponse, Status> {
+    let request = RefreshTokensRequest {
+        refresh_token: token.to_owned(),
+    };
+    let response = AuthServiceClient::new(channel)
+        .refresh_tokens(request)
+        .await?;
+    Ok(response.into_inner())
+}
+
+async fn validate(app: &TestApp, token: &str) -> Result<ValidateTokenResponse, Status> {
+    validate_over(app.channel.clone(), &app.service_key, token).await
+}
+
+async fn validate_over(
+    channel: Channel,
+    service_key: &str,
+    token: &str,
+) -> Result<ValidateTokenResponse, Status> {
+    let mut request = tonic::Request::new(ValidateTokenRequest {
+        token: token.to_owned(),
+        include_quota: false,
+    });
+    let bearer = format!("Bearer {service_key}").parse().expect("ASCII");
+    request.metadata_mut().insert("authorization", bearer);
+    let response = AuthServiceClient::new(channel)
+        .validate_token(request)
+        .await?;
+    Ok(response.into_inner())
+}
+
+async fn logout(app: &TestApp, access_token: &str) {
+    app.auth(access_token)
+        .logout(LogoutRequest {})
+        .await
+        .expect("logged out");
+}
+
+async fn disable(app: &TestApp, user: &TestUser) -> User {
+    let request = DisableUserRequest {
+        user_id: user.id.clone(),
+        reason: "a test".to_owned(),
+    };
+    let answer = app.admin(&app.service_key).disable_user(request).await;
+    answer.expect("disabled").into_inner().user.expect("a user")
+}
+
+async fn enable(app: &TestApp, user: &TestUser) -> User {
+    let request = EnableUserRequest {
+        user_id: user.id.clone(),
+    };
+    let answer = app.admin(&app.service_key).enable_user(request).await;
+    answer.expect("enabled").into_inner().user.expect("a user")
+}
+
+async fn set_tier(app: &TestApp, user: &TestUser, tier: &str) -> User {
+    let request = SetUserTierRequest {
+        user_id: user.id.clone(),
+        tier: tier.to_owned(),
+    };
+    let answer = app.admin(&app.service_key).set_user_tier(request).await;
+    answer.expect("set").into_inner().user.expect("a user")
+}
+
+/// The stored password hash of a user.
+async fn stored_hash(app: &TestApp, user: &TestUser) -> String {
+    let statement = format!("SELECT password_hash FROM users WHERE id = '{}'", user.id);
+    app.sql(&statement).await[0].get(0)
+}
+
+/// Asks until a token is refused.
+async fn refusal_in_time(app: &TestApp, token: &str) -> Status {
+    let asked = async {
+        loop {
+            match validate(app, token).await {
+                Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(status) => return status,
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), asked)
+        .await
+        .expect("the token is refused in time")
+}
