@@ -144,19 +144,18 @@ impl Store {
             let step = decide(&standing);
             match step {
                 RefreshStep::Advance { idle_expires_at } => {
-                    let session = &mut standing.session;
-                    session.counter += 1;
-                    session.rotated_at = now;
-                    session.idle_expires_at = idle_expires_at;
-                    diesel::update(sessions::table.find(id.0))
+                    // Read back: the database keeps microseconds, and a retry must answer the same.
+                    let advanced: SessionRow = diesel::update(sessions::table.find(id.0))
                         .set((
-                            sessions::counter.eq(session.counter),
+                            sessions::counter.eq(sessions::counter + 1),
                             sessions::rotated_at.eq(now),
                             sessions::last_used_at.eq(now),
                             sessions::idle_expires_at.eq(idle_expires_at),
                         ))
-                        .execute(conn)
+                        .returning(SessionRow::as_returning())
+                        .get_result(conn)
                         .await?;
+                    standing.session = advanced.into();
                 }
                 RefreshStep::Revoke => {
                     standing.session.revoked_at = Some(now);
@@ -220,17 +219,8 @@ async fn session_revoke_in_txn(
 }
 
 fn standing(session: SessionRow, user: UserRow) -> Result<SessionStanding> {
-    let session = Session {
-        id: SessionId(session.id),
-        user_id: UserId(session.user_id),
-        counter: session.counter,
-        rotated_at: session.rotated_at,
-        idle_expires_at: session.idle_expires_at,
-        absolute_expires_at: session.absolute_expires_at,
-        revoked_at: session.revoked_at,
-    };
     Ok(SessionStanding {
-        session,
+        session: session.into(),
         user: user.try_into()?,
     })
 }
@@ -259,4 +249,18 @@ struct SessionRow {
     idle_expires_at: DateTime<Utc>,
     absolute_expires_at: DateTime<Utc>,
     revoked_at: Option<DateTime<Utc>>,
+}
+
+impl From<SessionRow> for Session {
+    fn from(row: SessionRow) -> Self {
+        Self {
+            id: SessionId(row.id),
+            user_id: UserId(row.user_id),
+            counter: row.counter,
+            rotated_at: row.rotated_at,
+            idle_expires_at: row.idle_expires_at,
+            absolute_expires_at: row.absolute_expires_at,
+            revoked_at: row.revoked_at,
+        }
+    }
 }

@@ -73,6 +73,10 @@ async fn a_retry_gets_the_same_successor_and_is_told_so() {
         assert!(again.repeated);
         let again = again.tokens.unwrap();
         assert_eq!(again.refresh_token, second.refresh_token);
+        assert_eq!(
+            again.refresh_token_expires_at,
+            second.refresh_token_expires_at
+        );
         validate(&app, &again.access_token).await.unwrap();
     }
     advance(&app, &second.refresh_token).await;
