@@ -1,6 +1,7 @@
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use serde_json::json;
 use uuid::Uuid;
 
 use super::{
@@ -81,12 +82,18 @@ impl Store {
                 .returning(SessionRow::as_returning())
                 .get_result(conn)
                 .await?;
-            let mut actions = vec![(AuditAction::SessionOpened, new.id.0)];
+            session_audit_in_txn(
+                AuditAction::SessionOpened,
+                new.id,
+                new.user_id,
+                new.origin,
+                conn,
+            )
+            .await?;
             if rehashed.is_some() {
-                actions.push((AuditAction::PasswordRehashed, new.user_id.0));
-            }
-            for (action, target) in actions {
-                audit_insert_in_txn(&AuditEvent::new(action, target, new.origin), conn).await?;
+                let action = AuditAction::PasswordRehashed;
+                let event = AuditEvent::new(action, new.user_id.0, new.origin);
+                audit_insert_in_txn(&event, conn).await?;
             }
             let standing = standing(session, user)?;
             if !standing.user.is_active {
@@ -160,8 +167,8 @@ impl Store {
                 RefreshStep::Revoke => {
                     standing.session.revoked_at = Some(now);
                     session_revoke_in_txn(id, now, conn).await?;
-                    let event = AuditEvent::new(AuditAction::RefreshTokenReused, id.0, origin);
-                    audit_insert_in_txn(&event, conn).await?;
+                    let action = AuditAction::RefreshTokenReused;
+                    session_audit_in_txn(action, id, standing.user.id, origin, conn).await?;
                 }
                 RefreshStep::Repeat | RefreshStep::Refuse(_) => {}
             }
@@ -194,9 +201,9 @@ impl Store {
     ) -> Result<()> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
-            if session_revoke_in_txn(id, now, conn).await? {
-                let event = AuditEvent::new(AuditAction::SessionEnded, id.0, origin);
-                audit_insert_in_txn(&event, conn).await?;
+            if let Some(user) = session_revoke_in_txn(id, now, conn).await? {
+                let action = AuditAction::SessionEnded;
+                session_audit_in_txn(action, id, user, origin, conn).await?;
             }
             Ok(())
         })
@@ -204,18 +211,33 @@ impl Store {
     }
 }
 
-/// Whether the session was live until now.
+/// Whose session it was, if it was not revoked before.
 async fn session_revoke_in_txn(
     id: SessionId,
     now: DateTime<Utc>,
     conn: &mut AsyncPgConnection,
-) -> Result<bool> {
-    let ended = diesel::update(sessions::table.find(id.0))
+) -> Result<Option<UserId>> {
+    let user_id: Option<Uuid> = diesel::update(sessions::table.find(id.0))
         .filter(sessions::revoked_at.is_null())
         .set(sessions::revoked_at.eq(now))
-        .execute(conn)
-        .await?;
-    Ok(ended > 0)
+        .returning(sessions::user_id)
+        .get_result(conn)
+        .await
+        .optional()?;
+    Ok(user_id.map(UserId))
+}
+
+/// Names the user too: the trail outlives the session's row.
+async fn session_audit_in_txn(
+    action: AuditAction,
+    id: SessionId,
+    user: UserId,
+    origin: &Origin,
+    conn: &mut AsyncPgConnection,
+) -> Result<()> {
+    let event =
+        AuditEvent::new(action, id.0, origin).with_details(json!({"user_id": user.to_string()}));
+    audit_insert_in_txn(&event, conn).await
 }
 
 fn standing(session: SessionRow, user: UserRow) -> Result<SessionStanding> {
