@@ -70,18 +70,15 @@ async fn hash_after_login(app: &TestApp, kind: &str, hash: &str, password: &str)
 #[tokio::test(flavor = "multi_thread")]
 async fn hashes_made_by_python_are_accepted_and_upgraded_to_argon2id() {
     let app = TestApp::spawn().await;
-    for password in ["correct horse battery staple", "pässwörd ☃ 密码"] {
-        for (kind, hash) in hashes(password) {
-            let after = hash_after_login(&app, &kind, &hash, password).await;
-            if kind == "argon2id by default" {
-                // Stronger than configured: an upgrade would weaken it.
-                assert_eq!(after, hash);
-            } else {
-                assert!(
-                    after.starts_with("$argon2id$v=19$m=64,t=1,p=1$"),
-                    "{kind}: {after}"
-                );
-            }
+    let password = "correct horse battery staple";
+    for (kind, hash) in hashes(password) {
+        let after = hash_after_login(&app, &kind, &hash, password).await;
+        if kind == "argon2id by default" {
+            // Stronger than configured: an upgrade would weaken it.
+            assert_eq!(after, hash);
+        } else {
+            let upgraded = after.starts_with("$argon2id$v=19$m=64,t=1,p=1$");
+            assert!(upgraded, "{kind}: {after}");
         }
     }
 }
