@@ -19,7 +19,8 @@ struct Count {
 }
 
 impl Store {
-    /// Makes the partitions of `months` that are missing. Idempotent, and safe on many replicas.
+    /// Makes the partitions of `months` that are missing, and moves into them what the default
+    /// partition took meanwhile. Idempotent, and safe on many replicas.
     pub async fn partitions_ensure(&self, months: &[Period]) -> Result<()> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
@@ -51,13 +52,38 @@ impl Store {
 
 /// A period prints as digits and a hyphen only, so it can stand in a statement.
 fn ddl(month: Period) -> String {
-    let suffix = month.to_string().replace('-', "_");
-    let next = month.plus_months(1);
+    let (start, end) = (
+        format!("'{month}-01 00:00:00+00'"),
+        format!("'{}-01 00:00:00+00'", month.plus_months(1)),
+    );
+    let usage = partition(
+        "usage_records",
+        month,
+        &format!("IN ('{month}')"),
+        &format!("usage_month = '{month}'"),
+    );
+    let audit = partition(
+        "audit_events",
+        month,
+        &format!("FROM ({start}) TO ({end})"),
+        &format!("occurred_at >= {start} AND occurred_at < {end}"),
+    );
+    format!("{usage} {audit}")
+}
+
+/// Filled before it is attached: Postgres refuses a partition whose rows the default one holds. The
+/// lock keeps new ones from coming in between.
+fn partition(table: &str, month: Period, values: &str, rows: &str) -> String {
+    let name = format!("{table}_{}", month.to_string().replace('-', "_"));
     format!(
-        "CREATE TABLE IF NOT EXISTS usage_records_{suffix}
-             PARTITION OF usage_records FOR VALUES IN ('{month}');
-         CREATE TABLE IF NOT EXISTS audit_events_{suffix}
-             PARTITION OF audit_events
-             FOR VALUES FROM ('{month}-01 00:00:00+00') TO ('{next}-01 00:00:00+00');"
+        "DO $$ BEGIN
+             IF to_regclass('{name}') IS NULL THEN
+                 LOCK TABLE {table}_default IN ACCESS EXCLUSIVE MODE;
+                 CREATE TABLE {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS);
+                 WITH stray AS (DELETE FROM {table}_default WHERE {rows} RETURNING *)
+                     INSERT INTO {name} SELECT * FROM stray;
+                 ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES {values};
+             END IF;
+         END $$;"
     )
 }
