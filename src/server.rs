@@ -41,7 +41,9 @@ pub enum ServerError {
     Rules(#[from] RulesError),
     #[error("the descriptor set cannot be read: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    #[error("{0}")]
+    #[error("cannot migrate the database (setting database.url)")]
+    Migrate(#[source] Error),
+    #[error(transparent)]
     Service(#[from] Error),
     #[error("the listener failed: {0}")]
     Transport(#[from] tonic::transport::Error),
@@ -73,7 +75,9 @@ impl Server {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|source| ServerError::Listen { address, source })?;
-        migrate(settings.database.url.expose()).await?;
+        migrate(settings.database.url.expose())
+            .await
+            .map_err(ServerError::Migrate)?;
         let store = Store::new(&settings.database)?;
         tasks::make_partitions(&store, Utc::now()).await?;
         let auth = Auth::new(

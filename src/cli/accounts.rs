@@ -1,14 +1,20 @@
 use std::io::read_to_string;
 
 use anyhow::Context as _;
+use chrono::Utc;
 use clap::Subcommand;
 
-use super::{database::Database, secrets, serve::PASSWORD_CHARS};
+use super::{
+    database::{Database, migrator},
+    secrets,
+    serve::PASSWORD_CHARS,
+};
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
     model::{Origin, Person, Role, Scope, ScopeSet, TierName, Violation},
-    store::{Migrator, Store},
+    store::Store,
+    tasks,
     usage::load_tiers,
 };
 
@@ -16,10 +22,13 @@ use crate::{
 pub(super) enum UsersCommand {
     /// Create a user; prints a random password unless one is given
     Create {
+        /// E-mail address, to log in with
         #[arg(long)]
         email: String,
+        /// Username, to log in with as well
         #[arg(long)]
         username: String,
+        /// Name for people to read
         #[arg(long, default_value = "", hide_default_value = true)]
         full_name: String,
         /// Tier; else the default one
@@ -38,6 +47,7 @@ pub(super) enum UsersCommand {
 pub(super) enum ServicesCommand {
     /// Create a service account; prints its key, this once
     Create {
+        /// Name, for people to read
         #[arg(long)]
         name: String,
         /// What it may do; repeat for more: tokens.validate, usage.write, usage.read, quota,
@@ -128,11 +138,10 @@ async fn with_auth(
     let settings: &Settings = &loaded.settings;
     let database = Database::open(settings).await?;
     let outcome = async {
-        Migrator::connect(database.settings.url.expose())
-            .await?
-            .up()?;
+        migrator(&database.settings.url).await?.up()?;
         let (keys, master_key) = secrets::load(settings)?;
         let store = Store::new(&database.settings)?;
+        tasks::make_partitions(&store, Utc::now()).await?;
         let auth = Auth::new(
             store.clone(),
             keys,

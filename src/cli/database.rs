@@ -1,8 +1,11 @@
 //! Finds the database a command works on.
 
+use anyhow::Context as _;
+
 use crate::{
     config::{DatabaseSettings, Secret, Settings},
     embedded::{self, Embedded, EmbeddedError, Options},
+    store::Migrator,
 };
 
 /// A database to work on; a private one lives as long as this.
@@ -60,4 +63,11 @@ impl Database {
             None => Ok(()),
         }
     }
+}
+
+/// Connects to migrate; says which setting was wrong.
+pub(super) async fn migrator(url: &Secret) -> anyhow::Result<Migrator> {
+    Migrator::connect(url.expose())
+        .await
+        .context("cannot connect to migrate (setting database.url)")
 }

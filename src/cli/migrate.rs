@@ -1,7 +1,7 @@
 use clap::Subcommand;
 
-use super::database::Database;
-use crate::{config::Loaded, store::Migrator};
+use super::database::{Database, migrator};
+use crate::config::{Loaded, Secret};
 
 #[derive(Subcommand)]
 pub(super) enum Command {
@@ -15,13 +15,13 @@ pub(super) enum Command {
 
 pub(super) async fn run(command: Command, loaded: Loaded) -> anyhow::Result<()> {
     let database = Database::open(&loaded.settings).await?;
-    let outcome = migrate(command, database.settings.url.expose()).await;
+    let outcome = migrate(command, &database.settings.url).await;
     database.close().await?;
     outcome
 }
 
-async fn migrate(command: Command, url: &str) -> anyhow::Result<()> {
-    let mut migrator = Migrator::connect(url).await?;
+async fn migrate(command: Command, url: &Secret) -> anyhow::Result<()> {
+    let mut migrator = migrator(url).await?;
     match command {
         Command::Up => {
             let applied = migrator.up()?;

@@ -5,10 +5,14 @@ use std::time::Duration;
 use diesel::{migration::MigrationSource, pg::Pg};
 use diesel_async::{AsyncConnection as _, AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
+use tokio::time::{sleep, timeout};
 
 use crate::error::{Error, Result};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
+
+/// Longest a connection may take to be made: a host that drops packets answers after minutes.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Held while the schema changes.
 const LOCK: i64 = 0x746f_6c6c_0001;
@@ -34,13 +38,14 @@ impl Migrator {
     /// # Errors
     /// `Unavailable`
     pub async fn connect(url: &str) -> Result<Self> {
-        let mut conn = AsyncPgConnection::establish(url)
+        let mut conn = timeout(CONNECT_TIMEOUT, AsyncPgConnection::establish(url))
             .await
+            .map_err(|_| Error::Unavailable("no answer in time".into()))?
             .map_err(|error| Error::Unavailable(error.into()))?;
         // Polled, not awaited in the server: a session that waits inside a statement holds a
         // snapshot, and CREATE INDEX CONCURRENTLY in the winner's migration would wait for it.
         while !try_lock(&mut conn).await? {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            sleep(Duration::from_millis(50)).await;
         }
         Ok(Self {
             harness: AsyncMigrationHarness::new(conn),
@@ -49,11 +54,15 @@ impl Migrator {
 
     /// Applies what is pending; returns its names. Needs the multi-threaded runtime.
     pub fn up(&mut self) -> Result<Vec<String>> {
-        let applied = self
-            .harness
+        let mut pending = self.status()?;
+        pending.retain(|migration| !migration.applied);
+        self.harness
             .run_pending_migrations(MIGRATIONS)
             .map_err(Error::Internal)?;
-        Ok(applied.iter().map(ToString::to_string).collect())
+        Ok(pending
+            .into_iter()
+            .map(|migration| migration.name)
+            .collect())
     }
 
     /// Reverts the newest applied migration; returns its name, or `None` when none is applied.
@@ -62,11 +71,11 @@ impl Migrator {
         if applied.is_empty() {
             return Ok(None);
         }
-        let reverted = self
-            .harness
+        let newest = self.status()?.into_iter().rfind(|known| known.applied);
+        self.harness
             .revert_last_migration(MIGRATIONS)
             .map_err(Error::Internal)?;
-        Ok(Some(reverted.to_string()))
+        Ok(newest.map(|migration| migration.name))
     }
 
     /// Every migration of this binary, oldest first.
