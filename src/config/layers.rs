@@ -27,6 +27,8 @@ pub enum Origin {
     File(PathBuf),
     Environment(String),
     Flag,
+    /// Follows from the lack of a database URL.
+    NoDatabase,
 }
 
 impl fmt::Display for Origin {
@@ -36,6 +38,7 @@ impl fmt::Display for Origin {
             Self::File(path) => write!(f, "{}", path.display()),
             Self::Environment(name) => f.write_str(name),
             Self::Flag => f.write_str("command line"),
+            Self::NoDatabase => f.write_str("no database.url"),
         }
     }
 }
@@ -56,7 +59,7 @@ pub enum SettingsError {
         origin: Origin,
         hint: String,
     },
-    #[error("setting {key} (from {origin}): {message}")]
+    #[error("setting {key} ({}): {message}", whence(.key, .origin))]
     Invalid {
         key: String,
         origin: Origin,
@@ -245,9 +248,16 @@ impl Layers {
         for (key, (value, _)) in &self.entries {
             let mut table = Table::new();
             insert(&mut table, key, value.clone());
-            table
-                .try_into::<Settings>()
-                .map_err(|error| invalid(key, error.message().to_owned()))?;
+            table.try_into::<Settings>().map_err(|error| {
+                // The parser's words quote the value.
+                let secret = SECRET_KEYS.contains(&key.as_str());
+                let message = if secret {
+                    "must be a string"
+                } else {
+                    error.message()
+                };
+                invalid(key, message.to_owned())
+            })?;
         }
         let mut table = Table::new();
         for (key, (value, _)) in &self.entries {
@@ -256,12 +266,23 @@ impl Layers {
         let mut settings: Settings = table
             .try_into()
             .map_err(|error| invalid("settings", error.message().to_owned()))?;
-        settings.dev |= !settings.database.url.is_set();
+        let implied = !settings.dev && !settings.database.url.is_set();
+        settings.dev |= implied;
         validate::bounds(&settings).map_err(|(key, message)| invalid(key, message))?;
-        Ok(Loaded {
-            settings,
-            entries: self.entries,
-        })
+        let mut entries = self.entries;
+        if implied {
+            let dev = (Value::Boolean(true), Origin::NoDatabase);
+            entries.insert("dev".to_owned(), dev);
+        }
+        Ok(Loaded { settings, entries })
+    }
+}
+
+/// Where a wrong value is from; of one that nobody set, where to set it.
+fn whence(key: &str, origin: &Origin) -> String {
+    match origin {
+        Origin::Default => format!("not set; in the environment: {}", variable(key)),
+        origin => format!("from {origin}"),
     }
 }
 
