@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
-    io::Write as _,
+    io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
@@ -195,16 +195,23 @@ pub fn generate_key_file(
         path: folder.to_owned(),
         source,
     })?;
+    write_key(&path, &text).map_err(failed)?;
+    Ok(path)
+}
+
+/// Under another name until it is complete: half a key would keep every service from starting.
+fn write_key(path: &Path, text: &str) -> io::Result<()> {
+    let draft = path.with_added_extension("new");
     let mut file = fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .open(&path)
-        .map_err(failed)?;
-    file.write_all(text.as_bytes())
-        .and_then(|()| file.sync_all())
-        .map_err(failed)?;
-    Ok(path)
+        .open(&draft)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    // Unlike a rename, it does not replace a key of the same moment.
+    fs::hard_link(&draft, path)?;
+    fs::remove_file(&draft)
 }
 
 /// The keys of a folder, oldest first.

@@ -7,7 +7,11 @@ mod migrate;
 mod secrets;
 mod serve;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
@@ -169,19 +173,27 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// Writes a file that only its owner may read; fails when it exists.
-fn write_private(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
-    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
-    std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .and_then(|mut file| {
-            file.write_all(text.as_bytes())?;
-            file.sync_all()
-        })
-        .with_context(|| format!("cannot write {}", path.display()))
+/// Puts a file in place that only its owner may read: as a whole or, when killed, not at all.
+///
+/// Two processes must not write the same one at once.
+fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+    use std::{fs, io, io::Write as _, os::unix::fs::OpenOptionsExt as _};
+    let draft = path.with_added_extension("new");
+    let write = || {
+        match fs::remove_file(&draft) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&draft)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&draft, path)
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
 }
 
 #[cfg(test)]

@@ -77,10 +77,6 @@ async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::R
         .await?;
     let path = data_dir.join(FIRST_RUN_FILE);
     let text = format!("admin_email={ADMIN_EMAIL}\nadmin_password={password}\nservice_key={key}\n");
-    if path.exists() {
-        std::fs::remove_file(&path)
-            .with_context(|| format!("cannot replace {}", path.display()))?;
-    }
     write_private(&path, &text)?;
     let admin = NewAccount {
         person: Person {
