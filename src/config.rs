@@ -75,7 +75,7 @@ pub struct AuthSettings {
     pub issuer: String,
     /// `aud` of access tokens.
     pub audience: String,
-    /// Algorithm that signs (RFC 7518, RFC 8037).
+    /// Algorithm that signs: `EdDSA`, ES256, RS256 or HS256.
     pub algorithm: SigningAlgorithm,
     /// Lifetime of access tokens.
     #[serde(with = "duration")]

@@ -14,7 +14,7 @@ use crate::{
 pub(super) enum Command {
     /// Make a key file; the newest signs from the next start on, older ones still verify
     Generate {
-        /// Where to; else the configured folder, else the data folder
+        /// Where to; else the key folder of the settings, or in dev mode of the data folder
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
         /// What it signs with
@@ -23,7 +23,7 @@ pub(super) enum Command {
     },
     /// List the keys, oldest first, by their ids in tokens and in the JWKS
     List {
-        /// Where; else the configured folder, else the data folder
+        /// Where; else the key folder of the settings, or in dev mode of the data folder
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
     },

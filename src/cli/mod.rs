@@ -41,9 +41,7 @@ struct SettingsArgs {
     /// Any setting by its key, for example `--set auth.access_ttl=5m`
     #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = key_value)]
     set: Vec<(String, String)>,
-    /// Postgres to use; without one the service runs its own
-    /// [env: `DATABASE_URL`]
-    #[arg(long, global = true, value_name = "URL")]
+    #[arg(long, global = true, value_name = "URL", help = DATABASE_URL_HELP)]
     database_url: Option<String>,
     /// Where the private Postgres and the keys of dev mode live
     #[arg(long, global = true, value_name = "DIR")]
@@ -55,6 +53,10 @@ struct SettingsArgs {
     #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
 }
+
+// As a doc comment it would need backticks.
+const DATABASE_URL_HELP: &str =
+    "Postgres to use; else the service runs its own [env: DATABASE_URL]";
 
 #[derive(Subcommand)]
 enum Command {
