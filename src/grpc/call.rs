@@ -24,8 +24,15 @@ use crate::{
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Methods called once per request of somebody else's traffic: their successes are no news.
-const HOT_METHODS: [&str; 4] = ["Check", "CheckQuota", "RecordUsage", "ValidateToken"];
+/// Methods called once per request of somebody else's traffic, or by tools: their successes are no
+/// news.
+const HOT_METHODS: [&str; 5] = [
+    "Check",
+    "CheckQuota",
+    "RecordUsage",
+    "ServerReflectionInfo",
+    "ValidateToken",
+];
 
 /// Where a call came from; in the extensions of every request.
 #[derive(Clone, Debug)]
@@ -199,7 +206,8 @@ fn explain(response: &mut Response<Body>) -> Code {
 
 /// One line a call. A client's mistake is the client's business; ours is an error where it arose.
 fn log(method: &str, code: Code, took: Duration) {
-    let duration_ms = took.as_secs_f64() * 1000.0;
+    // Whole microseconds, for few digits.
+    let duration_ms = took.as_micros() as f64 / 1000.0;
     let name = method.rsplit('/').next().unwrap_or_default();
     if code == Code::Ok && HOT_METHODS.contains(&name) {
         tracing::debug!(?code, duration_ms, "call finished");

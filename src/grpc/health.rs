@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval, timeout};
-use tonic::transport::Endpoint;
+use tonic::{Code, transport::Endpoint};
 use tonic_health::{
     ServingStatus,
     pb::{HealthCheckRequest, health_check_response, health_client::HealthClient},
@@ -81,7 +81,10 @@ pub async fn probe(address: &str, service: &str, deadline: Duration) -> Result<(
         HealthClient::new(channel)
             .check(request)
             .await
-            .map_err(|status| status.message().to_owned())
+            .map_err(|status| match status.code() {
+                Code::NotFound => format!("the server has no service {service}"),
+                _ => status.message().to_owned(),
+            })
     };
     let answer = timeout(deadline, ask)
         .await
