@@ -8,6 +8,7 @@
 mod auth;
 mod harness;
 mod outage;
+mod process;
 mod schema;
 mod smoke;
 mod usage;
