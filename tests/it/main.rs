@@ -5,7 +5,9 @@
     reason = "a test that cannot go on has failed and says where"
 )]
 
+mod access;
 mod auth;
+mod descriptor;
 mod harness;
 mod outage;
 mod process;

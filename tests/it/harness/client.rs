@@ -5,7 +5,7 @@ use tollkeeper::proto::tollkeeper::{
     usage::v1::usage_service_client::UsageServiceClient,
 };
 use tonic::{
-    Request, Response, Status,
+    Request, Response, Status, Streaming,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     metadata::MetadataValue,
     service::{Interceptor, interceptor::InterceptedService},
@@ -95,6 +95,18 @@ impl Raw {
         let mut grpc = tonic::client::Grpc::new(channel.clone());
         grpc.ready().await.expect("connected");
         grpc.unary(request, path.parse().expect("a path"), RawCodec)
+            .await
+    }
+
+    /// Opens a call whose answer may be a stream, however long.
+    pub(crate) async fn open(
+        channel: &Channel,
+        path: &str,
+        request: Request<Bytes>,
+    ) -> Result<Response<Streaming<Bytes>>, Status> {
+        let mut grpc = tonic::client::Grpc::new(channel.clone());
+        grpc.ready().await.expect("connected");
+        grpc.server_streaming(request, path.parse().expect("a path"), RawCodec)
             .await
     }
 }
