@@ -11,6 +11,7 @@ mod descriptor;
 mod harness;
 mod outage;
 mod process;
+mod rooms;
 mod schema;
 mod smoke;
 mod usage;
