@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Result},
     model::{
         Identifier, Origin, Page, PageRequest, Person, Role, TierName, User, UserFilter, UserId,
+        Violation,
     },
     store::NewUser,
 };
@@ -30,6 +31,14 @@ pub enum InitialCredential {
 }
 
 impl Auth {
+    /// Whether a password may be set; asked ahead to name it beside the other wrong fields.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check_password(&self, password: &str) -> Result<(), Violation> {
+        self.passwords.check(password)
+    }
+
     /// Creates an account. The password is hashed before the database is asked, so that a taken
     /// address answers no sooner than a free one.
     ///

@@ -42,7 +42,9 @@ impl AdminService for Handler {
             &request.full_name,
         );
         let credential = match request.credential {
-            Some(Credential::Password(password)) => Some(InitialCredential::Password(password)),
+            Some(Credential::Password(password)) => fields
+                .take("password", self.auth.check_password(&password))
+                .map(|()| InitialCredential::Password(password)),
             Some(Credential::PasswordHash(hash)) => fields
                 .parse("password_hash", &hash)
                 .map(InitialCredential::Hash),

@@ -40,7 +40,8 @@ impl AuthService for Handler {
             &request.username,
             &request.full_name,
         );
-        let password = fields.take("password", present(request.password));
+        let acceptable = self.auth.check_password(&request.password);
+        let password = fields.take("password", acceptable.map(|()| request.password));
         let tier = self.usage.tiers().default_tier().name.clone();
         let (person, password) = fields.finish(person.zip(password))?;
         let new = NewAccount {

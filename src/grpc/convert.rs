@@ -12,6 +12,7 @@ use crate::{
         UsageTotals, User, UserId, Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
+    usage::check_occurred_at,
 };
 
 /// Reads the fields of a message and collects what is wrong with them.
@@ -136,11 +137,14 @@ pub(super) fn usage_event(
     fields: &mut Fields,
     field: &str,
     event: Option<usage::v1::UsageEvent>,
+    now: DateTime<Utc>,
 ) -> Option<UsageEvent> {
     let event = fields.take(field, event.ok_or("must be set".into()))?;
     let path = |name: &str| format!("{field}.{name}");
     let event_id: Option<EventId> = fields.parse(&path("event_id"), &event.event_id);
-    let occurred_at = fields.take(&path("occurred_at"), timestamp(event.occurred_at));
+    let occurred_at =
+        timestamp(event.occurred_at).and_then(|at| check_occurred_at(at, now).map(|()| at));
+    let occurred_at = fields.take(&path("occurred_at"), occurred_at);
     let user_id: Option<UserId> = fields.parse(&path("user_id"), &event.user_id);
     let model = fields.parse(&path("model"), &event.model);
     let tokens = token_counts(fields, &path("tokens"), event.tokens);

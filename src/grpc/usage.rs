@@ -29,10 +29,10 @@ impl UsageService for Handler {
         &self,
         request: Request<RecordUsageRequest>,
     ) -> Result<Response<RecordUsageResponse>, Status> {
-        let event = request.into_inner().event;
-        let event = only(|fields| convert::usage_event(fields, "event", event))?;
+        let (event, now) = (request.into_inner().event, Utc::now());
+        let event = only(|fields| convert::usage_event(fields, "event", event, now))?;
         self.auth.user(event.user_id).await?;
-        let recorded = self.usage.record(&event, Utc::now()).await?;
+        let recorded = self.usage.record(&event, now).await?;
         let outcome = if recorded {
             record_usage_response::Outcome::Recorded
         } else {

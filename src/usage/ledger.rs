@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Result},
     model::{
         MonthlyUsage, Page, PageRequest, Period, UsageCursor, UsageEvent, UsageRecord, UserId,
+        Violation,
     },
     store::UsageInsert,
 };
@@ -25,12 +26,8 @@ impl Usage {
     /// # Errors
     /// `Invalid` (outside the window) · `EventConflict` · `Unavailable`
     pub async fn record(&self, event: &UsageEvent, now: DateTime<Utc>) -> Result<bool> {
-        if !in_window(event.occurred_at, now) {
-            return Err(Error::invalid(
-                "event.occurred_at",
-                "must be at most 35 days old and at most 5 minutes ahead",
-            ));
-        }
+        check_occurred_at(event.occurred_at, now)
+            .map_err(|violation| Error::invalid("event.occurred_at", violation))?;
         match self.store.usage_insert(event).await? {
             UsageInsert::Recorded => Ok(true),
             UsageInsert::Duplicate => Ok(false),
@@ -59,6 +56,18 @@ impl Usage {
         list: &str,
     ) -> Result<Page<UsageRecord>> {
         self.store.usage_list(user_id, period, page, list).await
+    }
+}
+
+/// Whether an event of this time is booked; asked ahead to name it beside the other wrong fields.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_occurred_at(occurred_at: DateTime<Utc>, now: DateTime<Utc>) -> Result<(), Violation> {
+    if in_window(occurred_at, now) {
+        Ok(())
+    } else {
+        Err("must be at most 35 days old and at most 5 minutes ahead".into())
     }
 }
 

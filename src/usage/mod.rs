@@ -9,6 +9,7 @@ mod tiers;
 
 use std::sync::Arc;
 
+pub use ledger::check_occurred_at;
 pub use quota::Decision;
 pub use tiers::{TiersError, load_tiers};
 

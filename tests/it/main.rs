@@ -7,6 +7,7 @@
 
 mod access;
 mod auth;
+mod contract;
 mod descriptor;
 mod harness;
 mod outage;

@@ -1,0 +1,162 @@
+//! The contract of the messages: what is refused, how it is named, where the limits lie.
+
+mod bounds;
+mod reasons;
+mod wrong;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use prost::Message;
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+use wrong::Wrong;
+
+use crate::{
+    descriptor,
+    harness::{Raw, TestApp, reason},
+};
+
+/// Fields that no value makes wrong, and why.
+const ANY_VALUE: [(&str, &str, &str); 2] = [
+    (
+        "auth.v1.AuthService/ValidateToken",
+        "include_quota",
+        "a bool",
+    ),
+    ("admin.v1.AdminService/ListUsers", "is_active", "a bool"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_field_is_named_alone_and_its_value_is_not_repeated() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let mut failures = Vec::new();
+    for row in wrong::rows(&user) {
+        if let Err(why) = check(&app, &row).await {
+            failures.push(format!(
+                "{} {} = {:?}: {why}",
+                row.rpc, row.field, row.value
+            ));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn every_field_of_every_request_has_a_wrong_value_in_the_table() {
+    let user = crate::harness::TestUser {
+        id: "01890a5d-ac96-774b-bcce-b302099a8057".to_owned(),
+        email: "a@example.com".to_owned(),
+        username: "someone".to_owned(),
+    };
+    let rows = wrong::rows(&user);
+    let covered = rows
+        .iter()
+        .map(|row| (row.rpc.to_owned(), row.field.clone()));
+    let mut covered: BTreeSet<(String, String)> = covered.collect();
+    let any = ANY_VALUE.map(|(rpc, field, _)| (rpc.to_owned(), field.to_owned()));
+    covered.extend(any);
+    let mut declared = BTreeSet::new();
+    for rpc in descriptor::rpcs() {
+        let name = rpc.path.trim_start_matches("/tollkeeper.").to_owned();
+        for field in paths(&rpc.input) {
+            declared.insert((name.clone(), field));
+        }
+    }
+    assert!(
+        declared.len() > 30,
+        "the walk found {} fields",
+        declared.len()
+    );
+    let missing: Vec<_> = declared.difference(&covered).collect();
+    assert!(missing.is_empty(), "without a wrong value: {missing:#?}");
+    // `by` is the oneof itself: neither of its fields is set.
+    covered.retain(|(_, field)| field != "by");
+    let stale: Vec<_> = covered.difference(&declared).collect();
+    assert!(
+        stale.is_empty(),
+        "in the table, but not in the contract: {stale:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_wrong_fields_of_a_request_are_named_at_once() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (rpc, fields, message) in wrong::all_at_once(&user) {
+        let status = send(&app, rpc, message).await.expect_err(rpc);
+        assert_eq!(status.code(), Code::InvalidArgument, "{rpc}: {status:?}");
+        let named: BTreeSet<String> = violations(&status).into_keys().collect();
+        assert_eq!(
+            named,
+            fields.iter().map(|f| (*f).to_owned()).collect(),
+            "{rpc}"
+        );
+    }
+}
+
+/// Sends a message to an RPC of ours as a caller whom it admits.
+async fn send(app: &TestApp, rpc: &str, message: Bytes) -> Result<Bytes, Status> {
+    let path = format!("/tollkeeper.{rpc}");
+    let credential = Some(app.service_key.as_str());
+    let answer = Raw::call(&app.channel, &path, message, credential).await?;
+    Ok(answer.into_inner())
+}
+
+/// Sends a message and reads the answer.
+async fn ask<M: Message + Default>(
+    app: &TestApp,
+    rpc: &str,
+    message: impl Message,
+) -> Result<M, Status> {
+    let answer = send(app, rpc, message.encode_to_vec().into()).await?;
+    Ok(M::decode(answer).expect("an answer"))
+}
+
+async fn check(app: &TestApp, row: &Wrong) -> Result<(), String> {
+    let Err(status) = send(app, row.rpc, row.message.clone()).await else {
+        return Err("was accepted".to_owned());
+    };
+    if (status.code(), reason(&status).as_str()) != (Code::InvalidArgument, "INVALID_FIELD") {
+        return Err(format!("{status:?}"));
+    }
+    let violations = violations(&status);
+    if violations.keys().ne([&row.field]) {
+        return Err(format!("names {violations:?}"));
+    }
+    // Very short values occur in any sentence.
+    let texts = violations
+        .values()
+        .map(String::as_str)
+        .chain([status.message()]);
+    let repeats = |text: &str| row.value.len() > 3 && text.contains(&row.value);
+    if texts.into_iter().any(repeats) {
+        return Err(format!("repeats the value: {}", status.message()));
+    }
+    Ok(())
+}
+
+/// The fields that an error names and what it says of each.
+fn violations(status: &Status) -> BTreeMap<String, String> {
+    let details = status.get_details_bad_request();
+    let details = details.unwrap_or_else(|| panic!("no BadRequest in {status:?}"));
+    details
+        .field_violations
+        .into_iter()
+        .map(|violation| (violation.field, violation.description))
+        .collect()
+}
+
+/// The paths of all fields of a message and of our messages in it.
+fn paths(message: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    for field in descriptor::fields(message) {
+        all.push(field.name.clone());
+        let ours = field.message.filter(|name| name.starts_with("tollkeeper."));
+        for inner in ours.iter().flat_map(|name| paths(name)) {
+            all.push(format!("{}.{inner}", field.name));
+        }
+    }
+    all
+}

@@ -1,0 +1,352 @@
+//! The limits of the fields: the last value that is accepted and the first that is not.
+
+use std::collections::HashMap;
+
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::{
+        CreateServiceAccountRequest, CreateServiceAccountResponse, CreateUserResponse,
+        DisableUserRequest, DisableUserResponse, ListServiceAccountsRequest,
+        ListServiceAccountsResponse, ListUsersRequest, ListUsersResponse,
+    },
+    auth::v1::{
+        LoginRequest, LoginResponse, RegisterRequest, RegisterResponse, ValidateTokenRequest,
+        ValidateTokenResponse,
+    },
+    usage::v1::{
+        CheckQuotaRequest, CheckQuotaResponse, ListUsageRecordsRequest, ListUsageRecordsResponse,
+        RecordUsageRequest, RecordUsageResponse, TokenCounts, UsageEvent,
+    },
+};
+use tonic::{Code, Status};
+
+use super::{
+    ask, violations,
+    wrong::{
+        CHECK, CREATE_SERVICE, CREATE_USER, DAY, DIMENSIONS, DISABLE, LOGIN, RECORD, RECORDS,
+        REGISTER, SERVICES, USERS, VALIDATE, ago, create_user, event, register,
+    },
+};
+use crate::harness::{PASSWORD, TestApp, TestUser, reason};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_has_at_most_254_bytes() {
+    let app = TestApp::spawn().await;
+    // Labels of a domain have at most 63 bytes, the local part 64.
+    let address = |last: usize| {
+        let (local, label) = ("l".repeat(64), "d".repeat(63));
+        format!("{local}@{label}.{label}.{}", "d".repeat(last))
+    };
+    assert_eq!(address(61).len(), 254);
+    try_register(&app, |r| r.email = address(61)).await.unwrap();
+    refuses(try_register(&app, |r| r.email = address(62)).await, "email");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_username_has_3_to_32_characters() {
+    let app = TestApp::spawn().await;
+    for (length, fits) in [(2, false), (3, true), (32, true), (33, false)] {
+        let answer = try_register(&app, |r| r.username = "n".repeat(length)).await;
+        decide(answer, fits, "username");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_name_has_at_most_200_characters() {
+    let app = TestApp::spawn().await;
+    for (length, fits) in [(0, true), (200, true), (201, false)] {
+        let answer = try_register(&app, |r| r.full_name = "é".repeat(length)).await;
+        decide(answer, fits, "full_name");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_has_12_to_128_characters() {
+    let app = TestApp::spawn().await;
+    for (length, fits) in [(11, false), (12, true), (128, true), (129, false)] {
+        let answer = try_register(&app, |r| r.password = "ü".repeat(length)).await;
+        decide(answer, fits, "password");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_longest_password_logs_in() {
+    let app = TestApp::spawn().await;
+    let (mut new, password) = (register(), "ü€🔑x".repeat(32));
+    new.password.clone_from(&password);
+    let identifier = new.email.clone();
+    let _: RegisterResponse = ask(&app, REGISTER, new).await.unwrap();
+    let request = LoginRequest {
+        identifier,
+        password,
+    };
+    let _: LoginResponse = ask(&app, LOGIN, request).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_for_bcrypt_has_at_most_72_bytes() {
+    let app = TestApp::spawn_with(|settings| {
+        settings.password.scheme = tollkeeper::config::PasswordScheme::Bcrypt;
+    })
+    .await;
+    for (password, fits) in [("p".repeat(72), true), ("ü".repeat(36) + "p", false)] {
+        let answer = try_register(&app, |r| r.password = password).await;
+        decide(answer, fits, "password");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_takes_a_password_of_up_to_1024_bytes() {
+    let app = TestApp::spawn().await;
+    let login = |length: usize| LoginRequest {
+        identifier: "nobody".to_owned(),
+        password: "p".repeat(length),
+    };
+    let answer: Result<LoginResponse, _> = ask(&app, LOGIN, login(1024)).await;
+    assert_eq!(reason(&answer.unwrap_err()), "INVALID_CREDENTIALS");
+    let answer: Result<LoginResponse, _> = ask(&app, LOGIN, login(1025)).await;
+    refuses(answer, "password");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_may_be_created_without_a_credential_and_cannot_log_in() {
+    let app = TestApp::spawn().await;
+    let new = create_user();
+    let identifier = new.email.clone();
+    let _: CreateUserResponse = ask(&app, CREATE_USER, new).await.unwrap();
+    let error = app.login_as(&identifier, PASSWORD).await.unwrap_err();
+    assert_eq!(reason(&error), "INVALID_CREDENTIALS");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_name_has_3_to_64_characters() {
+    let app = TestApp::spawn().await;
+    for (length, fits) in [(2, false), (3, true), (64, true), (65, false)] {
+        let request = CreateServiceAccountRequest {
+            name: "n".repeat(length),
+            scopes: vec!["quota".to_owned()],
+        };
+        let answer: Result<CreateServiceAccountResponse, _> =
+            ask(&app, CREATE_SERVICE, request).await;
+        decide(answer, fits, "name");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scope_named_twice_counts_once() {
+    let app = TestApp::spawn().await;
+    let request = CreateServiceAccountRequest {
+        name: "twice".to_owned(),
+        scopes: vec!["quota".to_owned(); 2],
+    };
+    let made: CreateServiceAccountResponse = ask(&app, CREATE_SERVICE, request).await.unwrap();
+    assert_eq!(made.service_account.unwrap().scopes, ["quota"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reason_to_disable_has_at_most_500_characters() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (length, fits) in [(0, true), (500, true), (501, false)] {
+        let request = DisableUserRequest {
+            user_id: user.id.clone(),
+            reason: "é".repeat(length),
+        };
+        let answer: Result<DisableUserResponse, _> = ask(&app, DISABLE, request).await;
+        decide(answer, fits, "reason");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_and_a_request_id_have_at_most_128_characters() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (length, fits) in [(1, true), (128, true), (129, false)] {
+        let answer = record(&app, &user, |e| e.model = "~".repeat(length)).await;
+        decide(answer, fits, "event.model");
+        let answer = record(&app, &user, |e| e.request_id = "!".repeat(length)).await;
+        decide(answer, fits, "event.request_id");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_is_at_most_35_days_old_and_5_minutes_ahead() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (secs_ago, fits) in [
+        (35 * DAY - 60, true),
+        (35 * DAY + 60, false),
+        (-4 * 60, true),
+        (-6 * 60, false),
+    ] {
+        let answer = record(&app, &user, |e| e.occurred_at = Some(ago(secs_ago))).await;
+        decide(answer, fits, "event.occurred_at");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_has_at_most_16_labels_of_64_and_256_bytes() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let full = |count: u8| -> HashMap<String, String> {
+        let key = |n| char::from(b'a' + n).to_string().repeat(64);
+        (0..count).map(|n| (key(n), "é".repeat(128))).collect()
+    };
+    for (labels, fits) in [
+        (full(16), true),
+        (full(17), false),
+        (HashMap::from([("k".repeat(65), String::new())]), false),
+        (HashMap::from([("k".to_owned(), "v".repeat(257))]), false),
+    ] {
+        let answer = record(&app, &user, |e| e.labels = labels).await;
+        decide(answer, fits, "event.labels");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dimension_counts_at_most_a_trillion_tokens() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (name, set) in DIMENSIONS {
+        for (count, fits) in [(1_000_000_000_000, true), (1_000_000_000_001, false)] {
+            let mut tokens = TokenCounts::default();
+            *set(&mut tokens) = count;
+            let answer = record(&app, &user, |e| e.tokens = Some(tokens)).await;
+            decide(answer, fits, &format!("event.tokens.{name}"));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_check_asks_for_0_to_a_trillion_tokens() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (tokens, fits) in [
+        (-1, false),
+        (0, true),
+        (1_000_000_000_000, true),
+        (1_000_000_000_001, false),
+    ] {
+        let user_id = user.id.clone();
+        let request = CheckQuotaRequest { user_id, tokens };
+        let answer: Result<CheckQuotaResponse, _> = ask(&app, CHECK, request).await;
+        decide(answer, fits, "tokens");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_over_8192_bytes_is_refused_as_any_bad_token() {
+    let app = TestApp::spawn().await;
+    for length in [8192, 8193, 100_000] {
+        let request = ValidateTokenRequest {
+            token: "x".repeat(length),
+            include_quota: false,
+        };
+        let answer: Result<ValidateTokenResponse, _> = ask(&app, VALIDATE, request).await;
+        let status = answer.unwrap_err();
+        assert_eq!(status.code(), Code::Unauthenticated);
+        assert_eq!(reason(&status), "CREDENTIAL_INVALID");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_users_is_50_by_default_and_1000_at_most() {
+    let app = TestApp::spawn().await;
+    app.sql(
+        "INSERT INTO users (id, email, username, tier)
+         SELECT gen_random_uuid(), 'p' || n || '@example.com', 'p' || n || 'p', 'starter'
+         FROM generate_series(1, 1001) n",
+    )
+    .await;
+    for (page_size, items) in [
+        (0, 50),
+        (1, 1),
+        (1000, 1000),
+        (1001, 1000),
+        (i32::MAX, 1000),
+    ] {
+        let request = ListUsersRequest {
+            page_size,
+            tier: "starter".to_owned(),
+            ..ListUsersRequest::default()
+        };
+        let page: ListUsersResponse = ask(&app, USERS, request).await.unwrap();
+        assert_eq!(page.users.len(), items, "{page_size}");
+        assert_ne!(page.next_page_token, "", "{page_size}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_service_accounts_is_50_by_default_and_1000_at_most() {
+    let app = TestApp::spawn().await;
+    app.sql(
+        "INSERT INTO service_accounts (id, name, scopes)
+         SELECT gen_random_uuid(), 'service-' || n, '{quota}' FROM generate_series(1, 1001) n",
+    )
+    .await;
+    for (page_size, items) in [(0, 50), (1000, 1000), (1001, 1000)] {
+        let request = ListServiceAccountsRequest {
+            page_size,
+            page_token: String::new(),
+        };
+        let page: ListServiceAccountsResponse = ask(&app, SERVICES, request).await.unwrap();
+        assert_eq!(page.service_accounts.len(), items, "{page_size}");
+        assert_ne!(page.next_page_token, "", "{page_size}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_token_of_another_list_is_refused() {
+    let app = TestApp::spawn().await;
+    let users = [app.user().create().await, app.user().create().await];
+    for user in &users {
+        record(&app, user, |_| {}).await.unwrap();
+        record(&app, user, |_| {}).await.unwrap();
+    }
+    let list = |user: &TestUser, page_token: &str| ListUsageRecordsRequest {
+        user_id: user.id.clone(),
+        page_size: 1,
+        page_token: page_token.to_owned(),
+        month: String::new(),
+    };
+    let page: ListUsageRecordsResponse = ask(&app, RECORDS, list(&users[0], "")).await.unwrap();
+    let token = page.next_page_token;
+    let answer: Result<ListUsageRecordsResponse, _> =
+        ask(&app, RECORDS, list(&users[1], &token)).await;
+    refuses(answer, "page_token");
+    let next: ListUsageRecordsResponse = ask(&app, RECORDS, list(&users[0], &token)).await.unwrap();
+    assert_eq!((next.records.len(), next.next_page_token.as_str()), (1, ""));
+}
+
+async fn try_register(
+    app: &TestApp,
+    change: impl FnOnce(&mut RegisterRequest),
+) -> Result<RegisterResponse, Status> {
+    let mut request = register();
+    change(&mut request);
+    ask(app, REGISTER, request).await
+}
+
+async fn record(
+    app: &TestApp,
+    user: &TestUser,
+    change: impl FnOnce(&mut UsageEvent),
+) -> Result<RecordUsageResponse, Status> {
+    let mut event = event(user);
+    change(&mut event);
+    ask(app, RECORD, RecordUsageRequest { event: Some(event) }).await
+}
+
+fn decide<T: std::fmt::Debug>(answer: Result<T, Status>, fits: bool, field: &str) {
+    if fits {
+        answer.unwrap_or_else(|status| panic!("{field}: {status:?}"));
+    } else {
+        refuses(answer, field);
+    }
+}
+
+fn refuses<T: std::fmt::Debug>(answer: Result<T, Status>, field: &str) {
+    let status = answer.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "{field}");
+    let named: Vec<String> = violations(&status).into_keys().collect();
+    assert_eq!(named, [field]);
+}

@@ -1,0 +1,661 @@
+//! The table of wrong values: each row is right but for one field.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use prost::Message;
+use prost_types::Timestamp;
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::{
+        CreateServiceAccountRequest, CreateUserRequest, DisableServiceAccountRequest,
+        DisableUserRequest, EnableUserRequest, GetUserRequest, ListServiceAccountsRequest,
+        ListUsersRequest, LookupUserRequest, SetUserTierRequest, create_user_request::Credential,
+        lookup_user_request::By,
+    },
+    auth::v1::{LoginRequest, RefreshTokensRequest, RegisterRequest, ValidateTokenRequest},
+    usage::v1::{
+        CheckQuotaRequest, GetMonthlyUsageRequest, ListUsageRecordsRequest, RecordUsageRequest,
+        TokenCounts, UsageEvent,
+    },
+};
+use uuid::Uuid;
+
+use crate::harness::{PASSWORD, TestUser};
+
+/// A request with one wrong field.
+pub(super) struct Wrong {
+    /// `auth.v1.AuthService/Register`.
+    pub(super) rpc: &'static str,
+    /// As an error names it.
+    pub(super) field: String,
+    /// What must not be repeated.
+    pub(super) value: String,
+    pub(super) message: Bytes,
+}
+
+pub(super) const REGISTER: &str = "auth.v1.AuthService/Register";
+pub(super) const LOGIN: &str = "auth.v1.AuthService/Login";
+pub(super) const REFRESH: &str = "auth.v1.AuthService/RefreshTokens";
+pub(super) const VALIDATE: &str = "auth.v1.AuthService/ValidateToken";
+pub(super) const RECORD: &str = "usage.v1.UsageService/RecordUsage";
+pub(super) const CHECK: &str = "usage.v1.UsageService/CheckQuota";
+pub(super) const MONTH: &str = "usage.v1.UsageService/GetMonthlyUsage";
+pub(super) const RECORDS: &str = "usage.v1.UsageService/ListUsageRecords";
+pub(super) const CREATE_USER: &str = "admin.v1.AdminService/CreateUser";
+pub(super) const GET_USER: &str = "admin.v1.AdminService/GetUser";
+pub(super) const LOOKUP: &str = "admin.v1.AdminService/LookupUser";
+pub(super) const USERS: &str = "admin.v1.AdminService/ListUsers";
+pub(super) const SET_TIER: &str = "admin.v1.AdminService/SetUserTier";
+pub(super) const ENABLE: &str = "admin.v1.AdminService/EnableUser";
+pub(super) const DISABLE: &str = "admin.v1.AdminService/DisableUser";
+pub(super) const CREATE_SERVICE: &str = "admin.v1.AdminService/CreateServiceAccount";
+pub(super) const SERVICES: &str = "admin.v1.AdminService/ListServiceAccounts";
+pub(super) const DISABLE_SERVICE: &str = "admin.v1.AdminService/DisableServiceAccount";
+
+const IDS: &[&str] = &[
+    "",
+    "nobody",
+    "00000000-0000-0000-0000-000000000000",
+    "01890a5dac96774bbcceb302099a8057",
+    "{01890a5d-ac96-774b-bcce-b302099a8057}",
+    "01890a5d-ac96-774b-bcce-b302099a805\u{0}",
+];
+const MONTHS: &[&str] = &[
+    "2026",
+    "2026-13",
+    "2026-00",
+    "2026-1",
+    "26-01",
+    "2026-01-01",
+    "1999-12",
+    "2200-01",
+    "+026-01",
+    "２０２６-01",
+];
+const EMAILS: &[&str] = &[
+    "",
+    "nobody",
+    "a@b",
+    "a b@c.de",
+    "ü@b.co",
+    "a@b.co\u{0}",
+    "a@b@c.de",
+];
+const USERNAMES: &[&str] = &["", "ab", "-abc", "a b c", "name@host", "ünther", "abc\u{0}"];
+const FULL_NAMES: &[&str] = &["line\nbreak", "nul\u{0}name", "escape\u{1b}[2J"];
+const PASSWORDS: &[&str] = &["", "short-elev1", "twelve\u{0}chars and more"];
+const PAGE_TOKENS: &[&str] = &["garbage", "!!!!", "AAAAAAAAAAAAAAAAAAAAAAAAAAA", "dG9rZW4="];
+const TIERS: &[&str] = &["Free", "no tier", "free\u{0}", "9tier"];
+
+/// Rows for every field of every request.
+pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
+    let mut table = Table::default();
+    auth(&mut table);
+    usage(&mut table, user);
+    admin(&mut table, user);
+    table.0
+}
+
+fn auth(t: &mut Table) {
+    t.texts(REGISTER, "email", EMAILS, |email| RegisterRequest {
+        email,
+        ..register()
+    });
+    t.texts(REGISTER, "username", USERNAMES, |username| {
+        RegisterRequest {
+            username,
+            ..register()
+        }
+    });
+    t.texts(REGISTER, "full_name", FULL_NAMES, |full_name| {
+        RegisterRequest {
+            full_name,
+            ..register()
+        }
+    });
+    t.texts(REGISTER, "password", PASSWORDS, |password| {
+        RegisterRequest {
+            password,
+            ..register()
+        }
+    });
+
+    let login = |identifier: String, password: &str| LoginRequest {
+        identifier,
+        password: password.to_owned(),
+    };
+    let identifiers = &["", "ab", "a b c", "a@b", "nul\u{0}nul"];
+    t.texts(LOGIN, "identifier", identifiers, |text| {
+        login(text, PASSWORD)
+    });
+    let long = "x".repeat(1025);
+    t.texts(LOGIN, "password", &["", &long], |text| {
+        login("someone".to_owned(), &text)
+    });
+    t.texts(REFRESH, "refresh_token", &[""], |refresh_token| {
+        RefreshTokensRequest { refresh_token }
+    });
+    t.texts(VALIDATE, "token", &[""], |token| ValidateTokenRequest {
+        token,
+        include_quota: true,
+    });
+}
+
+fn usage(t: &mut Table, user: &TestUser) {
+    t.row(RECORD, "event", "", RecordUsageRequest { event: None });
+    let event = || event(user);
+    let record = |event| RecordUsageRequest { event: Some(event) };
+    t.texts(RECORD, "event.event_id", IDS, |event_id| {
+        record(UsageEvent {
+            event_id,
+            ..event()
+        })
+    });
+    t.texts(RECORD, "event.user_id", IDS, |user_id| {
+        record(UsageEvent { user_id, ..event() })
+    });
+    let long = "x".repeat(129);
+    let models = &["", "a model", "mödel", "model\u{0}", &long];
+    t.texts(RECORD, "event.model", models, |model| {
+        record(UsageEvent { model, ..event() })
+    });
+    let ids = &["an id", "nul\u{0}nul", "größe", &long];
+    t.texts(RECORD, "event.request_id", ids, |request_id| {
+        record(UsageEvent {
+            request_id,
+            ..event()
+        })
+    });
+    for (value, occurred_at) in times() {
+        let event = UsageEvent {
+            occurred_at,
+            ..event()
+        };
+        t.row(RECORD, "event.occurred_at", value, record(event));
+    }
+    for (value, tokens) in [("none", None), ("zero", Some(TokenCounts::default()))] {
+        t.row(
+            RECORD,
+            "event.tokens",
+            value,
+            record(UsageEvent { tokens, ..event() }),
+        );
+    }
+    for (name, set) in DIMENSIONS {
+        for count in [-1, i64::MIN, i64::MAX, 1_000_000_000_001] {
+            let mut tokens = TokenCounts {
+                input: 1,
+                output: 1,
+                ..TokenCounts::default()
+            };
+            *set(&mut tokens) = count;
+            let message = record(UsageEvent {
+                tokens: Some(tokens),
+                ..event()
+            });
+            t.row(
+                RECORD,
+                &format!("event.tokens.{name}"),
+                &count.to_string(),
+                message,
+            );
+        }
+    }
+    for labels in wrong_labels() {
+        let value = labels.keys().next().cloned().unwrap_or_default();
+        t.row(
+            RECORD,
+            "event.labels",
+            &value,
+            record(UsageEvent { labels, ..event() }),
+        );
+    }
+
+    t.texts(CHECK, "user_id", IDS, |user_id| CheckQuotaRequest {
+        user_id,
+        tokens: 1,
+    });
+    for tokens in [-1, i64::MIN, i64::MAX, 1_000_000_000_001] {
+        let user_id = user.id.clone();
+        t.row(
+            CHECK,
+            "tokens",
+            &tokens.to_string(),
+            CheckQuotaRequest { user_id, tokens },
+        );
+    }
+
+    let month = |user_id: &str, month: &str| GetMonthlyUsageRequest {
+        user_id: user_id.to_owned(),
+        month: month.to_owned(),
+    };
+    // Empty: a service has to say whose.
+    t.texts(MONTH, "user_id", IDS, |id| month(&id, "2026-01"));
+    t.texts(MONTH, "month", MONTHS, |text| month(&user.id, &text));
+
+    let list = ListUsageRecordsRequest {
+        user_id: user.id.clone(),
+        ..Default::default()
+    };
+    t.texts(RECORDS, "user_id", IDS, |user_id| ListUsageRecordsRequest {
+        user_id,
+        ..list.clone()
+    });
+    t.texts(RECORDS, "month", MONTHS, |month| ListUsageRecordsRequest {
+        month,
+        ..list.clone()
+    });
+    t.sizes(RECORDS, |page_size| ListUsageRecordsRequest {
+        page_size,
+        ..list.clone()
+    });
+    t.texts(RECORDS, "page_token", PAGE_TOKENS, |page_token| {
+        ListUsageRecordsRequest {
+            page_token,
+            ..list.clone()
+        }
+    });
+}
+
+fn admin(t: &mut Table, user: &TestUser) {
+    t.texts(CREATE_USER, "email", EMAILS, |email| CreateUserRequest {
+        email,
+        ..create_user()
+    });
+    t.texts(CREATE_USER, "username", USERNAMES, |username| {
+        CreateUserRequest {
+            username,
+            ..create_user()
+        }
+    });
+    t.texts(CREATE_USER, "full_name", FULL_NAMES, |full_name| {
+        CreateUserRequest {
+            full_name,
+            ..create_user()
+        }
+    });
+    t.texts(CREATE_USER, "password", PASSWORDS, |text| {
+        CreateUserRequest {
+            credential: Some(Credential::Password(text)),
+            ..create_user()
+        }
+    });
+    let hashes = &[
+        "",
+        "5f4dcc3b5aa765d61d8327deb882cf99",
+        "$2b$10$tooshort",
+        "$2b$31$abcdefghijklmnopqrstuuMcnPdeRkvEBlHOWJbkQDpMTFsRJ7pQW",
+        "$argon2id$v=19$m=999999999,t=2,p=1$c29tZXNhbHQ$RdescudvJCsgt3ub+b4dWRWJTmaaJObG",
+        "$1$salt$qJH7.N4xYta3aEG/dfqo/0",
+    ];
+    t.texts(CREATE_USER, "password_hash", hashes, |text| {
+        CreateUserRequest {
+            credential: Some(Credential::PasswordHash(text)),
+            ..create_user()
+        }
+    });
+    t.texts(CREATE_USER, "tier", TIERS, |tier| CreateUserRequest {
+        tier,
+        ..create_user()
+    });
+    t.texts(CREATE_USER, "tier", &["platinum"], |tier| {
+        CreateUserRequest {
+            tier,
+            ..create_user()
+        }
+    });
+    for role in [-1, 3, i32::MAX] {
+        let message = CreateUserRequest {
+            role,
+            ..create_user()
+        };
+        t.row(CREATE_USER, "role", &role.to_string(), message);
+    }
+
+    t.texts(GET_USER, "user_id", IDS, |user_id| GetUserRequest {
+        user_id,
+    });
+    t.texts(ENABLE, "user_id", IDS, |user_id| EnableUserRequest {
+        user_id,
+    });
+    t.texts(DISABLE, "user_id", IDS, |user_id| DisableUserRequest {
+        user_id,
+        reason: String::new(),
+    });
+    let reasons = &["reason\u{0}reason", &"é".repeat(501)];
+    t.texts(DISABLE, "reason", reasons, |reason| DisableUserRequest {
+        user_id: user.id.clone(),
+        reason,
+    });
+    let tier = |user_id: &str, tier: &str| SetUserTierRequest {
+        user_id: user_id.to_owned(),
+        tier: tier.to_owned(),
+    };
+    t.texts(SET_TIER, "user_id", IDS, |id| tier(&id, "free"));
+    t.texts(SET_TIER, "tier", &["", "platinum", "Free"], |text| {
+        tier(&user.id, &text)
+    });
+
+    t.row(LOOKUP, "by", "", LookupUserRequest { by: None });
+    t.texts(LOOKUP, "email", EMAILS, |text| LookupUserRequest {
+        by: Some(By::Email(text)),
+    });
+    t.texts(LOOKUP, "username", USERNAMES, |text| LookupUserRequest {
+        by: Some(By::Username(text)),
+    });
+
+    let list = ListUsersRequest::default();
+    t.sizes(USERS, |page_size| ListUsersRequest {
+        page_size,
+        ..list.clone()
+    });
+    t.texts(USERS, "page_token", PAGE_TOKENS, |page_token| {
+        ListUsersRequest {
+            page_token,
+            ..list.clone()
+        }
+    });
+    t.texts(USERS, "tier", TIERS, |tier| ListUsersRequest {
+        tier,
+        ..list.clone()
+    });
+
+    let service = |name: &str, scopes: &[&str]| CreateServiceAccountRequest {
+        name: name.to_owned(),
+        scopes: scopes.iter().map(|&scope| scope.to_owned()).collect(),
+    };
+    t.texts(CREATE_SERVICE, "name", USERNAMES, |name| {
+        service(&name, &["quota"])
+    });
+    for scopes in [
+        &[][..],
+        &[""],
+        &["everything"],
+        &["quota", "Quota"],
+        &["quota "],
+    ] {
+        let value = scopes.last().copied().unwrap_or_default();
+        // `quota` itself is among the names that the answer lists.
+        let value = if value.trim() == "quota" { "" } else { value };
+        t.row(
+            CREATE_SERVICE,
+            "scopes",
+            value,
+            service("a-service", scopes),
+        );
+    }
+    t.sizes(SERVICES, |page_size| ListServiceAccountsRequest {
+        page_size,
+        page_token: String::new(),
+    });
+    t.texts(SERVICES, "page_token", PAGE_TOKENS, |page_token| {
+        ListServiceAccountsRequest {
+            page_size: 0,
+            page_token,
+        }
+    });
+    t.texts(
+        DISABLE_SERVICE,
+        "service_account_id",
+        IDS,
+        |service_account_id| DisableServiceAccountRequest { service_account_id },
+    );
+}
+
+/// Requests with several wrong fields, and these fields.
+pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'static str], Bytes)> {
+    let bad = || "?".to_owned();
+    let people = &["email", "username", "full_name", "password"];
+    let register = RegisterRequest {
+        email: bad(),
+        username: bad(),
+        full_name: "\n".to_owned(),
+        password: bad(),
+    };
+    let create = CreateUserRequest {
+        email: bad(),
+        username: bad(),
+        full_name: "\n".to_owned(),
+        credential: Some(Credential::Password(bad())),
+        tier: bad(),
+        role: 9,
+    };
+    let old = Timestamp {
+        seconds: 1,
+        nanos: 0,
+    };
+    let counts = TokenCounts {
+        input: -1,
+        output: -1,
+        cached_input: -1,
+        cache_write: -1,
+        reasoning: -1,
+    };
+    let event = UsageEvent {
+        event_id: bad(),
+        occurred_at: Some(old),
+        user_id: bad(),
+        model: String::new(),
+        tokens: Some(counts),
+        request_id: " ".to_owned(),
+        labels: HashMap::from([(String::new(), String::new())]),
+    };
+    // Its user and its shape are right, its content is not.
+    let late = UsageEvent {
+        occurred_at: Some(old),
+        model: String::new(),
+        ..self::event(user)
+    };
+    let list = ListUsageRecordsRequest {
+        user_id: bad(),
+        month: bad(),
+        page_size: -1,
+        page_token: bad(),
+    };
+    let users = ListUsersRequest {
+        page_size: -1,
+        page_token: bad(),
+        tier: "?".to_owned(),
+        is_active: None,
+    };
+    let login = LoginRequest {
+        identifier: bad(),
+        password: String::new(),
+    };
+    let month = GetMonthlyUsageRequest {
+        user_id: bad(),
+        month: bad(),
+    };
+    let tier = SetUserTierRequest {
+        user_id: bad(),
+        tier: bad(),
+    };
+    let disable = DisableUserRequest {
+        user_id: bad(),
+        reason: "x".repeat(501),
+    };
+    let service = CreateServiceAccountRequest {
+        name: bad(),
+        scopes: vec![],
+    };
+    let services = ListServiceAccountsRequest {
+        page_size: -1,
+        page_token: bad(),
+    };
+    let check = CheckQuotaRequest {
+        user_id: bad(),
+        tokens: -1,
+    };
+    vec![
+        (REGISTER, people, encode(&register)),
+        (
+            CREATE_USER,
+            &["email", "username", "full_name", "password", "tier", "role"],
+            encode(&create),
+        ),
+        (LOGIN, &["identifier", "password"], encode(&login)),
+        (
+            RECORD,
+            &[
+                "event.event_id",
+                "event.occurred_at",
+                "event.user_id",
+                "event.model",
+                "event.tokens.input",
+                "event.tokens.output",
+                "event.tokens.cached_input",
+                "event.tokens.cache_write",
+                "event.tokens.reasoning",
+                "event.request_id",
+                "event.labels",
+            ],
+            encode(&RecordUsageRequest { event: Some(event) }),
+        ),
+        (
+            RECORD,
+            &["event.occurred_at", "event.model"],
+            encode(&RecordUsageRequest { event: Some(late) }),
+        ),
+        (CHECK, &["user_id", "tokens"], encode(&check)),
+        (MONTH, &["user_id", "month"], encode(&month)),
+        (
+            RECORDS,
+            &["user_id", "month", "page_size", "page_token"],
+            encode(&list),
+        ),
+        (USERS, &["page_size", "page_token", "tier"], encode(&users)),
+        (SET_TIER, &["user_id", "tier"], encode(&tier)),
+        (DISABLE, &["user_id", "reason"], encode(&disable)),
+        (CREATE_SERVICE, &["name", "scopes"], encode(&service)),
+        (SERVICES, &["page_size", "page_token"], encode(&services)),
+    ]
+}
+
+/// Rows, and how they are made.
+#[derive(Default)]
+struct Table(Vec<Wrong>);
+
+impl Table {
+    fn row(&mut self, rpc: &'static str, field: &str, value: &str, message: impl Message) {
+        self.0.push(Wrong {
+            rpc,
+            field: field.to_owned(),
+            value: value.to_owned(),
+            message: encode(&message),
+        });
+    }
+
+    /// One row for each text.
+    fn texts<M: Message>(
+        &mut self,
+        rpc: &'static str,
+        field: &str,
+        texts: &[&str],
+        message: impl Fn(String) -> M,
+    ) {
+        for text in texts {
+            self.row(rpc, field, text, message((*text).to_owned()));
+        }
+    }
+
+    fn sizes<M: Message>(&mut self, rpc: &'static str, message: impl Fn(i32) -> M) {
+        for size in [-1, i32::MIN] {
+            self.row(rpc, "page_size", &size.to_string(), message(size));
+        }
+    }
+}
+
+/// A registration that succeeds.
+pub(super) fn register() -> RegisterRequest {
+    let name = unique_name();
+    RegisterRequest {
+        email: format!("{name}@example.com"),
+        username: name,
+        full_name: "A Person".to_owned(),
+        password: PASSWORD.to_owned(),
+    }
+}
+
+/// A user whom an administrator may create.
+pub(super) fn create_user() -> CreateUserRequest {
+    let name = unique_name();
+    CreateUserRequest {
+        email: format!("{name}@example.com"),
+        username: name,
+        ..CreateUserRequest::default()
+    }
+}
+
+/// An event that is booked.
+pub(super) fn event(user: &TestUser) -> UsageEvent {
+    UsageEvent {
+        event_id: Uuid::now_v7().to_string(),
+        occurred_at: Some(ago(0)),
+        user_id: user.id.clone(),
+        model: "a-model".to_owned(),
+        tokens: Some(TokenCounts {
+            input: 1,
+            ..TokenCounts::default()
+        }),
+        request_id: String::new(),
+        labels: HashMap::new(),
+    }
+}
+
+/// The time `secs` ago.
+pub(super) fn ago(secs: i64) -> Timestamp {
+    let seconds = chrono::Utc::now().timestamp() - secs;
+    Timestamp { seconds, nanos: 0 }
+}
+
+type Set = fn(&mut TokenCounts) -> &mut i64;
+
+/// The dimensions of tokens.
+pub(super) const DIMENSIONS: [(&str, Set); 5] = [
+    ("input", |counts| &mut counts.input),
+    ("output", |counts| &mut counts.output),
+    ("cached_input", |counts| &mut counts.cached_input),
+    ("cache_write", |counts| &mut counts.cache_write),
+    ("reasoning", |counts| &mut counts.reasoning),
+];
+
+fn times() -> [(&'static str, Option<Timestamp>); 8] {
+    let at = |seconds, nanos| Some(Timestamp { seconds, nanos });
+    let now = ago(0).seconds;
+    [
+        ("unset", None),
+        ("the epoch", at(0, 0)),
+        ("before the epoch", at(-1, 0)),
+        ("past the year 9999", at(i64::MAX, 0)),
+        ("negative nanos", at(now, -1)),
+        ("nanos of a second", at(now, 1_000_000_000)),
+        ("36 days ago", Some(ago(36 * DAY))),
+        ("6 minutes ahead", Some(ago(-6 * 60))),
+    ]
+}
+
+pub(super) const DAY: i64 = 24 * 60 * 60;
+
+fn wrong_labels() -> [HashMap<String, String>; 6] {
+    let one = |key: &str, value: &str| HashMap::from([(key.to_owned(), value.to_owned())]);
+    [
+        one("", "no key"),
+        one(&"k".repeat(65), ""),
+        one("long value", &"v".repeat(257)),
+        one("nul\0key", ""),
+        one("nul value", "\0"),
+        (0..17)
+            .map(|n| (format!("label {n}"), String::new()))
+            .collect(),
+    ]
+}
+
+/// A name that nobody has: its end is random.
+fn unique_name() -> String {
+    let id = Uuid::now_v7().simple().to_string();
+    format!("u{}", &id[2..])
+}
+
+fn encode(message: &impl Message) -> Bytes {
+    message.encode_to_vec().into()
+}
