@@ -9,7 +9,10 @@ use std::{
 };
 
 use futures_util::{FutureExt as _, future::BoxFuture};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header::USER_AGENT};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Request, Response,
+    header::{CONTENT_TYPE, USER_AGENT},
+};
 use tokio::sync::watch;
 use tonic::{Code, Status, body::Body, transport::server::TcpConnectInfo};
 use tower::{Layer, Service};
@@ -124,22 +127,17 @@ where
         request.extensions_mut().insert(context);
         let deadline = deadline(request.headers(), self.layer.max_deadline);
         let mut cut = self.layer.cut.clone();
-        let handled = self.inner.call(request);
+        let handled = is_grpc(request.headers()).then(|| self.inner.call(request));
         let call = async move {
-            let guarded = AssertUnwindSafe(handled).catch_unwind();
-            let mut response = tokio::select! {
-                outcome = tokio::time::timeout(deadline, guarded) => match outcome {
-                    Ok(Ok(handled)) => handled?,
-                    Ok(Err(_panic)) => {
-                        tracing::error!("the handler panicked");
-                        status::panicked().into_http()
-                    }
-                    Err(_) => status::deadline_exceeded().into_http(),
+            let mut response = match handled {
+                Some(handled) => tokio::select! {
+                    response = guard(handled, deadline) => response?,
+                    // An error means that nobody can cut any more.
+                    Ok(_) = cut.wait_for(|cut| *cut) => status::shutting_down().into_http(),
                 },
-                // An error means that nobody can cut any more.
-                Ok(_) = cut.wait_for(|cut| *cut) => status::shutting_down().into_http(),
+                None => status::not_grpc(),
             };
-            let code = explain(&mut response);
+            let code = explain(&mut response, &request_id);
             if let Ok(value) = HeaderValue::from_str(&request_id) {
                 response.headers_mut().insert(REQUEST_ID, value);
             }
@@ -148,6 +146,28 @@ where
         };
         Box::pin(call.instrument(span))
     }
+}
+
+/// Waits for an answer, but not past `deadline`, and makes one of a panic.
+async fn guard<E>(
+    handled: impl Future<Output = Result<Response<Body>, E>>,
+    deadline: Duration,
+) -> Result<Response<Body>, E> {
+    let guarded = AssertUnwindSafe(handled).catch_unwind();
+    match tokio::time::timeout(deadline, guarded).await {
+        Ok(Ok(handled)) => handled,
+        Ok(Err(_panic)) => {
+            tracing::error!("the handler panicked");
+            Ok(status::panicked().into_http())
+        }
+        Err(_) => Ok(status::deadline_exceeded().into_http()),
+    }
+}
+
+/// Whether a request speaks gRPC (gRPC over HTTP/2, `Content-Type`); the transport does not look.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let value = headers.get(CONTENT_TYPE);
+    value.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// The caller's request id when it is sane, a new one otherwise.
@@ -190,18 +210,23 @@ fn deadline(headers: &HeaderMap, max: Duration) -> Duration {
     asked.map_or(max, |asked| asked.min(max))
 }
 
-/// The code of an answer; an error of the transport is given its details.
-fn explain(response: &mut Response<Body>) -> Code {
-    let Some(bare) = Status::from_header_map(response.headers()) else {
+/// The code of an answer. An error of the transport is given its details, every error the id.
+///
+/// Sees answers that are errors from the start, which are all but those of streams under way.
+fn explain(response: &mut Response<Body>, request_id: &str) -> Code {
+    let Some(mut error) = Status::from_header_map(response.headers()) else {
         return Code::Ok;
     };
-    if bare.code() == Code::Ok || !bare.details().is_empty() {
-        return bare.code();
+    if error.code() == Code::Ok {
+        return Code::Ok;
     }
-    let explained = status::explain(&bare);
-    let code = explained.code();
-    *response = explained.into_http();
-    code
+    if error.details().is_empty() {
+        error = status::explain(&error);
+    }
+    let http_status = response.status();
+    *response = status::with_request_id(&error, request_id).into_http();
+    *response.status_mut() = http_status;
+    error.code()
 }
 
 /// One line a call. A client's mistake is the client's business; ours is an error where it arose.

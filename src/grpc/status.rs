@@ -2,7 +2,8 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use tonic::{Code, Status};
+use http::{Response, StatusCode};
+use tonic::{Code, Status, body::Body};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
@@ -108,6 +109,20 @@ pub(super) fn shutting_down() -> Status {
     Status::with_error_details(Code::Unavailable, message, details)
 }
 
+/// For a request of another protocol: with a success of HTTP, other clients would take the error
+/// for an answer (gRPC over HTTP/2, `Content-Type`).
+pub(super) fn not_grpc() -> Response<Body> {
+    let message = "the content type must be application/grpc";
+    let status = status(
+        Code::InvalidArgument,
+        ErrorReason::MalformedRequest,
+        message,
+    );
+    let mut response = status.into_http();
+    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response
+}
+
 /// For a handler that panicked.
 pub(super) fn panicked() -> Status {
     status(Code::Internal, ErrorReason::Internal, "internal error")
@@ -116,7 +131,8 @@ pub(super) fn panicked() -> Status {
 /// Gives a status of the transport itself the details that every error has.
 pub(super) fn explain(bare: &Status) -> Status {
     let (code, reason) = match bare.code() {
-        Code::Unimplemented => (Code::Unimplemented, ErrorReason::UnknownMethod),
+        // The router has nothing to say of an unknown method; of a compression the codec has.
+        Code::Unimplemented if bare.message().is_empty() => return unknown_method(),
         // How the transport says that the client's own deadline passed.
         Code::Cancelled | Code::DeadlineExceeded => {
             (Code::DeadlineExceeded, ErrorReason::DeadlineExceeded)
@@ -127,6 +143,18 @@ pub(super) fn explain(bare: &Status) -> Status {
         code => (code, ErrorReason::MalformedRequest),
     };
     status(code, reason, bare.message())
+}
+
+/// The same error with the id to quote to an operator, as `error_reason.proto` promises.
+pub(super) fn with_request_id(error: &Status, request_id: &str) -> Status {
+    let mut details = error.get_error_details();
+    if let Some(mut info) = details.error_info().cloned() {
+        info.metadata
+            .insert("request_id".to_owned(), request_id.to_owned());
+        details.set_error_info(info.reason, info.domain, info.metadata);
+    }
+    let metadata = error.metadata().clone();
+    Status::with_error_details_and_metadata(error.code(), error.message(), details, metadata)
 }
 
 fn status(code: Code, reason: ErrorReason, message: impl Into<String>) -> Status {

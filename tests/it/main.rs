@@ -15,4 +15,5 @@ mod process;
 mod rooms;
 mod schema;
 mod smoke;
+mod transport;
 mod usage;
