@@ -25,6 +25,10 @@ use crate::{
     model::{Actor, Origin},
 };
 
+/// How much sooner than the client asks a call ends. At the same instant, the transport's own timer
+/// would now and then be first, and answer CANCELLED without details.
+const DEADLINE_MARGIN: Duration = Duration::from_millis(1);
+
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Methods called once per request of somebody else's traffic, or by tools: their successes are no
@@ -125,7 +129,8 @@ where
         let request_id = context.request_id.clone();
         let span = tracing::info_span!("call", method, request_id);
         request.extensions_mut().insert(context);
-        let deadline = deadline(request.headers(), self.layer.max_deadline);
+        // Counted from here, as the transport does: a busy machine may poll the call much later.
+        let deadline = started + deadline(request.headers(), self.layer.max_deadline);
         let mut cut = self.layer.cut.clone();
         let handled = is_grpc(request.headers()).then(|| self.inner.call(request));
         let call = async move {
@@ -151,10 +156,14 @@ where
 /// Waits for an answer, but not past `deadline`, and makes one of a panic.
 async fn guard<E>(
     handled: impl Future<Output = Result<Response<Body>, E>>,
-    deadline: Duration,
+    deadline: Instant,
 ) -> Result<Response<Body>, E> {
+    // A timer needs a tick, even for a time that has passed.
+    if deadline <= Instant::now() {
+        return Ok(status::deadline_exceeded().into_http());
+    }
     let guarded = AssertUnwindSafe(handled).catch_unwind();
-    match tokio::time::timeout(deadline, guarded).await {
+    match tokio::time::timeout_at(deadline.into(), guarded).await {
         Ok(Ok(handled)) => handled,
         Ok(Err(_panic)) => {
             tracing::error!("the handler panicked");
@@ -207,7 +216,7 @@ fn deadline(headers: &HeaderMap, max: Duration) -> Duration {
         .get("grpc-timeout")
         .and_then(|value| value.to_str().ok())
         .and_then(parse);
-    asked.map_or(max, |asked| asked.min(max))
+    asked.map_or(max, |asked| asked.saturating_sub(DEADLINE_MARGIN).min(max))
 }
 
 /// The code of an answer. An error of the transport is given its details, every error the id.
@@ -262,11 +271,12 @@ mod tests {
     }
 
     #[test]
-    fn the_sooner_deadline_holds() {
+    fn the_sooner_deadline_holds_by_a_margin() {
         let max = Duration::from_secs(30);
         let with = |text| deadline(&headers("grpc-timeout", text), max);
-        assert_eq!(with("250m"), Duration::from_millis(250));
-        assert_eq!(with("5S"), Duration::from_secs(5));
+        assert_eq!(with("250m"), Duration::from_millis(249));
+        assert_eq!(with("5S"), Duration::from_millis(4999));
+        assert_eq!(with("1n"), Duration::ZERO);
         assert_eq!(with("1H"), max);
         for bad in ["", "S", "5", "5X", "-5S", "123456789S"] {
             assert_eq!(with(bad), max, "{bad}");
