@@ -171,17 +171,16 @@ async fn json_logs_tell_each_call_and_no_secret() {
 
     // An excerpt gives a secret away as well.
     let (password, wrong) = (&PASSWORD[..12], &WRONG_PASSWORD[..12]);
-    let signature = |token: &str| token.rsplit(['.', '_']).next().unwrap().to_owned();
+    let end_of = |token: &str| token[token.len() - 16..].to_owned();
     let tokens = [&first, &second]
-        .map(|tokens| [&tokens.access_token, &tokens.refresh_token].map(|token| signature(token)));
+        .map(|tokens| [&tokens.access_token, &tokens.refresh_token].map(|token| end_of(token)));
     let tokens = tokens.concat();
     let database = home.database_url();
     let mut secrets = vec![EMAIL, "grace.hopper", password, wrong, "$argon2", database];
     secrets.extend(tokens.iter().map(String::as_str));
-    let key = signature(&key);
+    let key = end_of(&key);
     secrets.extend([key.as_str(), super::home::MASTER_KEY, "Bearer", "eyJ"]);
     for secret in secrets {
-        assert!(secret.len() >= 3);
         let told = log.lines().find(|line| line.contains(secret));
         assert_eq!(told, None, "{secret} is in the log");
     }

@@ -1,6 +1,9 @@
 use std::{path::Path, process::Command};
 
 use nix::sys::signal::Signal;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 
 use super::{home::Home, login};
 
@@ -16,6 +19,23 @@ async fn sigterm_and_sigint_end_service_and_postgres_in_order() {
         assert!(!home.has_postgres(), "{signal}");
         assert!(service.log().contains("stopped"));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_watches_health_does_not_hold_up_the_end() {
+    let home = Home::with_database();
+    let mut service = home.start(home.production(&["serve"]));
+    let mut health = HealthClient::new(service.serving().await);
+    let whole = HealthCheckRequest::default();
+    let mut watched = health.watch(whole).await.unwrap().into_inner();
+    let first = watched.message().await.unwrap().unwrap();
+    assert_eq!(first.status(), ServingStatus::Serving);
+
+    assert_eq!(service.stop(Signal::SIGTERM).code(), Some(0));
+    assert!(!service.log().contains("in flight"), "{}", service.log());
+    let last = watched.message().await.unwrap().unwrap();
+    assert_eq!(last.status(), ServingStatus::NotServing);
+    assert!(watched.message().await.unwrap().is_none());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,8 +86,8 @@ async fn killed_when_there_is(path: &str) {
     assert!(logged_in.is_ok(), "killed at {path}: {logged_in:?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_signal_during_the_start_ends_it_in_order() {
+#[test]
+fn a_signal_during_the_start_ends_it_in_order() {
     let stages = [
         "postgres.init/PG_VERSION",
         "postgres/postmaster.pid",
@@ -83,9 +103,6 @@ async fn a_signal_during_the_start_ends_it_in_order() {
         service.wait_until(stage, |_| exists(&home, stage));
         assert_eq!(service.stop(signal).code(), Some(0), "{stage}");
         assert!(home.postgres_gone(), "{stage}");
-
-        let mut service = home.serve();
-        service.serving().await;
     }
 }
 
