@@ -15,7 +15,7 @@ mod timing;
 mod users;
 mod validate;
 
-use std::{fmt::Debug, time::Duration};
+use std::{collections::BTreeMap, fmt::Debug, time::Duration};
 
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{DisableUserRequest, EnableUserRequest, SetUserTierRequest},
@@ -60,9 +60,19 @@ fn credential(status: &Status) -> String {
     info.metadata.remove("credential").unwrap_or_default()
 }
 
-/// All that a client can tell two refusals apart by.
-fn visible(status: &Status) -> (Code, &str, &[u8]) {
-    (status.code(), status.message(), status.details())
+/// All that a client can tell two refusals apart by; each has a request id of its own.
+fn visible(status: &Status) -> (Code, String, String, BTreeMap<String, String>, usize) {
+    let info = status.get_details_error_info().expect("an ErrorInfo");
+    let mut metadata: BTreeMap<_, _> = info.metadata.into_iter().collect();
+    assert_eq!(metadata.remove("request_id").map(|id| id.len()), Some(36));
+    let size = status.details().len();
+    (
+        status.code(),
+        status.message().to_owned(),
+        info.reason,
+        metadata,
+        size,
+    )
 }
 
 async fn refresh(app: &TestApp, token: &str) -> Result<RefreshTokensResponse, Status> {

@@ -4,7 +4,7 @@ use tokio::{sync::oneshot, task::JoinHandle};
 use tokio_postgres::NoTls;
 use tollkeeper::{
     auth::{InitialCredential, KeyRing, MasterKey, NewAccount, generate_key_file},
-    config::{PasswordSettings, Secret, Settings},
+    config::{AuthSettings, PasswordSettings, Secret, Settings, SigningAlgorithm},
     model::{Origin, Person, Role, Scope},
     server::{Server, ServerError},
     store::Migrator,
@@ -27,6 +27,8 @@ pub(crate) struct TestApp {
     pub(crate) channel: Channel,
     server: RunningServer,
     settings: Settings,
+    /// Where replicas find the signing keys, unless the settings named a folder.
+    _keys: tempfile::TempDir,
 }
 
 impl TestApp {
@@ -36,12 +38,14 @@ impl TestApp {
 
     /// Spawns a server whose settings `change` has changed.
     pub(crate) async fn spawn_with(change: impl FnOnce(&mut Settings)) -> Self {
+        let keys = tempfile::tempdir().expect("a temporary folder");
         let mut settings = settings(new_database().await);
+        keys.path().clone_into(&mut settings.auth.key_dir);
         change(&mut settings);
         let server = RunningServer::start(&settings)
             .await
             .expect("the server starts");
-        Self::introduce(server, settings).await
+        Self::introduce(server, settings, keys).await
     }
 
     /// A further server on the same database: another replica.
@@ -76,7 +80,7 @@ impl TestApp {
         self.sql(statement).await.first().expect("one row").get(0)
     }
 
-    async fn introduce(server: RunningServer, settings: Settings) -> Self {
+    async fn introduce(server: RunningServer, settings: Settings, keys: tempfile::TempDir) -> Self {
         let admin_email = "admin@example.com".to_owned();
         let origin = Origin::operator();
         let admin = NewAccount {
@@ -111,6 +115,7 @@ impl TestApp {
             channel: server.channel(),
             server,
             settings,
+            _keys: keys,
         }
     }
 }
@@ -121,13 +126,11 @@ pub(crate) struct RunningServer {
     pub(crate) auth: tollkeeper::auth::Auth,
     shutdown: Option<oneshot::Sender<()>>,
     ended: JoinHandle<Result<(), ServerError>>,
-    _keys: tempfile::TempDir,
 }
 
 impl RunningServer {
     pub(crate) async fn start(settings: &Settings) -> Result<Self, ServerError> {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let (keys, master_key) = keys(settings, folder.path());
+        let (keys, master_key) = keys(settings);
         let server = Server::bind(settings, keys, &master_key).await?;
         let address = server.local_addr().expect("bound");
         let auth = server.auth().clone();
@@ -140,7 +143,6 @@ impl RunningServer {
             auth,
             shutdown: Some(shutdown),
             ended,
-            _keys: folder,
         })
     }
 
@@ -159,8 +161,10 @@ impl RunningServer {
 
 /// Settings of a test: real everything, cheap hashes, a free port.
 fn settings(database_url: String) -> Settings {
-    let mut settings = Settings::default();
-    settings.dev = true;
+    let mut settings = Settings {
+        dev: true,
+        ..Settings::default()
+    };
     settings.server.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     settings.database.url = Secret::new(database_url);
     settings.database.pool_size = 8;
@@ -173,28 +177,24 @@ fn settings(database_url: String) -> Settings {
     settings
 }
 
-/// One signing key in the folder that the settings name, or in one of the test's own.
-fn keys(settings: &Settings, own: &std::path::Path) -> (KeyRing, MasterKey) {
-    use tollkeeper::config::SigningAlgorithm::Hs256;
-    let auth = &settings.auth;
-    let configured = auth.key_dir.as_path();
-    let folder = if configured.as_os_str().is_empty() {
-        own
+/// The signing keys of the settings; the first server to look makes one.
+fn keys(settings: &Settings) -> (KeyRing, MasterKey) {
+    let AuthSettings {
+        algorithm,
+        key_dir,
+        jwt_secret,
+        ..
+    } = &settings.auth;
+    let ring = if *algorithm == SigningAlgorithm::Hs256 {
+        KeyRing::from_secret(jwt_secret)
     } else {
-        configured
-    };
-    let ring = if auth.algorithm == Hs256 {
-        KeyRing::from_secret(&auth.jwt_secret)
-    } else {
-        KeyRing::from_folder(folder, auth.algorithm).or_else(|_| {
-            generate_key_file(folder, auth.algorithm, chrono::Utc::now())?;
-            KeyRing::from_folder(folder, auth.algorithm)
+        KeyRing::from_folder(key_dir, *algorithm).or_else(|_| {
+            generate_key_file(key_dir, *algorithm, chrono::Utc::now())?;
+            KeyRing::from_folder(key_dir, *algorithm)
         })
     };
-    (
-        ring.expect("a key"),
-        MasterKey::new(b"the master key of the tests, not a secret"),
-    )
+    let master_key = MasterKey::new(b"the master key of the tests, not a secret");
+    (ring.expect("a key"), master_key)
 }
 
 /// A migrated database of the test's own.
