@@ -209,9 +209,15 @@ async fn a_key_of_another_algorithm_verifies_and_does_not_sign() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_of_a_removed_key_is_refused() {
-    let app = TestApp::spawn().await;
+    let folder = tempfile::tempdir().unwrap();
+    generate(folder.path(), SigningAlgorithm::EdDsa, 0);
+    let app = TestApp::spawn_with(|s| folder.path().clone_into(&mut s.auth.key_dir)).await;
     let token = access_token(&app).await;
-    // A replica with a key of its own, as after the old one was deleted.
+    let [removed] = &list_key_files(folder.path()).unwrap()[..] else {
+        panic!("one key was made");
+    };
+    std::fs::remove_file(&removed.path).unwrap();
+    generate(folder.path(), SigningAlgorithm::EdDsa, 60);
     let replica = app.replica().await;
     let refused = validate_over(replica.channel(), &app.service_key, &token).await;
     let refused = assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
