@@ -40,6 +40,10 @@ pub struct ServerSettings {
     pub max_request_bytes: usize,
     /// Concurrent calls on one connection.
     pub max_streams: u32,
+    /// Connections at once; more wait to be accepted.
+    pub max_connections: usize,
+    /// Threads that serve, each with its share of the connections; 0 means one per core.
+    pub threads: usize,
     /// Longest a call may take; a shorter deadline of the client holds.
     #[serde(with = "duration")]
     pub max_deadline: Duration,
@@ -216,6 +220,8 @@ impl Default for ServerSettings {
             reflection: true,
             max_request_bytes: 1 << 20,
             max_streams: 256,
+            max_connections: 10_000,
+            threads: 0,
             max_deadline: Duration::from_secs(30),
             drain_delay: Duration::ZERO,
             drain_deadline: Duration::from_secs(20),

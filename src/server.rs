@@ -1,17 +1,18 @@
 //! The composition root: builds every part, serves, drains. The only room that sees them all.
 
-use std::{future::Future, io, net::SocketAddr, time::Duration};
+mod connection;
+mod workers;
+
+use std::{future::Future, io, net::SocketAddr, thread::available_parallelism, time::Duration};
 
 use chrono::Utc;
-use tokio::{
-    net::TcpListener,
-    sync::{oneshot, watch},
-    task::JoinSet,
-    time::{sleep, timeout},
-};
-use tonic::transport::server::TcpIncoming;
+use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::sleep};
 use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{info, warn};
+
+use workers::{Incoming, Workers};
+
+pub use workers::WorkerGone;
 
 use crate::{
     auth::{Auth, KeyRing, MasterKey},
@@ -45,8 +46,10 @@ pub enum ServerError {
     Migrate(#[source] Error),
     #[error(transparent)]
     Service(#[from] Error),
-    #[error("the listener failed: {0}")]
-    Transport(#[from] tonic::transport::Error),
+    #[error("cannot start the threads that serve: {0}")]
+    Threads(#[source] io::Error),
+    #[error(transparent)]
+    Worker(#[from] WorkerGone),
 }
 
 /// A server that is ready to serve: migrated, bound, not yet accepting.
@@ -145,22 +148,27 @@ impl Server {
             settings.reflection,
             bounds,
         )?;
-        let (stop, stopped) = oneshot::channel::<()>();
         let (cut, cut_asked) = watch::channel(false);
-        let serving = tonic::transport::Server::builder()
-            .max_concurrent_streams(settings.max_streams)
-            .http2_keepalive_interval(Some(Duration::from_secs(30)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-            .layer(CallLayer::new(bounds.max_deadline, cut_asked))
-            .layer(AccessLayer::new(auth, rules))
-            .add_routes(routes)
-            .serve_with_incoming_shutdown(
-                TcpIncoming::from(listener).with_nodelay(Some(true)),
-                async {
-                    // An error means that this function is gone, and with it the server.
-                    let _ = stopped.await;
-                },
-            );
+        let serve = {
+            let settings = settings.clone();
+            let access = AccessLayer::new(auth, rules);
+            move |incoming: Incoming, stop: watch::Receiver<bool>| {
+                tonic::transport::Server::builder()
+                    .max_concurrent_streams(settings.max_streams)
+                    .http2_keepalive_interval(Some(Duration::from_secs(30)))
+                    .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+                    .layer(CallLayer::new(bounds.max_deadline, cut_asked.clone()))
+                    .layer(access.clone())
+                    .add_routes(routes.clone())
+                    .serve_with_incoming_shutdown(incoming, asked_to(stop))
+            }
+        };
+        let threads = match settings.threads {
+            0 => available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let mut workers = Workers::start(threads, settings.max_connections, serve)
+            .map_err(ServerError::Threads)?;
 
         let mut background = JoinSet::new();
         let pinged = store.clone();
@@ -170,37 +178,34 @@ impl Server {
         ));
         background.spawn(tasks::upkeep(store.clone()));
 
-        let mut serving = tokio::spawn(serving);
         tokio::select! {
-            ended = &mut serving => {
-                // It never ends by itself but by a fault.
-                return ended.map_err(Error::internal)?.map_err(Into::into);
-            }
+            gone = workers.accept(&listener) => gone?,
             () = shutdown => {}
         }
         info!("shutting down");
         background.shutdown().await;
         health::report(&reporter, false).await;
-        sleep(settings.drain_delay).await;
-        let _ = stop.send(());
-        health::end_watches(reporter).await;
-        let mut drained = timeout(settings.drain_deadline, &mut serving).await;
-        if drained.is_err() {
-            warn!("calls were still in flight at the deadline");
-            // Connections are tasks of their own and outlive the listener: their calls are told.
-            cut.send_replace(true);
-            drained = timeout(LAST_WORDS, &mut serving).await;
+        // Load balancers may send more until they have noticed.
+        tokio::select! {
+            gone = workers.accept(&listener) => gone?,
+            () = sleep(settings.drain_delay) => {}
         }
-        if drained.is_err() {
-            serving.abort();
+        drop(listener);
+        health::end_watches(reporter).await;
+        if !workers.drain(settings.drain_deadline).await {
+            warn!("calls were still in flight at the deadline");
+            cut.send_replace(true);
+            workers.drain(LAST_WORDS).await;
         }
         store.close();
         info!("stopped");
-        match drained {
-            Ok(ended) => Ok(ended.map_err(Error::internal)??),
-            Err(_) => Ok(()),
-        }
+        Ok(())
     }
+}
+
+/// Waits for the signal, or for the end of whoever would give it.
+async fn asked_to(mut stop: watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Brings the schema up to date; of many replicas starting together, one does it.

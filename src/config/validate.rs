@@ -26,6 +26,13 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), (&'static str, String)> 
         64 << 20,
     )?;
     within("server.max_streams", server.max_streams, 1, 100_000)?;
+    within(
+        "server.max_connections",
+        server.max_connections,
+        1,
+        1_000_000,
+    )?;
+    within("server.threads", server.threads, 0, 1024)?;
     lasts("server.max_deadline", server.max_deadline, second, day)?;
     lasts(
         "server.drain_delay",

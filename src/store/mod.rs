@@ -17,6 +17,7 @@ mod users;
 use std::time::Duration;
 
 use deadpool::Runtime;
+use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
     pooled_connection::{
@@ -30,6 +31,8 @@ pub use service_accounts::{NewServiceAccount, ServiceStanding};
 pub use sessions::{NewSession, RefreshOutcome};
 pub use usage::UsageInsert;
 pub use users::{Credentials, NewUser};
+
+use tokio::{runtime::Handle, task::JoinSet};
 
 use crate::{
     config::DatabaseSettings,
@@ -45,19 +48,32 @@ pub struct Store {
 impl Store {
     /// Sets the pool up; connects on first use.
     ///
+    /// Connections live on the runtime that this is called in, whichever runtime uses them: a busy
+    /// one that serves does not delay the others' queries.
+    ///
     /// # Errors
     /// `Internal` when the URL cannot be read.
     pub fn new(settings: &DatabaseSettings) -> Result<Self> {
         let mut config = ManagerConfig::default();
         let statement_timeout = settings.statement_timeout;
+        let runtime = Handle::current();
         config.custom_setup = Box::new(move |url| {
             let url = url.to_owned();
+            let runtime = runtime.clone();
             Box::pin(async move {
-                let mut conn = AsyncPgConnection::establish(&url).await?;
-                conn.batch_execute(&session_setup(statement_timeout))
-                    .await
-                    .map_err(diesel::ConnectionError::CouldntSetupConfiguration)?;
-                Ok(conn)
+                // The set ends the attempt when the caller has stopped waiting for it.
+                let mut attempt = JoinSet::new();
+                attempt.spawn_on(
+                    async move { connect(&url, statement_timeout).await },
+                    &runtime,
+                );
+                match attempt.join_next().await {
+                    Some(Ok(connected)) => connected,
+                    Some(Err(error)) => Err(ConnectionError::BadConnection(error.to_string())),
+                    None => Err(ConnectionError::BadConnection(
+                        "no attempt was made".to_owned(),
+                    )),
+                }
             })
         });
         let manager = AsyncDieselConnectionManager::new_with_config(settings.url.expose(), config);
@@ -92,9 +108,13 @@ impl Store {
     }
 }
 
-fn session_setup(statement_timeout: Duration) -> String {
-    format!(
+async fn connect(url: &str, statement_timeout: Duration) -> ConnectionResult<AsyncPgConnection> {
+    let mut conn = AsyncPgConnection::establish(url).await?;
+    conn.batch_execute(&format!(
         "SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {}",
         statement_timeout.as_millis()
-    )
+    ))
+    .await
+    .map_err(ConnectionError::CouldntSetupConfiguration)?;
+    Ok(conn)
 }

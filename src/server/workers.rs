@@ -1,0 +1,184 @@
+//! Thread-per-core serving: each worker is a thread with a runtime of its own, and a connection
+//! stays with the worker it was given to.
+//!
+//! On the shared runtime almost every response is a write of its own; here the responses that are
+//! ready together leave together. Database and background work stay on the shared runtime.
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use futures_util::{Stream, StreamExt as _};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    time::sleep,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::{debug, warn};
+
+use super::connection::{Accepted, Connection};
+
+/// Accepted connections that a worker has not taken yet.
+const BACKLOG: usize = 128;
+
+/// What a worker's server reads its connections from.
+pub(super) type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>>>>;
+
+/// The running workers. Dropping them ends their servers without waiting.
+pub(super) struct Workers {
+    workers: Vec<Worker>,
+    stop: watch::Sender<bool>,
+    places: Arc<Semaphore>,
+}
+
+struct Worker {
+    connections: mpsc::Sender<Accepted>,
+    load: Arc<AtomicUsize>,
+}
+
+impl Workers {
+    /// Starts `count` workers, each running the server that `serve` makes from its connections and
+    /// the signal to drain.
+    ///
+    /// # Errors
+    /// When a thread or its runtime cannot be made.
+    pub(super) fn start<F, S>(count: usize, max_connections: usize, serve: F) -> io::Result<Self>
+    where
+        F: Fn(Incoming, watch::Receiver<bool>) -> S + Clone + Send + 'static,
+        S: Future<Output = Result<(), tonic::transport::Error>>,
+    {
+        let (stop, stopped) = watch::channel(false);
+        let (end, ended) = mpsc::unbounded_channel();
+        let workers = (0..count)
+            .map(|index| Worker::start(index, serve.clone(), stopped.clone(), end.clone()))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            workers,
+            stop,
+            ended,
+            places: Arc::new(Semaphore::new(max_connections)),
+        })
+    }
+
+    /// Accepts connections and gives each to the worker with the fewest; runs until dropped.
+    ///
+    /// At the bound it stops accepting: clients wait in the listener's backlog.
+    ///
+    /// # Errors
+    /// When a worker has ended, which only a fault can make.
+    pub(super) async fn accept(&self, listener: &TcpListener) -> Result<(), WorkerGone> {
+        loop {
+            let place = self.places.clone().acquire_owned().await;
+            let place = place.expect("the semaphore is never closed");
+            match listener.accept().await {
+                Ok((stream, _)) => self.assign(stream, place).await?,
+                Err(error) => {
+                    // Of this connection (the client is gone) or of the process (no descriptors
+                    // left); either passes, but not by trying again at once.
+                    debug!(%error, "a connection could not be accepted");
+                    sleep(Duration::from_millis(10)).await;
+                }
+            }
+        }
+    }
+
+    /// Lets every worker finish its calls, within `deadline`. Whether all did; if not, call again
+    /// to wait longer.
+    pub async fn drain(&mut self, deadline: Duration) -> bool {
+        self.stop.send_replace(true);
+        let all = async {
+            while let Some(outcome) = self.ended.recv().await {
+                if let Err(error) = outcome {
+                    warn!(%error, "a worker ended badly");
+                }
+            }
+        };
+        tokio::time::timeout(deadline, all).await.is_ok()
+    }
+
+    async fn assign(
+        &self,
+        stream: TcpStream,
+        place: OwnedSemaphorePermit,
+    ) -> Result<(), WorkerGone> {
+        // Small writes go out at once: most answers are one.
+        let ready = stream.set_nodelay(true).and_then(|()| stream.into_std());
+        let stream = match ready {
+            Ok(stream) => stream,
+            Err(error) => {
+                debug!(%error, "the client went away while connecting");
+                return Ok(());
+            }
+        };
+        let worker = self
+            .workers
+            .iter()
+            .min_by_key(|worker| worker.load.load(Ordering::Relaxed));
+        let worker = worker.ok_or(WorkerGone)?;
+        let load = worker.load.clone();
+        let accepted = Accepted {
+            stream,
+            load,
+            place,
+        };
+        worker
+            .connections
+            .send(accepted)
+            .await
+            .map_err(|_| WorkerGone)
+    }
+}
+
+impl Worker {
+    fn start<F, S>(
+        index: usize,
+        serve: F,
+        stop: watch::Receiver<bool>,
+        ended: mpsc::UnboundedSender<Outcome>,
+    ) -> io::Result<Self>
+    where
+        F: FnOnce(Incoming, watch::Receiver<bool>) -> S + Send + 'static,
+        S: Future<Output = Outcome>,
+    {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let (connections, accepted) = mpsc::channel(BACKLOG);
+        let mut abandoned = stop.clone();
+        let work = move || {
+            let incoming = Box::pin(ReceiverStream::new(accepted).map(Connection::take));
+            let outcome = runtime.block_on(async {
+                tokio::select! {
+                    outcome = serve(incoming, stop) => outcome,
+                    // Never true: only the sender's end completes it.
+                    _ = abandoned.wait_for(|_| false) => Ok(()),
+                }
+            });
+            // Not by dropping it: that would wait for hashes under way.
+            runtime.shutdown_background();
+            // An error means that nobody waits for the end.
+            let _ = ended.send(outcome);
+        };
+        thread::Builder::new()
+            .name(format!("serve-{index}"))
+            .spawn(work)?;
+        Ok(Self {
+            connections,
+            load: Arc::default(),
+        })
+    }
+}
+
+/// A worker's server has ended while it should serve.
+#[derive(Debug, thiserror::Error)]
+#[error("a worker of the server has ended")]
+pub struct WorkerGone;
