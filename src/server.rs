@@ -10,9 +10,8 @@ use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::sleep};
 use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{info, warn};
 
-use workers::{Incoming, Workers};
-
-pub use workers::WorkerGone;
+pub use connection::Connection;
+pub use workers::{Incoming, WorkerGone, Workers};
 
 use crate::{
     auth::{Auth, KeyRing, MasterKey},

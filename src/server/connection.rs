@@ -26,7 +26,7 @@ pub(super) struct Accepted {
 }
 
 /// A connection that counts against its worker's load and the server's bound while it is open.
-pub(super) struct Connection {
+pub struct Connection {
     stream: TcpStream,
     load: Arc<AtomicUsize>,
     _place: OwnedSemaphorePermit,

@@ -31,10 +31,10 @@ use super::connection::{Accepted, Connection};
 const BACKLOG: usize = 128;
 
 /// What a worker's server reads its connections from.
-pub(super) type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>>>>;
+pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>>>>;
 
 /// The running workers. Dropping them ends their servers without waiting.
-pub(super) struct Workers {
+pub struct Workers {
     workers: Vec<Worker>,
     stop: watch::Sender<bool>,
     places: Arc<Semaphore>,
@@ -51,7 +51,7 @@ impl Workers {
     ///
     /// # Errors
     /// When a thread or its runtime cannot be made.
-    pub(super) fn start<F, S>(count: usize, max_connections: usize, serve: F) -> io::Result<Self>
+    pub fn start<F, S>(count: usize, max_connections: usize, serve: F) -> io::Result<Self>
     where
         F: Fn(Incoming, watch::Receiver<bool>) -> S + Clone + Send + 'static,
         S: Future<Output = Result<(), tonic::transport::Error>>,
@@ -75,7 +75,7 @@ impl Workers {
     ///
     /// # Errors
     /// When a worker has ended, which only a fault can make.
-    pub(super) async fn accept(&self, listener: &TcpListener) -> Result<(), WorkerGone> {
+    pub async fn accept(&self, listener: &TcpListener) -> Result<(), WorkerGone> {
         loop {
             let place = self.places.clone().acquire_owned().await;
             let place = place.expect("the semaphore is never closed");
