@@ -96,6 +96,14 @@ pub struct AuthSettings {
     /// Clock difference forgiven when a token's times are checked.
     #[serde(with = "duration")]
     pub leeway: Duration,
+    /// How long a revocation on another replica may stay unknown; past it the database is asked.
+    #[serde(with = "duration")]
+    pub staleness_bound: Duration,
+    /// How long answers from memory may be given while the database is away as well.
+    #[serde(with = "duration")]
+    pub max_stale: Duration,
+    /// Memory for what is known of credentials, bytes.
+    pub cache_bytes: u64,
     /// Folder of PEM keys. Empty in dev mode: `keys` in `data_dir`.
     pub key_dir: PathBuf,
     /// Secret of HS256, at least 256 bits.
@@ -251,6 +259,9 @@ impl Default for AuthSettings {
             refresh_absolute_ttl: Duration::from_hours(30 * 24),
             refresh_retry_window: Duration::from_mins(2),
             leeway: Duration::from_secs(5),
+            staleness_bound: Duration::from_secs(2),
+            max_stale: Duration::from_secs(30),
+            cache_bytes: 256 << 20,
             key_dir: PathBuf::new(),
             jwt_secret: Secret::default(),
             master_key: Secret::default(),

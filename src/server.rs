@@ -150,7 +150,7 @@ impl Server {
         let (cut, cut_asked) = watch::channel(false);
         let serve = {
             let settings = settings.clone();
-            let access = AccessLayer::new(auth, rules);
+            let access = AccessLayer::new(auth.clone(), rules);
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
                 tonic::transport::Server::builder()
                     .max_concurrent_streams(settings.max_streams)
@@ -176,6 +176,7 @@ impl Server {
             reporter.clone(),
         ));
         background.spawn(tasks::upkeep(store.clone()));
+        background.spawn(tasks::change_feed(store.clone(), auth.clone()));
 
         tokio::select! {
             gone = workers.accept(&listener) => gone?,

@@ -140,10 +140,20 @@ impl AccessTokens {
         if claims.iat > now.timestamp().saturating_add(leeway) {
             return Err(Fault::Invalid);
         }
+        self.check_expiry(&claims, now)?;
+        Ok(claims)
+    }
+
+    /// Checks what changes by time alone.
+    ///
+    /// # Errors
+    /// `Expired`
+    pub(super) fn check_expiry(&self, claims: &Claims, now: DateTime<Utc>) -> Result<(), Fault> {
+        let leeway = self.leeway.as_secs().cast_signed();
         if claims.exp.saturating_add(leeway) <= now.timestamp() {
             return Err(Fault::Expired);
         }
-        Ok(claims)
+        Ok(())
     }
 }
 

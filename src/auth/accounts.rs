@@ -6,8 +6,8 @@ use super::{Auth, ImportedHash};
 use crate::{
     error::{Error, Result},
     model::{
-        Identifier, Origin, Page, PageRequest, Person, Role, TierName, User, UserFilter, UserId,
-        Violation,
+        Change, Identifier, Origin, Page, PageRequest, Person, Role, TierName, User, UserFilter,
+        UserId, Violation,
     },
     store::NewUser,
 };
@@ -89,7 +89,9 @@ impl Auth {
     /// # Errors
     /// `UserNotFound` · `Unavailable`
     pub async fn set_tier(&self, id: UserId, tier: &TierName, origin: &Origin) -> Result<User> {
-        self.store.user_set_tier(id, tier, origin).await
+        let user = self.store.user_set_tier(id, tier, origin).await?;
+        self.apply(Change::User(id));
+        Ok(user)
     }
 
     /// Turns the kill switch: while off, every token and login of the user is refused.
@@ -103,8 +105,11 @@ impl Auth {
         reason: &str,
         origin: &Origin,
     ) -> Result<User> {
-        self.store
+        let user = self
+            .store
             .user_set_active(id, is_active, reason, origin)
-            .await
+            .await?;
+        self.apply(Change::User(id));
+        Ok(user)
     }
 }

@@ -4,6 +4,8 @@
 
 mod access_token;
 mod accounts;
+mod cache;
+mod freshness;
 mod hash_pool;
 mod keys;
 mod master_key;
@@ -13,11 +15,14 @@ mod refresh_token;
 mod service_accounts;
 mod service_key;
 mod sessions;
+mod stamps;
 mod validation;
 
 use std::{sync::Arc, time::Duration};
 
 pub use accounts::{InitialCredential, NewAccount};
+pub use cache::MinFreshness;
+pub use freshness::{BootTime, Freshness, Trust};
 pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
 pub use master_key::MasterKey;
 pub use password::{ImportedHash, LoginPassword};
@@ -26,12 +31,14 @@ pub use sessions::{IssuedTokens, LoggedIn, Refreshed};
 pub use validation::{Principal, UserPrincipal, Validated};
 
 use access_token::AccessTokens;
+use cache::CredentialCache;
 use password::Passwords;
 use refresh_token::RefreshTokens;
 
 use crate::{
     config::{AuthSettings, PasswordSettings},
     error::Result,
+    model::Change,
     store::Store,
 };
 
@@ -39,6 +46,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Auth {
     store: Store,
+    cache: Arc<CredentialCache>,
     passwords: Passwords,
     access_tokens: Arc<AccessTokens>,
     refresh_tokens: Arc<RefreshTokens>,
@@ -65,8 +73,11 @@ impl Auth {
         settings: &AuthSettings,
         passwords: &PasswordSettings,
     ) -> Result<Self> {
+        let freshness = Freshness::new(settings.staleness_bound, settings.max_stale);
+        let cache = CredentialCache::new(store.clone(), settings.cache_bytes, freshness);
         Ok(Self {
             store,
+            cache: Arc::new(cache),
             passwords: Passwords::new(passwords)?,
             access_tokens: Arc::new(AccessTokens::new(keys, settings)),
             refresh_tokens: Arc::new(RefreshTokens::new(master_key)),
@@ -76,6 +87,21 @@ impl Auth {
                 refresh_retry_window: settings.refresh_retry_window,
             },
         })
+    }
+
+    /// A change that this or another replica has committed: what contradicts it is forgotten.
+    pub fn apply(&self, change: Change) {
+        self.cache.apply(change);
+    }
+
+    /// Changes may have been missed: everything is forgotten.
+    pub fn flush(&self) {
+        self.cache.flush();
+    }
+
+    /// Up to when changes are known.
+    pub fn freshness(&self) -> &Freshness {
+        self.cache.freshness()
     }
 
     /// The public keys that verify access tokens.

@@ -5,7 +5,9 @@ use uuid::Uuid;
 use super::{Auth, service_key};
 use crate::{
     error::Result,
-    model::{Origin, Page, PageRequest, ScopeSet, ServiceAccount, ServiceAccountId, ServiceName},
+    model::{
+        Change, Origin, Page, PageRequest, ScopeSet, ServiceAccount, ServiceAccountId, ServiceName,
+    },
     store::NewServiceAccount,
 };
 
@@ -48,6 +50,8 @@ impl Auth {
         id: ServiceAccountId,
         origin: &Origin,
     ) -> Result<ServiceAccount> {
-        self.store.service_account_disable(id, origin).await
+        let account = self.store.service_account_disable(id, origin).await?;
+        self.apply(Change::Services);
+        Ok(account)
     }
 }

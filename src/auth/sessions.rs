@@ -2,10 +2,12 @@
 
 use chrono::{DateTime, Utc};
 
-use super::{Auth, LoginPassword, refresh_token};
+use super::{Auth, LoginPassword, UserPrincipal, refresh_token};
 use crate::{
     error::{Credential, Error, Fault, Result},
-    model::{Identifier, Origin, RefreshRefusal, RefreshStep, SessionId, SessionStanding, User},
+    model::{
+        Change, Identifier, Origin, RefreshRefusal, RefreshStep, SessionId, SessionStanding, User,
+    },
     store::{Credentials, NewSession},
 };
 
@@ -109,7 +111,10 @@ impl Auth {
         let repeated = match after.step {
             RefreshStep::Advance { .. } => false,
             RefreshStep::Repeat => true,
-            RefreshStep::Revoke => return Err(refused(Fault::Reused)),
+            RefreshStep::Revoke => {
+                self.apply(Change::User(after.standing.user.id));
+                return Err(refused(Fault::Reused));
+            }
             RefreshStep::Refuse(refusal) => {
                 return Err(refused(match refusal {
                     RefreshRefusal::Unknown => Fault::Invalid,
@@ -125,17 +130,21 @@ impl Auth {
         })
     }
 
-    /// Ends a session. Repeating it changes nothing.
+    /// Ends the session that the user acts through. Repeating it changes nothing.
     ///
     /// # Errors
     /// `Unavailable`
     pub async fn logout(
         &self,
-        session: SessionId,
+        user: UserPrincipal,
         origin: &Origin,
         now: DateTime<Utc>,
     ) -> Result<()> {
-        self.store.session_revoke(session, origin, now).await
+        self.store
+            .session_revoke(user.session_id, origin, now)
+            .await?;
+        self.apply(Change::User(user.id));
+        Ok(())
     }
 
     fn issue(&self, standing: &SessionStanding, now: DateTime<Utc>) -> Result<IssuedTokens> {

@@ -1,14 +1,19 @@
 //! Whose credential is this, and is it still good?
 //!
 //! The one path for both questions: what `ValidateToken` answers and who calls an RPC. State is
-//! resolved live, so a logout or a ban needs no expiry. Reads Postgres on every call; the cache
-//! that will stand before it has its place here.
+//! resolved live, from memory that the change feed keeps true, so a logout or a ban needs no expiry
+//! and a good token no database.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 
-use super::{Auth, access_token::Claims, service_key};
+use super::{
+    Auth, BootTime, MinFreshness,
+    access_token::Claims,
+    cache::{Answer, Verified},
+    service_key,
+};
 use crate::{
     error::{Credential, Error, Fault, Result},
     model::{Role, ScopeSet, ServiceAccountId, SessionId, SessionStanding, User, UserId},
@@ -34,15 +39,41 @@ pub struct UserPrincipal {
 }
 
 /// A good access token and what it stands for now.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Validated {
-    pub user: User,
-    pub session_id: SessionId,
-    pub issued_at: DateTime<Utc>,
-    pub expires_at: DateTime<Utc>,
+    claims: Arc<Claims>,
+    answer: Arc<Answer<SessionStanding>>,
+}
+
+impl Validated {
+    pub fn user(&self) -> &User {
+        &self.standing().user
+    }
+
+    pub fn session_id(&self) -> SessionId {
+        self.claims.session_id()
+    }
+
+    pub fn issued_at(&self) -> DateTime<Utc> {
+        self.claims.issued_at()
+    }
+
+    pub fn expires_at(&self) -> DateTime<Utc> {
+        self.claims.expires_at()
+    }
+
     /// How long the answer may be reused without missing a revocation for longer than promised.
-    /// Nobody is told of revocations yet, so none.
-    pub cache_for: Duration,
+    /// Callers are not told of revocations, so not at all.
+    pub fn cache_for(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn standing(&self) -> &SessionStanding {
+        self.answer
+            .value
+            .as_ref()
+            .expect("checked before it was made")
+    }
 }
 
 impl Auth {
@@ -54,19 +85,20 @@ impl Auth {
         if service_key::is_service_key(credential) {
             return self.authenticate_service(credential, now).await;
         }
+        let need = MinFreshness::Cached;
         let validated = self
-            .validate(credential, Credential::Authorization, now)
+            .validate(credential, Credential::Authorization, need, now)
             .await?;
         Ok(Principal::User(UserPrincipal {
-            id: validated.user.id,
-            role: validated.user.role,
-            session_id: validated.session_id,
+            id: validated.user().id,
+            role: validated.user().role,
+            session_id: validated.session_id(),
         }))
     }
 
     /// Checks an access token: signature and times, then session and user as they stand now.
     ///
-    /// `credential` is what an error calls it.
+    /// `credential` is what an error calls it. A token seen before costs one look-up in memory.
     ///
     /// # Errors
     /// `Refused` · `Unavailable`
@@ -74,23 +106,50 @@ impl Auth {
         &self,
         token: &str,
         credential: Credential,
+        need: MinFreshness,
         now: DateTime<Utc>,
     ) -> Result<Validated> {
         let refused = |fault| Error::Refused { credential, fault };
-        let claims = self.access_tokens.verify(token, now).map_err(refused)?;
-        let standing = self
-            .store
-            .session_standing(claims.session_id())
-            .await?
-            .ok_or(refused(Fault::SessionEnded))?;
-        check(&standing, &claims, now).map_err(refused)?;
-        Ok(Validated {
-            session_id: standing.session.id,
-            user: standing.user,
-            issued_at: claims.issued_at(),
-            expires_at: claims.expires_at(),
-            cache_for: Duration::ZERO,
-        })
+        let clock = BootTime::now();
+        let (claims, answer) = match self.cache.credential(token) {
+            Some(Verified::Token(claims, answer)) => {
+                if let Err(expired) = self.access_tokens.check_expiry(&claims, now) {
+                    self.cache.forget(token);
+                    return Err(refused(expired));
+                }
+                if self.cache.holds(&answer, need, clock) {
+                    (claims, answer)
+                } else {
+                    self.read_standing(token, claims, need, clock).await?
+                }
+            }
+            Some(Verified::ServiceKey(_)) => return Err(refused(Fault::Invalid)),
+            None => {
+                let claims = self.access_tokens.verify(token, now).map_err(refused)?;
+                self.read_standing(token, Arc::new(claims), need, clock)
+                    .await?
+            }
+        };
+        let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
+        check(standing, &claims, now).map_err(refused)?;
+        Ok(Validated { claims, answer })
+    }
+
+    async fn read_standing(
+        &self,
+        token: &str,
+        claims: Arc<Claims>,
+        need: MinFreshness,
+        clock: BootTime,
+    ) -> Result<(Arc<Claims>, Arc<Answer<SessionStanding>>)> {
+        let (session_id, user_id) = (claims.session_id(), claims.user_id());
+        let answer = self
+            .cache
+            .standing(session_id, user_id, need, clock)
+            .await?;
+        self.cache
+            .remember(token, Verified::Token(claims.clone(), answer.clone()));
+        Ok((claims, answer))
     }
 
     async fn authenticate_service(&self, key: &str, now: DateTime<Utc>) -> Result<Principal> {
@@ -98,16 +157,24 @@ impl Auth {
             credential: Credential::Authorization,
             fault,
         };
-        let hash = service_key::hash(key).ok_or(refused(Fault::Invalid))?;
-        let standing = self
-            .store
-            .service_by_key_hash(&hash)
-            .await?
-            .ok_or(refused(Fault::Invalid))?;
-        check_service(&standing, now).map_err(refused)?;
+        let (need, clock) = (MinFreshness::Cached, BootTime::now());
+        let answer = match self.cache.credential(key) {
+            Some(Verified::ServiceKey(answer)) if self.cache.holds(&answer, need, clock) => answer,
+            _ => {
+                let hash = service_key::hash(key).ok_or(refused(Fault::Invalid))?;
+                let answer = self.cache.service(hash, need, clock).await?;
+                if answer.value.is_some() {
+                    self.cache
+                        .remember(key, Verified::ServiceKey(answer.clone()));
+                }
+                answer
+            }
+        };
+        let standing = answer.value.as_ref().ok_or(refused(Fault::Invalid))?;
+        check_service(standing, now).map_err(refused)?;
         Ok(Principal::Service {
             id: standing.account.id,
-            scopes: standing.account.scopes,
+            scopes: standing.account.scopes.clone(),
         })
     }
 }

@@ -84,6 +84,14 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), (&'static str, String)> 
         Duration::ZERO,
         Duration::from_mins(5),
     )?;
+    lasts(
+        "auth.staleness_bound",
+        auth.staleness_bound,
+        second / 10,
+        Duration::from_mins(1),
+    )?;
+    lasts("auth.max_stale", auth.max_stale, auth.staleness_bound, day)?;
+    within("auth.cache_bytes", auth.cache_bytes, 1 << 20, 1 << 40)?;
     for (key, value) in [
         ("auth.issuer", &auth.issuer),
         ("auth.audience", &auth.audience),

@@ -7,7 +7,7 @@ use super::{
     convert::{self, Fields, only, time},
 };
 use crate::{
-    auth::{Auth, InitialCredential, NewAccount},
+    auth::{Auth, InitialCredential, MinFreshness, NewAccount},
     error::{Credential, Error},
     model::{Role, Violation},
     proto::tollkeeper::auth::v1::{
@@ -96,7 +96,7 @@ impl AuthService for Handler {
     ) -> Result<Response<LogoutResponse>, Status> {
         let caller = Caller::user_of(&request)?;
         self.auth
-            .logout(caller.session_id, &origin_of(&request), Utc::now())
+            .logout(caller, &origin_of(&request), Utc::now())
             .await?;
         Ok(Response::new(LogoutResponse {}))
     }
@@ -118,21 +118,26 @@ impl AuthService for Handler {
         let request = request.into_inner();
         let token = only(|fields| fields.take("token", present(request.token)))?;
         let now = Utc::now();
-        let validated = self.auth.validate(&token, Credential::Token, now).await?;
+        let need = MinFreshness::Cached;
+        let validated = self
+            .auth
+            .validate(&token, Credential::Token, need, now)
+            .await?;
+        let user = validated.user();
         let quota = if request.include_quota {
-            Some(self.usage.quota(&validated.user, now).await?.into())
+            Some(self.usage.quota(user, now).await?.into())
         } else {
             None
         };
         Ok(Response::new(ValidateTokenResponse {
-            user_id: validated.user.id.to_string(),
-            username: validated.user.username.into_string(),
-            tier: validated.user.tier.into_string(),
-            role: pb::Role::from(validated.user.role).into(),
-            session_id: validated.session_id.to_string(),
-            issued_at: Some(time(validated.issued_at)),
-            expires_at: Some(time(validated.expires_at)),
-            cache_for: prost_types::Duration::try_from(validated.cache_for).ok(),
+            user_id: user.id.to_string(),
+            username: user.username.to_string(),
+            tier: user.tier.to_string(),
+            role: pb::Role::from(user.role).into(),
+            session_id: validated.session_id().to_string(),
+            issued_at: Some(time(validated.issued_at())),
+            expires_at: Some(time(validated.expires_at())),
+            cache_for: prost_types::Duration::try_from(validated.cache_for()).ok(),
             quota,
         }))
     }

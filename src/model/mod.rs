@@ -4,6 +4,7 @@
 //! no database, no protocol and no clock.
 
 mod audit;
+mod change;
 mod ids;
 mod names;
 mod page;
@@ -16,6 +17,7 @@ mod usage;
 mod user;
 
 pub use audit::{Actor, AuditAction, AuditEvent, Origin};
+pub use change::{Change, Revision};
 pub use ids::{EventId, ServiceAccountId, ServiceKeyId, SessionId, UserId};
 pub use names::{Email, FullName, Identifier, ModelName, ServiceName, TierName, Username};
 pub use page::{Cursor, Page, PageRequest};

@@ -4,6 +4,7 @@
 //! or nothing: the pool discards a connection whose transaction was cut short.
 
 mod audit;
+mod changes;
 mod errors;
 mod migrations;
 mod partitions;
@@ -14,7 +15,7 @@ mod sessions;
 mod usage;
 mod users;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use deadpool::Runtime;
 use diesel::{ConnectionError, ConnectionResult};
@@ -26,6 +27,7 @@ use diesel_async::{
     },
 };
 
+pub use changes::{ChangeListener, Notification};
 pub use migrations::{MigrationStatus, Migrator};
 pub use service_accounts::{NewServiceAccount, ServiceStanding};
 pub use sessions::{NewSession, RefreshOutcome};
@@ -43,6 +45,9 @@ use crate::{
 #[derive(Clone)]
 pub struct Store {
     pool: Pool<AsyncPgConnection>,
+    /// For connections outside the pool.
+    url: Arc<str>,
+    connect_timeout: Duration,
 }
 
 impl Store {
@@ -85,7 +90,11 @@ impl Store {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(Error::internal)?;
-        Ok(Self { pool })
+        Ok(Self {
+            pool,
+            url: settings.url.expose().into(),
+            connect_timeout: settings.acquire_timeout,
+        })
     }
 
     /// Asks the database for a sign of life.

@@ -7,13 +7,15 @@ use uuid::Uuid;
 use super::{
     Store,
     audit::audit_insert_in_txn,
+    changes::change_publish_in_txn,
     schema::{sessions, users},
     users::UserRow,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Origin, RefreshStep, Session, SessionId, SessionStanding, UserId,
+        AuditAction, AuditEvent, Change, Origin, RefreshStep, Session, SessionId, SessionStanding,
+        UserId,
     },
 };
 
@@ -224,7 +226,11 @@ async fn session_revoke_in_txn(
         .get_result(conn)
         .await
         .optional()?;
-    Ok(user_id.map(UserId))
+    let user_id = user_id.map(UserId);
+    if let Some(user_id) = user_id {
+        change_publish_in_txn(Change::User(user_id), conn).await?;
+    }
+    Ok(user_id)
 }
 
 /// Names the user too: the trail outlives the session's row.

@@ -1,0 +1,107 @@
+//! How far the changes of other replicas are known here.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use nix::time::{ClockId, clock_gettime};
+
+/// A reading of the clock that also runs while the machine sleeps: a replica that was suspended
+/// must not believe that no time has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BootTime(u64);
+
+impl BootTime {
+    pub fn now() -> Self {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        const CLOCK: ClockId = ClockId::CLOCK_BOOTTIME;
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        const CLOCK: ClockId = ClockId::CLOCK_MONOTONIC;
+        let reading = clock_gettime(CLOCK).expect("the clock of the system can be read");
+        let micros = Duration::from(reading).as_micros();
+        // Zero means never; no service starts in the first microsecond of a machine.
+        Self(u64::try_from(micros).unwrap_or(u64::MAX))
+    }
+
+    fn since(self, earlier: u64) -> Duration {
+        Duration::from_micros(self.0.saturating_sub(earlier))
+    }
+}
+
+/// Whether answers from memory may be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// Every change older than the staleness bound is known: answer from memory.
+    Live,
+    /// The feed has been silent for longer: ask the database.
+    Stale,
+    /// It has been silent for so long that memory must not be used, database or not.
+    Lost,
+}
+
+/// Up to when changes are known, as heartbeats through the change feed prove it.
+#[derive(Debug)]
+pub struct Freshness {
+    /// When the newest heartbeat that came back was sent; zero: none yet.
+    confirmed: AtomicU64,
+    staleness_bound: Duration,
+    max_stale: Duration,
+}
+
+impl Freshness {
+    pub(super) fn new(staleness_bound: Duration, max_stale: Duration) -> Self {
+        Self {
+            confirmed: AtomicU64::new(0),
+            staleness_bound,
+            max_stale,
+        }
+    }
+
+    pub fn staleness_bound(&self) -> Duration {
+        self.staleness_bound
+    }
+
+    /// A heartbeat came back: what was committed before it was sent is known.
+    pub fn confirm(&self, sent_at: BootTime) {
+        self.confirmed.fetch_max(sent_at.0, Ordering::AcqRel);
+    }
+
+    pub fn trust(&self, now: BootTime) -> Trust {
+        let confirmed = self.confirmed.load(Ordering::Acquire);
+        let silence = now.since(confirmed);
+        if confirmed == 0 || silence > self.max_stale {
+            Trust::Lost
+        } else if silence > self.staleness_bound {
+            Trust::Stale
+        } else {
+            Trust::Live
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trust_fades_with_silence() {
+        let freshness = Freshness::new(Duration::from_secs(2), Duration::from_secs(30));
+        let at = |secs: u64| BootTime(1_000_000 * secs);
+        assert_eq!(freshness.trust(at(1)), Trust::Lost);
+        freshness.confirm(at(100));
+        // Heartbeats may overtake each other; time does not run backwards.
+        freshness.confirm(at(99));
+        assert_eq!(freshness.trust(at(102)), Trust::Live);
+        assert_eq!(freshness.trust(at(103)), Trust::Stale);
+        assert_eq!(freshness.trust(at(131)), Trust::Lost);
+        freshness.confirm(at(131));
+        assert_eq!(freshness.trust(at(131)), Trust::Live);
+    }
+
+    #[test]
+    fn the_clock_runs() {
+        let earlier = BootTime::now();
+        assert!(BootTime::now() >= earlier && earlier > BootTime(0));
+    }
+}

@@ -1,0 +1,82 @@
+//! Tells answers that a change has outdated from those that still hold.
+
+use std::{
+    hash::{BuildHasher as _, Hash, RandomState},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// A power of two. More slots mean fewer answers outdated by the change of somebody else.
+const SLOTS: usize = 1 << 16;
+
+/// One counter per group of keys; a change advances the counter of its group.
+///
+/// An answer remembers its counter as it was *before* the answer was read from the database. Equal
+/// still means: no change has been heard of since. There is nothing to register, evict or leak, and
+/// a change during the read is not missed.
+pub(super) struct Stamps {
+    slots: Box<[AtomicU64]>,
+    hasher: RandomState,
+}
+
+/// A counter's value at some moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    slot: u32,
+    value: u64,
+}
+
+impl Stamps {
+    pub(super) fn new() -> Self {
+        Self {
+            slots: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            hasher: RandomState::new(),
+        }
+    }
+
+    /// The counter of `key` now.
+    pub(super) fn of(&self, key: impl Hash) -> Stamp {
+        let slot = self.slot(key);
+        Stamp {
+            slot,
+            value: self.slots[slot as usize].load(Ordering::Acquire),
+        }
+    }
+
+    /// Whether no change of the key was heard of since.
+    pub(super) fn is_current(&self, stamp: Stamp) -> bool {
+        self.slots[stamp.slot as usize].load(Ordering::Acquire) == stamp.value
+    }
+
+    /// Outdates every answer about `key`.
+    pub(super) fn outdate(&self, key: impl Hash) {
+        self.slots[self.slot(key) as usize].fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Outdates every answer there is.
+    pub(super) fn outdate_all(&self) {
+        for slot in &self.slots {
+            slot.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    fn slot(&self, key: impl Hash) -> u32 {
+        (self.hasher.hash_one(key) as usize % SLOTS) as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_outdates_its_key_and_a_flush_all() {
+        let stamps = Stamps::new();
+        let (a, before) = (stamps.of("a"), stamps.of("a"));
+        stamps.outdate("a");
+        assert!(!stamps.is_current(a) && !stamps.is_current(before));
+        let after = stamps.of("a");
+        assert!(stamps.is_current(after));
+        stamps.outdate_all();
+        assert!(!stamps.is_current(after));
+    }
+}

@@ -1,0 +1,14 @@
+use super::UserId;
+
+/// Something that answers given before may contradict now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A user's state, tier, role or sessions.
+    User(UserId),
+    /// Any service account or key; they are few.
+    Services,
+}
+
+/// Numbers a change. Larger ones were made later, within the time that transactions overlap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Revision(pub i64);

@@ -1,0 +1,192 @@
+//! How replicas tell each other of changes: `NOTIFY` in the transaction that makes the change, one
+//! listening connection per replica.
+//!
+//! Postgres delivers notifications in the order of their commits. So a heartbeat that comes back
+//! proves that every change committed before it was sent has been delivered.
+
+use std::{future::poll_fn, time::Duration};
+
+use diesel::{QueryableByName, sql_types::BigInt, sql_types::Text};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use tokio::{sync::mpsc, task::JoinSet, time::timeout};
+use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
+use uuid::Uuid;
+
+use super::Store;
+use crate::{
+    error::{Error, Result},
+    model::{Change, Revision, UserId},
+};
+
+const CHANNEL: &str = "tollkeeper_changes";
+
+/// What comes through the channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notification {
+    Changed(Revision, Change),
+    /// A heartbeat of this listener, by its number.
+    Heartbeat(u64),
+}
+
+/// A connection of its own, outside the pool, that hears of every change from now on.
+pub struct ChangeListener {
+    id: Uuid,
+    client: Client,
+    notifications: mpsc::UnboundedReceiver<String>,
+    /// Reads the connection; ends with the listener.
+    _reader: JoinSet<()>,
+}
+
+impl Store {
+    /// Connects and listens. Changes committed before this returns may have been missed.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn changes(&self) -> Result<ChangeListener> {
+        let connect = ChangeListener::connect(&self.url, self.connect_timeout);
+        timeout(self.connect_timeout, connect)
+            .await
+            .map_err(|elapsed| Error::Unavailable(elapsed.into()))?
+    }
+}
+
+impl ChangeListener {
+    /// The next notification that concerns this listener.
+    ///
+    /// Cancel-safe.
+    ///
+    /// # Errors
+    /// `Unavailable` when the connection is lost: changes may have been missed.
+    pub async fn next(&mut self) -> Result<Notification> {
+        loop {
+            let payload = self.notifications.recv().await.ok_or_else(lost)?;
+            if let Some(notification) = parse(&payload, self.id) {
+                return Ok(notification);
+            }
+        }
+    }
+
+    /// Sends heartbeat `number` through the channel; it comes back by [`Self::next`].
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn heartbeat(&self, number: u64) -> Result<()> {
+        let statement = format!("NOTIFY {CHANNEL}, 'beat {} {number}'", self.id);
+        let sent = self.client.batch_execute(&statement).await;
+        sent.map_err(|error| Error::Unavailable(error.into()))
+    }
+
+    async fn connect(url: &str, connect_timeout: Duration) -> Result<Self> {
+        let unavailable = |error: tokio_postgres::Error| Error::Unavailable(error.into());
+        let mut config: Config = url.parse().map_err(unavailable)?;
+        config
+            .application_name("tollkeeper changes")
+            .connect_timeout(connect_timeout);
+        let (client, mut connection) = config.connect(NoTls).await.map_err(unavailable)?;
+        // Unbounded, but read at once: the reader of the other end does no I/O between messages.
+        let (sender, notifications) = mpsc::unbounded_channel();
+        let mut reader = JoinSet::new();
+        reader.spawn(async move {
+            while let Some(Ok(message)) = poll_fn(|cx| connection.poll_message(cx)).await {
+                if let AsyncMessage::Notification(notification) = message
+                    && sender.send(notification.payload().to_owned()).is_err()
+                {
+                    break;
+                }
+            }
+        });
+        client
+            .batch_execute(&format!("LISTEN {CHANNEL}"))
+            .await
+            .map_err(unavailable)?;
+        Ok(Self {
+            id: Uuid::now_v7(),
+            client,
+            notifications,
+            _reader: reader,
+        })
+    }
+}
+
+/// Tells every replica of a change when the transaction commits.
+pub(super) async fn change_publish_in_txn(
+    change: Change,
+    conn: &mut AsyncPgConnection,
+) -> Result<Revision> {
+    #[derive(QueryableByName)]
+    struct Published {
+        #[diesel(sql_type = BigInt)]
+        revision: i64,
+    }
+    let what = match change {
+        Change::User(id) => format!("user {id}"),
+        Change::Services => "services".to_owned(),
+    };
+    let Published { revision } = diesel::sql_query(format!(
+        "SELECT revision FROM nextval('change_revision') AS r (revision),
+         pg_notify('{CHANNEL}', revision || ' ' || $1)"
+    ))
+    .bind::<Text, _>(what)
+    .get_result(conn)
+    .await?;
+    Ok(Revision(revision))
+}
+
+/// `None` for another replica's heartbeat, or what a later version says.
+fn parse(payload: &str, listener: Uuid) -> Option<Notification> {
+    let mut words = payload.split(' ');
+    match (words.next()?, words.next()?, words.next()) {
+        ("beat", id, Some(number)) => {
+            let ours = id.parse::<Uuid>() == Ok(listener);
+            ours.then_some(())?;
+            number.parse().ok().map(Notification::Heartbeat)
+        }
+        (revision, "user", Some(id)) => {
+            let change = Change::User(id.parse::<UserId>().ok()?);
+            Some(Notification::Changed(
+                Revision(revision.parse().ok()?),
+                change,
+            ))
+        }
+        (revision, "services", None) => Some(Notification::Changed(
+            Revision(revision.parse().ok()?),
+            Change::Services,
+        )),
+        _ => None,
+    }
+}
+
+fn lost() -> Error {
+    Error::Unavailable("the listening connection was lost".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn payloads_are_read_and_strangers_passed_over() {
+        let (me, user) = (Uuid::now_v7(), UserId::new());
+        assert_eq!(
+            parse(&format!("beat {me} 7"), me),
+            Some(Notification::Heartbeat(7))
+        );
+        assert_eq!(parse(&format!("beat {} 7", Uuid::now_v7()), me), None);
+        let changed = |change| Some(Notification::Changed(Revision(3), change));
+        assert_eq!(
+            parse(&format!("3 user {user}"), me),
+            changed(Change::User(user))
+        );
+        assert_eq!(parse("3 services", me), changed(Change::Services));
+        for strange in [
+            "",
+            "3",
+            "x services",
+            "3 user x",
+            "3 planet mars",
+            "beat x y",
+        ] {
+            assert_eq!(parse(strange, me), None, "{strange}");
+        }
+    }
+}
