@@ -33,12 +33,17 @@ const BACKLOG: usize = 128;
 /// What a worker's server reads its connections from.
 pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>>>>;
 
-/// The running workers. Dropping them ends their servers without waiting.
+/// The running workers. Dropping them cuts what is still open.
 pub struct Workers {
     workers: Vec<Worker>,
+    /// Tells the workers to drain; its end tells them to end.
     stop: watch::Sender<bool>,
+    /// Ends when the last worker has.
+    ended: mpsc::UnboundedReceiver<Outcome>,
     places: Arc<Semaphore>,
 }
+
+type Outcome = Result<(), tonic::transport::Error>;
 
 struct Worker {
     connections: mpsc::Sender<Accepted>,
