@@ -8,6 +8,7 @@
 use std::{hash::Hash, sync::Arc};
 
 use quick_cache::{Weighter, sync::Cache};
+use tokio::time::timeout;
 
 use super::{
     access_token::Claims,
@@ -210,7 +211,11 @@ impl CredentialCache {
     ) -> Result<Arc<Answer<S::Value>>> {
         // Before the read: a change that commits meanwhile must outdate what is read.
         let stamp = self.stamps.of(group);
-        let value = S::read(&self.store, key).await?;
+        // A silent database must not hold the answer that memory may still give.
+        let limit = self.freshness.staleness_bound();
+        let value = timeout(limit, S::read(&self.store, key))
+            .await
+            .map_err(|silence| Error::Unavailable(silence.into()))??;
         Ok(Arc::new(Answer { value, stamp }))
     }
 }

@@ -1,13 +1,11 @@
-//! How replicas tell each other of changes: `NOTIFY` in the transaction that makes the change, one
-//! listening connection per replica.
+//! How replicas hear of changes: triggers tell them in the transaction that makes the change, one
+//! connection per replica listens.
 //!
 //! Postgres delivers notifications in the order of their commits. So a heartbeat that comes back
 //! proves that every change committed before it was sent has been delivered.
 
 use std::{future::poll_fn, time::Duration};
 
-use diesel::{QueryableByName, sql_types::BigInt, sql_types::Text};
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
 use uuid::Uuid;
@@ -18,6 +16,7 @@ use crate::{
     model::{Change, Revision, UserId},
 };
 
+/// Named in the triggers as well.
 const CHANNEL: &str = "tollkeeper_changes";
 
 /// What comes through the channel.
@@ -106,30 +105,6 @@ impl ChangeListener {
             _reader: reader,
         })
     }
-}
-
-/// Tells every replica of a change when the transaction commits.
-pub(super) async fn change_publish_in_txn(
-    change: Change,
-    conn: &mut AsyncPgConnection,
-) -> Result<Revision> {
-    #[derive(QueryableByName)]
-    struct Published {
-        #[diesel(sql_type = BigInt)]
-        revision: i64,
-    }
-    let what = match change {
-        Change::User(id) => format!("user {id}"),
-        Change::Services => "services".to_owned(),
-    };
-    let Published { revision } = diesel::sql_query(format!(
-        "SELECT revision FROM nextval('change_revision') AS r (revision),
-         pg_notify('{CHANNEL}', revision || ' ' || $1)"
-    ))
-    .bind::<Text, _>(what)
-    .get_result(conn)
-    .await?;
-    Ok(Revision(revision))
 }
 
 /// `None` for another replica's heartbeat, or what a later version says.

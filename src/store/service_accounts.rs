@@ -7,14 +7,13 @@ use uuid::Uuid;
 use super::{
     Store,
     audit::audit_insert_in_txn,
-    changes::change_publish_in_txn,
     errors::{on_unique, stored},
     schema::{service_accounts, service_keys},
 };
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Change, Origin, Page, PageRequest, ScopeSet, ServiceAccount,
+        AuditAction, AuditEvent, Origin, Page, PageRequest, ScopeSet, ServiceAccount,
         ServiceAccountId, ServiceKeyId, ServiceName,
     },
 };
@@ -146,7 +145,6 @@ impl Store {
                 .execute(conn)
                 .await?;
             if disabled > 0 {
-                change_publish_in_txn(Change::Services, conn).await?;
                 let event = AuditEvent::new(AuditAction::ServiceAccountDisabled, id.0, origin);
                 audit_insert_in_txn(&event, conn).await?;
             }

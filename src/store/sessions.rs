@@ -7,15 +7,13 @@ use uuid::Uuid;
 use super::{
     Store,
     audit::audit_insert_in_txn,
-    changes::change_publish_in_txn,
     schema::{sessions, users},
     users::UserRow,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Change, Origin, RefreshStep, Session, SessionId, SessionStanding,
-        UserId,
+        AuditAction, AuditEvent, Origin, RefreshStep, Session, SessionId, SessionStanding, UserId,
     },
 };
 
@@ -226,11 +224,7 @@ async fn session_revoke_in_txn(
         .get_result(conn)
         .await
         .optional()?;
-    let user_id = user_id.map(UserId);
-    if let Some(user_id) = user_id {
-        change_publish_in_txn(Change::User(user_id), conn).await?;
-    }
-    Ok(user_id)
+    Ok(user_id.map(UserId))
 }
 
 /// Names the user too: the trail outlives the session's row.

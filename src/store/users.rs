@@ -11,15 +11,14 @@ use uuid::Uuid;
 use super::{
     Store,
     audit::audit_insert_in_txn,
-    changes::change_publish_in_txn,
     errors::{on_unique, stored},
     schema::users,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Change, Identifier, Origin, Page, PageRequest, Person, Role,
-        TierName, User, UserFilter, UserId,
+        AuditAction, AuditEvent, Identifier, Origin, Page, PageRequest, Person, Role, TierName,
+        User, UserFilter, UserId,
     },
 };
 
@@ -181,7 +180,6 @@ impl Store {
             let Some(row) = changed else {
                 return user_by_id_in_txn(id, conn).await;
             };
-            change_publish_in_txn(Change::User(id), conn).await?;
             let event = AuditEvent::new(AuditAction::UserTierSet, id.0, origin)
                 .with_details(json!({"tier": row.tier}));
             audit_insert_in_txn(&event, conn).await?;
@@ -213,7 +211,6 @@ impl Store {
             let Some(row) = changed else {
                 return user_by_id_in_txn(id, conn).await;
             };
-            change_publish_in_txn(Change::User(id), conn).await?;
             let action = if is_active {
                 AuditAction::UserEnabled
             } else {

@@ -12,6 +12,7 @@ mod descriptor;
 mod harness;
 mod outage;
 mod process;
+mod revocation;
 mod rooms;
 mod schema;
 mod smoke;

@@ -191,6 +191,8 @@ async fn ten_servers_started_at_once_on_an_empty_database_all_come_up() {
     settings.server.listen.set_port(0);
     settings.database.url = tollkeeper::config::Secret::new(url.clone());
     settings.database.pool_size = 2;
+    let keys = tempfile::tempdir().unwrap();
+    keys.path().clone_into(&mut settings.auth.key_dir);
     let started = join_all((0..10).map(|_| RunningServer::start(&settings))).await;
     for server in started {
         server.expect("came up").stop().await.unwrap();

@@ -1,6 +1,10 @@
 //! A stand-in for the network between a server and Postgres, which a test can break.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -20,12 +24,24 @@ pub(crate) struct Proxy {
     folder: tempfile::TempDir,
 }
 
+/// The application name of the change feed's connection.
+const FEED: &[u8] = b"tollkeeper changes";
+
 /// The state of the network.
 #[derive(Clone, Copy)]
 struct Link {
     mode: Mode,
+    /// Nothing gets through the connections that carry the change feed.
+    is_feed_silent: bool,
     /// How often all connections were cut: each ends at the first cut after its start.
     cuts: u64,
+}
+
+impl Link {
+    fn lets_through(&self, is_feed: &AtomicBool) -> bool {
+        let silent = self.is_feed_silent && is_feed.load(Ordering::Relaxed);
+        self.mode == Mode::Open && !silent
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -68,6 +84,7 @@ impl Proxy {
         let listener = UnixListener::bind(folder.path().join(&name)).expect("a socket");
         let (link, _) = watch::channel(Link {
             mode: Mode::Open,
+            is_feed_silent: false,
             cuts: 0,
         });
         let accepting = tokio::spawn(accept(listener, upstream.join(&name), link.clone()));
@@ -96,8 +113,16 @@ impl Proxy {
         self.link.send_modify(|link| link.mode = Mode::Silent);
     }
 
+    /// Swallows what the change feed says and hears, and nothing else.
+    pub(crate) fn pause_feed(&self) {
+        self.link.send_modify(|link| link.is_feed_silent = true);
+    }
+
     pub(crate) fn resume(&self) {
-        self.link.send_modify(|link| link.mode = Mode::Open);
+        self.link.send_modify(|link| {
+            link.mode = Mode::Open;
+            link.is_feed_silent = false;
+        });
     }
 
     /// The folder of the socket, which no client may be shown.
@@ -139,10 +164,11 @@ async fn forward(
         let server = UnixStream::connect(upstream).await?;
         let (from_client, to_client) = client.into_split();
         let (from_server, to_server) = server.into_split();
+        let is_feed = AtomicBool::new(false);
         // Either side closing ends both, as between two processes.
         tokio::select! {
-            ended = pump(from_client, to_server, link.clone()) => ended,
-            ended = pump(from_server, to_client, link.clone()) => ended,
+            ended = pump(from_client, to_server, link.clone(), &is_feed) => ended,
+            ended = pump(from_server, to_client, link.clone(), &is_feed) => ended,
         }
     };
     let mut cut = cut;
@@ -156,6 +182,7 @@ async fn pump(
     mut from: impl tokio::io::AsyncRead + Unpin,
     mut to: impl tokio::io::AsyncWrite + Unpin,
     mut link: watch::Receiver<Link>,
+    is_feed: &AtomicBool,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
     loop {
@@ -163,7 +190,11 @@ async fn pump(
         if read == 0 {
             return to.shutdown().await;
         }
-        let _ = link.wait_for(|link| link.mode == Mode::Open).await;
+        // A connection says in its first message what it is for.
+        if buffer[..read].windows(FEED.len()).any(|name| name == FEED) {
+            is_feed.store(true, Ordering::Relaxed);
+        }
+        let _ = link.wait_for(|link| link.lets_through(is_feed)).await;
         to.write_all(&buffer[..read]).await?;
     }
 }

@@ -1,0 +1,227 @@
+//! Memory speed, and forgetting in time: the change feed between replicas, and its failures.
+
+use std::time::{Duration, Instant};
+
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::{DisableServiceAccountRequest, DisableUserRequest, SetUserTierRequest},
+    auth::v1::{
+        LogoutRequest, ValidateTokenRequest, ValidateTokenResponse,
+        auth_service_client::AuthServiceClient,
+    },
+};
+use tonic::{Code, Request, Status, transport::Channel};
+
+use crate::harness::{TestApp, eventually, reason};
+
+const BOUND: Duration = Duration::from_millis(600);
+
+async fn validate(
+    channel: &Channel,
+    key: &str,
+    token: &str,
+) -> Result<ValidateTokenResponse, Status> {
+    let mut request = Request::new(ValidateTokenRequest {
+        token: token.to_owned(),
+        include_quota: false,
+    });
+    let bearer = format!("Bearer {key}").parse().expect("ASCII");
+    request.metadata_mut().insert("authorization", bearer);
+    let answer = AuthServiceClient::new(channel.clone())
+        .validate_token(request)
+        .await;
+    answer.map(tonic::Response::into_inner)
+}
+
+/// How long a replica gave answers that it should not give any more.
+async fn lag(mut is_told: impl AsyncFnMut() -> bool) -> Duration {
+    let begun = Instant::now();
+    eventually("the replica hears of it", async || is_told().await).await;
+    begun.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_replica_revokes_the_others_refuse() {
+    let app = TestApp::spawn().await;
+    let replica = app.replica().await;
+    let channel = replica.channel();
+    let admin = || app.admin(&app.service_key);
+    let mut lags = Vec::new();
+    for round in 0..10 {
+        let user = app.user().create().await;
+        let token = app.login(&user).await.access_token;
+        let (service_id, key) = app
+            .service(&format!("service-{round}"), &["tokens.validate"])
+            .await;
+        validate(&channel, &key, &token).await.unwrap();
+
+        let tier = "builder".to_owned();
+        let request = SetUserTierRequest {
+            user_id: user.id.clone(),
+            tier: tier.clone(),
+        };
+        admin().set_user_tier(request).await.unwrap();
+        lags.push(lag(async || validate(&channel, &key, &token).await.unwrap().tier == tier).await);
+
+        let request = DisableServiceAccountRequest {
+            service_account_id: service_id,
+        };
+        admin().disable_service_account(request).await.unwrap();
+        lags.push(lag(async || validate(&channel, &key, &token).await.is_err()).await);
+
+        let key = &app.service_key;
+        if round % 2 == 0 {
+            app.auth(&token).logout(LogoutRequest {}).await.unwrap();
+        } else {
+            let request = DisableUserRequest {
+                user_id: user.id,
+                reason: String::new(),
+            };
+            admin().disable_user(request).await.unwrap();
+        }
+        lags.push(lag(async || validate(&channel, key, &token).await.is_err()).await);
+    }
+    lags.sort();
+    eprintln!(
+        "median {:?}, worst {:?}",
+        lags[lags.len() / 2],
+        lags[lags.len() - 1]
+    );
+    let bound = tollkeeper::config::AuthSettings::default().staleness_bound;
+    assert!(lags[lags.len() - 1] < bound, "{lags:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn warm_calls_need_no_database() {
+    let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
+        settings.auth.staleness_bound = Duration::from_secs(60);
+        settings.auth.max_stale = Duration::from_secs(60);
+    })
+    .await;
+    let token = app.login(&app.user().create().await).await.access_token;
+    // Once heartbeats pass, answers are remembered.
+    eventually("memory is trusted", async || {
+        proxy.cut();
+        let warm = validate(&app.channel, &app.service_key, &token)
+            .await
+            .is_ok();
+        proxy.resume();
+        let _ = validate(&app.channel, &app.service_key, &token).await;
+        warm
+    })
+    .await;
+    proxy.cut();
+    for _ in 0..2000 {
+        validate(&app.channel, &app.service_key, &token)
+            .await
+            .unwrap();
+    }
+    let unknown = validate(&app.channel, &app.service_key, "garbage")
+        .await
+        .unwrap_err();
+    assert_eq!(
+        reason(&unknown),
+        "CREDENTIAL_INVALID",
+        "garbage does not reach the database"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_feed_that_falls_silent_is_not_believed_beyond_the_bound() {
+    let (app, proxy) =
+        TestApp::spawn_behind_proxy(|settings| settings.auth.staleness_bound = BOUND).await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    validate(&app.channel, &app.service_key, &token)
+        .await
+        .unwrap();
+    proxy.pause_feed();
+    app.sql(&format!(
+        "UPDATE users SET is_active = false WHERE id = '{}'",
+        user.id
+    ))
+    .await;
+    let revoked = Instant::now();
+    let mut last_accepted = Duration::ZERO;
+    while revoked.elapsed() < BOUND * 4 {
+        let asked = revoked.elapsed();
+        if validate(&app.channel, &app.service_key, &token)
+            .await
+            .is_ok()
+        {
+            last_accepted = asked;
+        }
+    }
+    assert!(
+        last_accepted <= BOUND,
+        "accepted {last_accepted:?} after the revocation"
+    );
+
+    // The database is still asked: what changes meanwhile is seen at once.
+    app.sql(&format!(
+        "UPDATE users SET is_active = true WHERE id = '{}'",
+        user.id
+    ))
+    .await;
+    validate(&app.channel, &app.service_key, &token)
+        .await
+        .unwrap();
+    proxy.resume();
+    app.sql(&format!(
+        "UPDATE users SET is_active = false WHERE id = '{}'",
+        user.id
+    ))
+    .await;
+    eventually("the feed works again", async || {
+        validate(&app.channel, &app.service_key, &token)
+            .await
+            .is_err()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_feed_and_database_memory_lasts_as_long_as_allowed() {
+    let max_stale = Duration::from_secs(3);
+    let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
+        settings.auth.staleness_bound = BOUND;
+        settings.auth.max_stale = max_stale;
+        settings.database.acquire_timeout = Duration::from_millis(200);
+    })
+    .await;
+    let token = app.login(&app.user().create().await).await.access_token;
+    for _ in 0..50 {
+        validate(&app.channel, &app.service_key, &token)
+            .await
+            .unwrap();
+    }
+    proxy.cut();
+    let cut = Instant::now();
+    let (mut last_accepted, mut refused) = (Duration::ZERO, None);
+    while cut.elapsed() < max_stale + BOUND * 4 {
+        let asked = cut.elapsed();
+        match validate(&app.channel, &app.service_key, &token).await {
+            Ok(_) => last_accepted = asked,
+            Err(status) => refused = Some(status),
+        }
+    }
+    assert!(
+        last_accepted > BOUND,
+        "a good token was refused after {last_accepted:?} already"
+    );
+    assert!(
+        last_accepted <= max_stale,
+        "accepted {last_accepted:?} after the cut"
+    );
+    let refused = refused.expect("refused in the end");
+    assert_eq!(
+        (refused.code(), &*reason(&refused)),
+        (Code::Unavailable, "DATABASE_UNAVAILABLE")
+    );
+    proxy.resume();
+    eventually("it recovers by itself", async || {
+        validate(&app.channel, &app.service_key, &token)
+            .await
+            .is_ok()
+    })
+    .await;
+}
