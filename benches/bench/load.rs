@@ -1,0 +1,522 @@
+//! The load generator: a closed loop of pre-encoded gRPC calls.
+//!
+//! On a machine that client and server share, a costly client hides what the server costs. So this
+//! speaks HTTP/2 by hand: a request is a copy of prepared bytes, all that are due go out in one
+//! write, and of an answer only the status is looked at. What it measures is held against h2load.
+
+use std::{
+    collections::HashMap,
+    io::ErrorKind,
+    net::SocketAddr,
+    sync::{
+        Barrier,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use httlib_hpack::Decoder;
+use tokio::net::TcpStream;
+
+use crate::process::Server;
+
+/// What is called, over and over.
+pub(crate) struct Calls {
+    path: &'static str,
+    headers: Vec<(&'static str, String)>,
+    /// gRPC messages in the order of their use, and around again.
+    bodies: Vec<Vec<u8>>,
+    next: AtomicUsize,
+    /// The `grpc-status` that is right.
+    expected: u32,
+}
+
+impl Calls {
+    pub(crate) fn new(
+        path: &'static str,
+        caller: Option<&str>,
+        messages: impl IntoIterator<Item = Vec<u8>>,
+        expected: tonic::Code,
+    ) -> Self {
+        let mut headers = vec![
+            ("content-type", "application/grpc".to_owned()),
+            ("te", "trailers".to_owned()),
+            ("user-agent", "tollkeeper-bench".to_owned()),
+        ];
+        headers.extend(caller.map(|caller| ("authorization", format!("Bearer {caller}"))));
+        Self {
+            path,
+            headers,
+            bodies: messages.into_iter().map(framed).collect(),
+            next: AtomicUsize::new(0),
+            expected: u32::try_from(i32::from(expected)).unwrap_or_default(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bodies.len()
+    }
+
+    pub(crate) fn path(&self) -> &'static str {
+        self.path
+    }
+
+    pub(crate) fn headers(&self) -> &[(&'static str, String)] {
+        &self.headers
+    }
+
+    /// The body of the first call, as it is on the wire.
+    pub(crate) fn first_body(&self) -> &[u8] {
+        &self.bodies[0]
+    }
+}
+
+/// A message with gRPC's prefix: not compressed, and its length.
+fn framed(message: Vec<u8>) -> Vec<u8> {
+    let len = u32::try_from(message.len()).expect("a small message");
+    [&[0], &len.to_be_bytes()[..], &message].concat()
+}
+
+/// How many calls are under way at once.
+#[derive(Clone, Copy)]
+pub(crate) struct InFlight {
+    pub(crate) connections: usize,
+    pub(crate) streams: usize,
+}
+
+impl InFlight {
+    /// Spreads `total` over at most `connections`.
+    pub(crate) fn new(total: usize, connections: usize) -> Self {
+        let connections = connections.clamp(1, total);
+        Self {
+            connections,
+            streams: total.div_ceil(connections),
+        }
+    }
+}
+
+/// When to stop beginning calls.
+#[derive(Clone, Copy)]
+pub(crate) struct Until {
+    pub(crate) time: Duration,
+    pub(crate) calls: usize,
+}
+
+impl Until {
+    pub(crate) fn time(time: Duration) -> Self {
+        Self {
+            time,
+            calls: usize::MAX,
+        }
+    }
+}
+
+/// What one slice of load gave.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Slice {
+    pub(crate) calls: u64,
+    /// Answers with another status than expected.
+    pub(crate) wrong: u64,
+    pub(crate) first_wrong: Option<String>,
+    pub(crate) seconds: f64,
+    /// Processor time of the server, in microseconds.
+    pub(crate) server_cpu_us: f64,
+    pub(crate) p50_us: f64,
+    pub(crate) p99_us: f64,
+    pub(crate) request_bytes: f64,
+    pub(crate) response_bytes: f64,
+}
+
+impl Slice {
+    pub(crate) fn per_second(&self) -> f64 {
+        self.calls as f64 / self.seconds
+    }
+
+    pub(crate) fn cpu_us_per_call(&self) -> f64 {
+        self.server_cpu_us / self.calls as f64
+    }
+}
+
+/// Runs one slice of load from `threads` threads and waits for the last answer.
+///
+/// # Errors
+/// When the connection or the protocol fails; a wrong status is counted.
+pub(crate) fn run(
+    server: &Server,
+    calls: &Calls,
+    in_flight: InFlight,
+    threads: usize,
+    until: Until,
+) -> anyhow::Result<Slice> {
+    let threads = threads.clamp(1, in_flight.connections);
+    let budget = AtomicUsize::new(until.calls);
+    let ready = Barrier::new(threads + 1);
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| {
+                // Connections that do not divide evenly go to the first threads.
+                let connections = (in_flight.connections + threads - 1 - thread) / threads;
+                let (budget, ready) = (&budget, &ready);
+                scope.spawn(move || {
+                    let run = Run {
+                        address: server.address,
+                        calls,
+                        streams: in_flight.streams,
+                        until,
+                        budget,
+                    };
+                    run.thread(connections, ready)
+                })
+            })
+            .collect();
+        ready.wait();
+        let (begun, cpu) = (Instant::now(), server.cpu()?);
+        let mut tally = Tally::default();
+        for worker in workers {
+            tally.add(worker.join().expect("the generator does not panic")?);
+        }
+        let ended = tally.last.unwrap_or_else(Instant::now);
+        let cpu = server.cpu()? - cpu;
+        tally.slice(ended - begun, cpu)
+    })
+}
+
+/// What every connection of a slice knows.
+#[derive(Clone, Copy)]
+struct Run<'a> {
+    address: SocketAddr,
+    calls: &'a Calls,
+    streams: usize,
+    until: Until,
+    budget: &'a AtomicUsize,
+}
+
+impl Run<'_> {
+    fn thread(self, connections: usize, ready: &Barrier) -> anyhow::Result<Tally> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(async {
+            let mut streams = Vec::new();
+            let mut failed = None;
+            for _ in 0..connections {
+                match TcpStream::connect(self.address).await {
+                    Ok(stream) => streams.push(stream),
+                    Err(error) => failed = Some(error),
+                }
+            }
+            // Whatever happened: the others wait.
+            ready.wait();
+            if let Some(error) = failed {
+                return Err(error).context("cannot connect to the server");
+            }
+            let stop = Instant::now() + self.until.time;
+            let limit = self.until.time + Duration::from_secs(60);
+            let all = futures_util::future::try_join_all(
+                streams
+                    .into_iter()
+                    .map(|stream| Connection::new(self, stream, stop).drive()),
+            );
+            let tallies = tokio::time::timeout(limit, all)
+                .await
+                .context("the server did not answer for a minute")??;
+            let mut sum = Tally::default();
+            for tally in tallies {
+                sum.add(tally);
+            }
+            Ok(sum)
+        })
+    }
+}
+
+#[derive(Default)]
+struct Tally {
+    /// In tenths of a microsecond.
+    latencies: Vec<u32>,
+    wrong: u64,
+    first_wrong: Option<String>,
+    sent_bytes: u64,
+    received_bytes: u64,
+    last: Option<Instant>,
+}
+
+impl Tally {
+    fn add(&mut self, other: Self) {
+        self.latencies.extend(other.latencies);
+        self.wrong += other.wrong;
+        self.first_wrong = self.first_wrong.take().or(other.first_wrong);
+        self.sent_bytes += other.sent_bytes;
+        self.received_bytes += other.received_bytes;
+        self.last = self.last.max(other.last);
+    }
+
+    fn slice(mut self, took: Duration, cpu: Duration) -> anyhow::Result<Slice> {
+        ensure!(!self.latencies.is_empty(), "no call was answered in time");
+        self.latencies.sort_unstable();
+        let count = self.latencies.len();
+        let quantile = |q: f64| {
+            let at = ((count as f64 * q) as usize).min(count - 1);
+            f64::from(self.latencies[at]) / 10.0
+        };
+        Ok(Slice {
+            calls: count as u64,
+            wrong: self.wrong,
+            seconds: took.as_secs_f64(),
+            server_cpu_us: cpu.as_secs_f64() * 1e6,
+            p50_us: quantile(0.50),
+            p99_us: quantile(0.99),
+            request_bytes: self.sent_bytes as f64 / count as f64,
+            response_bytes: self.received_bytes as f64 / count as f64,
+            first_wrong: self.first_wrong,
+        })
+    }
+}
+
+// RFC 9113 §4.1, §6.
+const FRAME_HEADER: usize = 9;
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
+const ACK: u8 = 0x1;
+const END_STREAM: u8 = 0x1;
+const END_HEADERS: u8 = 0x4;
+const PADDED: u8 = 0x8;
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const DEFAULT_WINDOW: i64 = 65_535;
+const MAX_WINDOW: u32 = i32::MAX as u32;
+
+/// One connection with a number of calls under way.
+struct Connection<'a> {
+    run: Run<'a>,
+    stream: TcpStream,
+    stop: Instant,
+    out: Vec<u8>,
+    /// The header block of every call but the first.
+    indexed: Vec<u8>,
+    next_stream: u32,
+    /// What the server still takes.
+    window: i64,
+    /// Calls that wait for room in the window.
+    due: usize,
+    begun: HashMap<u32, Instant>,
+    decoder: Decoder<'static>,
+    tally: Tally,
+}
+
+impl<'a> Connection<'a> {
+    fn new(run: Run<'a>, stream: TcpStream, stop: Instant) -> Self {
+        let mut out = PREFACE.to_vec();
+        // ENABLE_PUSH = 0.
+        frame(&mut out, SETTINGS, 0, 0, &[0, 2, 0, 0, 0, 0]);
+        let more = MAX_WINDOW - u32::try_from(DEFAULT_WINDOW).expect("positive");
+        frame(&mut out, WINDOW_UPDATE, 0, 0, &more.to_be_bytes());
+        Self {
+            run,
+            stream,
+            stop,
+            out,
+            indexed: Vec::new(),
+            next_stream: 1,
+            window: DEFAULT_WINDOW,
+            due: run.streams,
+            begun: HashMap::with_capacity(run.streams),
+            decoder: Decoder::default(),
+            tally: Tally::default(),
+        }
+    }
+
+    async fn drive(mut self) -> anyhow::Result<Tally> {
+        self.stream.set_nodelay(true)?;
+        let mut buffer = vec![0; 256 * 1024];
+        let mut filled = 0;
+        loop {
+            let now = Instant::now();
+            while self.due > 0 && self.begin(now) {}
+            if self.begun.is_empty() && self.due == 0 {
+                return Ok(self.tally);
+            }
+            self.flush().await?;
+            self.stream.readable().await?;
+            match self.stream.try_read(&mut buffer[filled..]) {
+                Ok(0) => bail!("the server closed the connection"),
+                Ok(read) => filled += read,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error.into()),
+            }
+            let used = self.take(&buffer[..filled])?;
+            buffer.copy_within(used..filled, 0);
+            filled -= used;
+        }
+    }
+
+    async fn flush(&mut self) -> anyhow::Result<()> {
+        let mut written = 0;
+        while written < self.out.len() {
+            match self.stream.try_write(&self.out[written..]) {
+                Ok(count) => written += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.stream.writable().await?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.out.clear();
+        Ok(())
+    }
+
+    /// Begins one call that is due, or finds that it must not. False: the window is full.
+    fn begin(&mut self, now: Instant) -> bool {
+        let Run { calls, budget, .. } = self.run;
+        let take = |left: usize| left.checked_sub(1);
+        if now >= self.stop
+            || budget
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+                .is_err()
+        {
+            self.due = 0;
+            return true;
+        }
+        let index = calls.next.fetch_add(1, Ordering::Relaxed) % calls.bodies.len();
+        let body = &calls.bodies[index];
+        let bytes = i64::try_from(body.len()).expect("a small body");
+        if self.window < bytes {
+            budget.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        self.window -= bytes;
+        self.due -= 1;
+        let stream = self.next_stream;
+        self.next_stream += 2;
+        if self.indexed.is_empty() {
+            let first = self.learn();
+            frame(&mut self.out, HEADERS, END_HEADERS, stream, &first);
+        } else {
+            frame(&mut self.out, HEADERS, END_HEADERS, stream, &self.indexed);
+        }
+        frame(&mut self.out, DATA, END_STREAM, stream, body);
+        self.begun.insert(stream, now);
+        self.tally.sent_bytes += body.len() as u64;
+        true
+    }
+
+    /// The header block of the first call, which fills the server's table (RFC 7541 §6.2.1); from
+    /// then on an index stands for each header (§6.1).
+    fn learn(&mut self) -> Vec<u8> {
+        // `:method: POST` and `:scheme: http` of the static table.
+        const STATIC: [u8; 2] = [0x83, 0x86];
+        const FIRST_DYNAMIC: usize = 62;
+        let authority = self.run.address.to_string();
+        let calls = self.run.calls;
+        let mut headers = vec![(":path", calls.path), (":authority", authority.as_str())];
+        headers.extend(calls.headers.iter().map(|(n, v)| (*n, v.as_str())));
+        let mut block = STATIC.to_vec();
+        self.indexed = STATIC.to_vec();
+        for (position, (name, value)) in headers.iter().enumerate() {
+            block.push(0x40);
+            for text in [name, value] {
+                // Longer ones need a longer length; none is.
+                block.push(u8::try_from(text.len()).expect("a short header") & 0x7f);
+                block.extend_from_slice(text.as_bytes());
+            }
+            let index = FIRST_DYNAMIC + headers.len() - 1 - position;
+            self.indexed
+                .push(0x80 | u8::try_from(index).expect("few headers"));
+        }
+        block
+    }
+
+    /// Reads all frames that are whole; returns their length.
+    fn take(&mut self, input: &[u8]) -> anyhow::Result<usize> {
+        let now = Instant::now();
+        let mut used = 0;
+        while let Some((head, rest)) = input[used..].split_first_chunk::<FRAME_HEADER>() {
+            let length =
+                usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+            let Some(payload) = rest.get(..length) else {
+                break;
+            };
+            let (kind, flags) = (head[3], head[4]);
+            let stream = be32(&head[5..]) & MAX_WINDOW;
+            used += FRAME_HEADER + length;
+            match kind {
+                HEADERS => {
+                    ensure!(
+                        flags & END_HEADERS != 0 && flags & PADDED == 0,
+                        "unexpected form of headers"
+                    );
+                    let status = self.status(payload)?;
+                    if flags & END_STREAM != 0 {
+                        self.finish(stream, status, now)?;
+                    }
+                }
+                DATA => {
+                    self.tally.received_bytes += length as u64;
+                    if flags & END_STREAM != 0 {
+                        self.finish(stream, None, now)?;
+                    }
+                }
+                RST_STREAM => {
+                    let status = Some(format!("RST_STREAM {}", be32(payload)));
+                    self.finish(stream, status, now)?;
+                }
+                SETTINGS if flags & ACK == 0 => frame(&mut self.out, SETTINGS, ACK, 0, &[]),
+                PING if flags & ACK == 0 => frame(&mut self.out, PING, ACK, 0, payload),
+                GOAWAY => bail!("the server sent GOAWAY"),
+                WINDOW_UPDATE if stream == 0 => self.window += i64::from(be32(payload)),
+                _ => {}
+            }
+        }
+        Ok(used)
+    }
+
+    /// Every block has to be decoded, because each may change the table.
+    fn status(&mut self, block: &[u8]) -> anyhow::Result<Option<String>> {
+        let mut fields = Vec::with_capacity(8);
+        self.decoder
+            .decode(&mut block.to_vec(), &mut fields)
+            .map_err(|error| anyhow::anyhow!("headers cannot be decoded: {error:?}"))?;
+        Ok(fields
+            .into_iter()
+            .find(|(name, ..)| name == b"grpc-status")
+            .map(|(_, value, _)| String::from_utf8_lossy(&value).into_owned()))
+    }
+
+    fn finish(&mut self, stream: u32, status: Option<String>, now: Instant) -> anyhow::Result<()> {
+        let begun = self.begun.remove(&stream);
+        let begun = begun.with_context(|| format!("an answer on stream {stream}, unasked"))?;
+        let tenths = (now - begun).as_nanos() / 100;
+        self.tally
+            .latencies
+            .push(u32::try_from(tenths).unwrap_or(u32::MAX));
+        self.tally.last = Some(now);
+        self.due += 1;
+        let right = status
+            .as_deref()
+            .is_some_and(|status| status.parse() == Ok(self.run.calls.expected));
+        if !right {
+            self.tally.wrong += 1;
+            let said = || format!("grpc-status {}", status.as_deref().unwrap_or("missing"));
+            self.tally.first_wrong.get_or_insert_with(said);
+        }
+        Ok(())
+    }
+}
+
+fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    let length = u32::try_from(payload.len()).expect("a small frame");
+    out.extend_from_slice(&length.to_be_bytes()[1..]);
+    out.extend_from_slice(&[kind, flags]);
+    out.extend_from_slice(&stream.to_be_bytes());
+    out.extend_from_slice(payload);
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    let four = bytes.first_chunk::<4>().copied();
+    u32::from_be_bytes(four.unwrap_or_default())
+}

@@ -1,0 +1,136 @@
+//! Measures the service against a service that does nothing, under production settings.
+//!
+//! `scripts/bench` builds what is needed and runs this. Everything that is compared is measured in
+//! turns, in a rotated order, because the machine's other work changes from second to second;
+//! ratios within a round and processor time per call are what to look at.
+
+mod echo;
+mod fixture;
+mod h2load;
+mod load;
+mod process;
+mod report;
+mod serve_echo;
+mod wire;
+
+use std::{path::PathBuf, thread::available_parallelism, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+
+/// As in the product.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Measures the service; see README.md, "Performance".
+#[derive(Parser)]
+#[command(name = "scripts/bench")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Throughput, latency and CPU time of single calls, against a no-op echo
+    Wire {
+        #[command(flatten)]
+        options: Options,
+        /// Calls under way at once [default: 1,8,32,128]
+        #[arg(long, value_delimiter = ',', value_name = "N,…")]
+        in_flight: Vec<usize>,
+        /// Only these; the echo is always measured [default: all]
+        #[arg(long, value_delimiter = ',', value_name = "PART,…")]
+        parts: Vec<wire::Part>,
+        /// Live tokens, of as many users [default: 100000, quick 2000]
+        #[arg(long)]
+        tokens: Option<usize>,
+        /// Connections at most
+        #[arg(long, default_value_t = 8)]
+        connections: usize,
+    },
+    /// Serves the echo as the product serves, until standard input ends
+    #[command(hide = true)]
+    Echo {
+        #[arg(long, value_enum)]
+        shape: serve_echo::Shape,
+    },
+}
+
+#[derive(Args)]
+struct Options {
+    /// A short run that shows that all works; its figures mean little
+    #[arg(long)]
+    quick: bool,
+    /// Rounds, in each of which everything has its turn [default: 5, quick 2]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Length of a turn [default: 2, quick 0.5]
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Threads of the load generator [default: one per core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// The service
+    #[arg(long, env = "BENCH_SERVICE", value_name = "PROGRAM", hide = true)]
+    service: PathBuf,
+    /// The echo as a default build
+    #[arg(long, env = "BENCH_ECHO", value_name = "PROGRAM", hide = true)]
+    echo: PathBuf,
+    /// Where the results go
+    #[arg(long, env = "BENCH_RESULTS", value_name = "FOLDER", hide = true)]
+    results: PathBuf,
+    /// Given by cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Options {
+    fn rounds(&self) -> usize {
+        self.rounds.unwrap_or(if self.quick { 2 } else { 5 }).max(1)
+    }
+
+    fn slice(&self) -> Duration {
+        Duration::from_secs_f64(self.seconds.unwrap_or(if self.quick { 0.5 } else { 2.0 }))
+    }
+
+    fn threads(&self) -> usize {
+        self.threads.unwrap_or_else(cores)
+    }
+}
+
+fn cores() -> usize {
+    available_parallelism().map_or(1, usize::from)
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Wire {
+            options,
+            in_flight,
+            parts,
+            tokens,
+            connections,
+        } => wire::run(&wire::Plan {
+            tokens: tokens
+                .unwrap_or(if options.quick { 2_000 } else { 100_000 })
+                .max(1),
+            in_flight: match (in_flight.is_empty(), options.quick) {
+                (true, true) => vec![32],
+                (true, false) => vec![1, 8, 32, 128],
+                (false, _) => in_flight,
+            },
+            parts,
+            connections,
+            options,
+        }),
+        Command::Echo { shape } => serve_echo::serve(shape),
+    }
+}
+
+/// A runtime for the few things that are asynchronous here.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?)
+}

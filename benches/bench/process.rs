@@ -1,0 +1,122 @@
+//! Servers as processes of their own, and the processor time they use.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Pid, SysconfVar, sysconf},
+};
+
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A server under test. Dropping it stops it.
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    child: Child,
+}
+
+impl Server {
+    /// Starts a program that prints its address and serves until its standard input ends.
+    pub(crate) fn echo(program: &Path, args: &[&str]) -> anyhow::Result<Self> {
+        let mut child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let out = child.stdout.take().context("its output is a pipe")?;
+        let mut line = String::new();
+        BufReader::new(out).read_line(&mut line)?;
+        let address = line.trim().parse().context("no address from the echo")?;
+        Ok(Self { address, child })
+    }
+
+    /// Starts the service with these settings and nothing of this environment; its logs go to a file.
+    pub(crate) fn service(
+        program: &Path,
+        settings: &[(String, String)],
+        log: &Path,
+    ) -> anyhow::Result<Self> {
+        // Should this process be killed, the service ends too.
+        let mut child = Command::new("setpriv")
+            .args(["--pdeathsig", "TERM", "--"])
+            .arg(program)
+            .args(["serve", "--listen", "127.0.0.1:0"])
+            .env_clear()
+            .envs(settings.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(log)?)
+            .spawn()
+            .context("cannot start the service by setpriv")?;
+        let begun = Instant::now();
+        loop {
+            let said = fs::read_to_string(log)?;
+            if let Some(address) = said.lines().find_map(address_in) {
+                return Ok(Self { address, child });
+            }
+            if let Some(status) = child.try_wait()? {
+                bail!("the service did not start ({status}):\n{said}");
+            }
+            ensure!(
+                begun.elapsed() < START_DEADLINE,
+                "the service does not listen:\n{said}"
+            );
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Processor time so far, of user and system.
+    pub(crate) fn cpu(&self) -> anyhow::Result<Duration> {
+        cpu_of(&format!("/proc/{}/stat", self.child.id()))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // An echo ends with its input; a service drains. Both die in the end.
+        drop(self.child.stdin.take());
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(10) {
+            if matches!(self.child.try_wait(), Ok(Some(_)) | Err(_)) {
+                return;
+            }
+            sleep(Duration::from_millis(10));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The address in the log line that says where the service listens.
+fn address_in(line: &str) -> Option<SocketAddr> {
+    let event: serde_json::Value = serde_json::from_str(line).ok()?;
+    let listens = event["message"] == "listening";
+    listens.then(|| event["address"].as_str()?.parse().ok())?
+}
+
+/// `utime` and `stime` of proc(5), in ticks of usually 10 ms.
+pub(crate) fn cpu_of(stat: &str) -> anyhow::Result<Duration> {
+    let text = fs::read_to_string(stat).context("the server has ended")?;
+    // The name in parentheses may hold anything.
+    let (_, fields) = text.rsplit_once(')').context("an unknown form of stat")?;
+    let field = |number: usize| -> anyhow::Result<u64> {
+        let text = fields.split_whitespace().nth(number - 3);
+        Ok(text.context("a short stat")?.parse()?)
+    };
+    let per_second = sysconf(SysconfVar::CLK_TCK)?.context("no clock ticks")?;
+    let ticks = field(14)? + field(15)?;
+    Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+}

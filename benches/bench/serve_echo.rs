@@ -1,0 +1,48 @@
+//! The echo with the product's compiler settings and allocator, in either serving shape.
+
+use std::{io::Read as _, thread};
+
+use clap::ValueEnum;
+use tokio::net::TcpListener;
+use tollkeeper::server::{Incoming, Workers};
+use tonic::transport::{Server, server::TcpIncoming};
+
+use crate::{cores, echo::Echo};
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Shape {
+    /// One multi-threaded runtime for all connections
+    Shared,
+    /// One single-threaded runtime per core, as the product serves
+    Workers,
+}
+
+pub(crate) fn serve(shape: Shape) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    thread::spawn(|| {
+        let _ = std::io::stdin().read(&mut [0]);
+        std::process::exit(0);
+    });
+    runtime.block_on(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        println!("{}", listener.local_addr()?);
+        match shape {
+            Shape::Shared => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                let server = Server::builder().add_service(Echo);
+                server.serve_with_incoming(incoming).await?;
+            }
+            Shape::Workers => {
+                let workers = Workers::start(cores(), 10_000, |incoming: Incoming, _stop| {
+                    Server::builder()
+                        .add_service(Echo)
+                        .serve_with_incoming(incoming)
+                })?;
+                workers.accept(&listener).await?;
+            }
+        }
+        Ok(())
+    })
+}
