@@ -8,6 +8,7 @@ mod echo;
 mod fixture;
 mod h2load;
 mod load;
+mod login;
 mod process;
 mod report;
 mod serve_echo;
@@ -47,6 +48,11 @@ enum Command {
         /// Connections at most
         #[arg(long, default_value_t = 8)]
         connections: usize,
+    },
+    /// Logins against what the hash alone allows, and what they do to other calls
+    Login {
+        #[command(flatten)]
+        options: Options,
     },
     /// Serves the echo as the product serves, until standard input ends
     #[command(hide = true)]
@@ -123,6 +129,7 @@ fn main() -> anyhow::Result<()> {
             connections,
             options,
         }),
+        Command::Login { options } => login::run(&options),
         Command::Echo { shape } => serve_echo::serve(shape),
     }
 }
