@@ -19,16 +19,33 @@ use tonic::transport::server::{Connected, TcpConnectInfo};
 /// one that reads it.
 pub(super) struct Accepted {
     pub(super) stream: std::net::TcpStream,
-    /// Open connections of the worker.
-    pub(super) load: Arc<AtomicUsize>,
+    pub(super) share: Share,
     /// One of the server's places.
     pub(super) place: OwnedSemaphorePermit,
+}
+
+/// A connection's part of its worker's load, from the moment it is given to the worker: were it
+/// counted when the worker takes it, a burst would go to one worker as a whole.
+pub(super) struct Share(Arc<AtomicUsize>);
+
+impl Share {
+    /// Adds one to the open connections of a worker, for as long as this lives.
+    pub(super) fn of(load: &Arc<AtomicUsize>) -> Self {
+        load.fetch_add(1, Ordering::Relaxed);
+        Self(load.clone())
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A connection that counts against its worker's load and the server's bound while it is open.
 pub struct Connection {
     stream: TcpStream,
-    load: Arc<AtomicUsize>,
+    _share: Share,
     _place: OwnedSemaphorePermit,
 }
 
@@ -38,19 +55,11 @@ impl Connection {
     /// # Errors
     /// When the runtime cannot watch the socket.
     pub(super) fn take(accepted: Accepted) -> io::Result<Self> {
-        let stream = TcpStream::from_std(accepted.stream)?;
-        accepted.load.fetch_add(1, Ordering::Relaxed);
         Ok(Self {
-            stream,
-            load: accepted.load,
+            stream: TcpStream::from_std(accepted.stream)?,
+            _share: accepted.share,
             _place: accepted.place,
         })
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.load.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

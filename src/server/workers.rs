@@ -25,7 +25,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{debug, warn};
 
-use super::connection::{Accepted, Connection};
+use super::connection::{Accepted, Connection, Share};
 
 /// Accepted connections that a worker has not taken yet.
 const BACKLOG: usize = 128;
@@ -129,10 +129,9 @@ impl Workers {
             .iter()
             .min_by_key(|worker| worker.load.load(Ordering::Relaxed));
         let worker = worker.ok_or(WorkerGone)?;
-        let load = worker.load.clone();
         let accepted = Accepted {
             stream,
-            load,
+            share: Share::of(&worker.load),
             place,
         };
         worker
@@ -187,3 +186,44 @@ impl Worker {
 #[derive(Debug, thiserror::Error)]
 #[error("a worker of the server has ended")]
 pub struct WorkerGone;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_burst_of_connections_is_spread_evenly() {
+        let workers = Workers::start(2, 100, |incoming, mut stop| async move {
+            // Takes none of them.
+            let _ = stop.wait_for(|stop| *stop).await;
+            drop(incoming);
+            Ok(())
+        });
+        let workers = workers.expect("started");
+        let loads = || {
+            workers
+                .workers
+                .iter()
+                .map(|w| w.load.load(Ordering::Relaxed))
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let connect = async {
+            let mut open = Vec::new();
+            for _ in 0..8 {
+                open.push(TcpStream::connect(address).await.expect("connected"));
+            }
+            while loads().sum::<usize>() < 8 {
+                tokio::task::yield_now().await;
+            }
+            open
+        };
+        tokio::select! {
+            gone = workers.accept(&listener) => gone.expect("the workers run"),
+            open = tokio::time::timeout(Duration::from_secs(10), connect) => {
+                open.expect("all were given to a worker");
+            }
+        }
+        assert_eq!(loads().collect::<Vec<_>>(), [4, 4]);
+    }
+}
