@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::{
     load::{Calls, InFlight, Slice},
-    process::Server,
+    process::{Server, cpu_of_children},
 };
 
 /// Whether the program is here.
@@ -37,9 +37,10 @@ pub(crate) fn run(
         command.arg(format!("--header={name}: {value}"));
     }
     let url = format!("http://{}{}", server.address, calls.path());
-    let cpu = server.cpu()?;
+    let (cpu, own_cpu) = (server.cpu()?, cpu_of_children()?);
     let output = command.arg(url).output().context("cannot run h2load")?;
     let cpu = server.cpu()? - cpu;
+    let own_cpu = cpu_of_children()? - own_cpu;
     let said = String::from_utf8_lossy(&output.stdout);
     // "requests: 100 total, 100 started, 100 done, 100 succeeded, 0 failed, …"
     let succeeded: u64 = said
@@ -56,6 +57,7 @@ pub(crate) fn run(
         calls: succeeded,
         seconds: time.as_secs_f64(),
         server_cpu_us: cpu.as_secs_f64() * 1e6,
+        client_cpu_us: own_cpu.as_secs_f64() * 1e6,
         ..Slice::default()
     })
 }

@@ -20,7 +20,7 @@ use anyhow::{Context as _, bail, ensure};
 use httlib_hpack::Decoder;
 use tokio::net::TcpStream;
 
-use crate::process::Server;
+use crate::process::{Server, cpu_of};
 
 /// What is called, over and over.
 pub(crate) struct Calls {
@@ -123,6 +123,8 @@ pub(crate) struct Slice {
     pub(crate) seconds: f64,
     /// Processor time of the server, in microseconds.
     pub(crate) server_cpu_us: f64,
+    /// The same of the generator.
+    pub(crate) client_cpu_us: f64,
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
     pub(crate) request_bytes: f64,
@@ -152,6 +154,7 @@ pub(crate) fn run(
 ) -> anyhow::Result<Slice> {
     let threads = threads.clamp(1, in_flight.connections);
     let budget = AtomicUsize::new(until.calls);
+    let own_cpu = cpu_of("/proc/self/stat")?;
     let ready = Barrier::new(threads + 1);
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
@@ -179,7 +182,12 @@ pub(crate) fn run(
         }
         let ended = tally.last.unwrap_or_else(Instant::now);
         let cpu = server.cpu()? - cpu;
-        tally.slice(ended - begun, cpu)
+        let slice = tally.slice(ended - begun, cpu)?;
+        let own_cpu = cpu_of("/proc/self/stat")? - own_cpu;
+        Ok(Slice {
+            client_cpu_us: own_cpu.as_secs_f64() * 1e6,
+            ..slice
+        })
     })
 }
 
@@ -270,6 +278,7 @@ impl Tally {
             request_bytes: self.sent_bytes as f64 / count as f64,
             response_bytes: self.received_bytes as f64 / count as f64,
             first_wrong: self.first_wrong,
+            ..Slice::default()
         })
     }
 }

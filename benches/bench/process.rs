@@ -109,14 +109,23 @@ fn address_in(line: &str) -> Option<SocketAddr> {
 
 /// `utime` and `stime` of proc(5), in ticks of usually 10 ms.
 pub(crate) fn cpu_of(stat: &str) -> anyhow::Result<Duration> {
+    sum_of(stat, [14, 15])
+}
+
+/// Of the children of this process that have ended: `cutime` and `cstime`.
+pub(crate) fn cpu_of_children() -> anyhow::Result<Duration> {
+    sum_of("/proc/self/stat", [16, 17])
+}
+
+fn sum_of(stat: &str, fields: [usize; 2]) -> anyhow::Result<Duration> {
     let text = fs::read_to_string(stat).context("the server has ended")?;
     // The name in parentheses may hold anything.
-    let (_, fields) = text.rsplit_once(')').context("an unknown form of stat")?;
+    let (_, rest) = text.rsplit_once(')').context("an unknown form of stat")?;
     let field = |number: usize| -> anyhow::Result<u64> {
-        let text = fields.split_whitespace().nth(number - 3);
+        let text = rest.split_whitespace().nth(number - 3);
         Ok(text.context("a short stat")?.parse()?)
     };
     let per_second = sysconf(SysconfVar::CLK_TCK)?.context("no clock ticks")?;
-    let ticks = field(14)? + field(15)?;
+    let ticks = field(fields[0])? + field(fields[1])?;
     Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
 }

@@ -77,6 +77,7 @@ impl Row {
             "title": self.title,
             "per_second": self.spread(Slice::per_second).json(),
             "server_cpu_us": self.spread(Slice::cpu_us_per_call).json(),
+            "client_cpu_us": self.spread(|s| s.client_cpu_us / s.calls as f64).json(),
             "p50_us": self.spread(|s| s.p50_us).json(),
             "p99_us": self.spread(|s| s.p99_us).json(),
             "request_bytes": self.spread(|s| s.request_bytes).median,

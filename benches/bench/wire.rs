@@ -373,14 +373,17 @@ fn print_check(check: &Panel) {
         };
         let rate = |row: &Row| row.spread(Slice::per_second).median;
         let cpu = |row: &Row| row.spread(Slice::cpu_us_per_call).median;
+        let own = |row: &Row| row.spread(|s| s.client_cpu_us / s.calls as f64).median;
         let Spread { median, min, max } = ours.ratio(theirs, Slice::per_second);
         println!(
             "  {what:<16} {:>9.0} against {:>9.0} calls/s: {median:.2} × ({min:.2}–{max:.2}); \
-             server CPU {:.2} against {:.2} µs",
+             CPU of the server {:.2} against {:.2}, of the client {:.2} against {:.2} µs",
             rate(ours),
             rate(theirs),
             cpu(ours),
             cpu(theirs),
+            own(ours),
+            own(theirs),
         );
     }
 }
