@@ -24,7 +24,7 @@ pub struct NewAccount {
 pub enum InitialCredential {
     /// A password to set, not checked yet.
     Password(String),
-    /// A hash from another system, replaced at the next login.
+    /// A hash from another system; a login replaces it when a new one would be stronger.
     Hash(ImportedHash),
     /// Not by password.
     None,
