@@ -57,15 +57,6 @@ pub(super) struct Answer<T> {
     stamp: Stamp,
 }
 
-/// How fresh an answer has to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MinFreshness {
-    /// Within the staleness bound.
-    Cached,
-    /// Read from the database after the call came in.
-    Database,
-}
-
 /// All services' answers share one stamp: they are few and seldom change.
 const SERVICES: &str = "services";
 
@@ -119,10 +110,8 @@ impl CredentialCache {
     }
 
     /// Whether an answer may be given again.
-    pub(super) fn holds<T>(&self, answer: &Answer<T>, need: MinFreshness, now: BootTime) -> bool {
-        need == MinFreshness::Cached
-            && self.stamps.is_current(answer.stamp)
-            && self.freshness.trust(now) == Trust::Live
+    pub(super) fn holds<T>(&self, answer: &Answer<T>, now: BootTime) -> bool {
+        self.stamps.is_current(answer.stamp) && self.freshness.trust(now) == Trust::Live
     }
 
     /// The session of a token of `user_id` as it stands.
@@ -133,10 +122,9 @@ impl CredentialCache {
         &self,
         id: SessionId,
         user_id: UserId,
-        need: MinFreshness,
         now: BootTime,
     ) -> Result<Arc<Answer<SessionStanding>>> {
-        self.answer::<Standings, _>(&self.standings, id, user_id, need, now)
+        self.answer::<Standings, _>(&self.standings, id, user_id, now)
             .await
     }
 
@@ -147,17 +135,16 @@ impl CredentialCache {
     pub(super) async fn service(
         &self,
         key_hash: Vec<u8>,
-        need: MinFreshness,
         now: BootTime,
     ) -> Result<Arc<Answer<ServiceStanding>>> {
         // Keys that are no key have a place of their own: they cannot push good ones out.
         if let Some(unknown) = self.unknown_keys.get(&key_hash)
-            && self.holds(&unknown, need, now)
+            && self.holds(&unknown, now)
         {
             return Ok(unknown);
         }
         let answer = self
-            .answer::<Services, _>(&self.services, key_hash.clone(), SERVICES, need, now)
+            .answer::<Services, _>(&self.services, key_hash.clone(), SERVICES, now)
             .await?;
         if answer.value.is_none() {
             self.services.remove(&key_hash);
@@ -173,10 +160,9 @@ impl CredentialCache {
         cache: &Answers<S>,
         key: S::Key,
         group: G,
-        need: MinFreshness,
         now: BootTime,
     ) -> Result<Arc<Answer<S::Value>>> {
-        if need == MinFreshness::Cached && self.freshness.trust(now) == Trust::Live {
+        if self.freshness.trust(now) == Trust::Live {
             // A change that is heard of during the read outdates it: once more.
             for _ in 0..3 {
                 let read = self.read::<S, G>(&key, group);
@@ -193,8 +179,7 @@ impl CredentialCache {
                 Ok(answer)
             }
             Err(error @ Error::Unavailable(_)) => {
-                let trusted =
-                    need == MinFreshness::Cached && self.freshness.trust(now) != Trust::Lost;
+                let trusted = self.freshness.trust(now) != Trust::Lost;
                 let held = cache
                     .get(&key)
                     .filter(|held| self.stamps.is_current(held.stamp));

@@ -21,7 +21,6 @@ mod validation;
 use std::{sync::Arc, time::Duration};
 
 pub use accounts::{InitialCredential, NewAccount};
-pub use cache::MinFreshness;
 pub use freshness::{BootTime, Freshness, Trust};
 pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
 pub use master_key::MasterKey;

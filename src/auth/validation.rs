@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use chrono::{DateTime, Utc};
 
 use super::{
-    Auth, BootTime, MinFreshness,
+    Auth, BootTime,
     access_token::Claims,
     cache::{Answer, Verified},
     service_key,
@@ -85,9 +85,8 @@ impl Auth {
         if service_key::is_service_key(credential) {
             return self.authenticate_service(credential, now).await;
         }
-        let need = MinFreshness::Cached;
         let validated = self
-            .validate(credential, Credential::Authorization, need, now)
+            .validate(credential, Credential::Authorization, now)
             .await?;
         Ok(Principal::User(UserPrincipal {
             id: validated.user().id,
@@ -106,7 +105,6 @@ impl Auth {
         &self,
         token: &str,
         credential: Credential,
-        need: MinFreshness,
         now: DateTime<Utc>,
     ) -> Result<Validated> {
         let refused = |fault| Error::Refused { credential, fault };
@@ -117,17 +115,16 @@ impl Auth {
                     self.cache.forget(token);
                     return Err(refused(expired));
                 }
-                if self.cache.holds(&answer, need, clock) {
+                if self.cache.holds(&answer, clock) {
                     (claims, answer)
                 } else {
-                    self.read_standing(token, claims, need, clock).await?
+                    self.read_standing(token, claims, clock).await?
                 }
             }
             Some(Verified::ServiceKey(_)) => return Err(refused(Fault::Invalid)),
             None => {
                 let claims = self.access_tokens.verify(token, now).map_err(refused)?;
-                self.read_standing(token, Arc::new(claims), need, clock)
-                    .await?
+                self.read_standing(token, Arc::new(claims), clock).await?
             }
         };
         let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
@@ -139,14 +136,10 @@ impl Auth {
         &self,
         token: &str,
         claims: Arc<Claims>,
-        need: MinFreshness,
         clock: BootTime,
     ) -> Result<(Arc<Claims>, Arc<Answer<SessionStanding>>)> {
         let (session_id, user_id) = (claims.session_id(), claims.user_id());
-        let answer = self
-            .cache
-            .standing(session_id, user_id, need, clock)
-            .await?;
+        let answer = self.cache.standing(session_id, user_id, clock).await?;
         self.cache
             .remember(token, Verified::Token(claims.clone(), answer.clone()));
         Ok((claims, answer))
@@ -157,12 +150,12 @@ impl Auth {
             credential: Credential::Authorization,
             fault,
         };
-        let (need, clock) = (MinFreshness::Cached, BootTime::now());
+        let clock = BootTime::now();
         let answer = match self.cache.credential(key) {
-            Some(Verified::ServiceKey(answer)) if self.cache.holds(&answer, need, clock) => answer,
+            Some(Verified::ServiceKey(answer)) if self.cache.holds(&answer, clock) => answer,
             _ => {
                 let hash = service_key::hash(key).ok_or(refused(Fault::Invalid))?;
-                let answer = self.cache.service(hash, need, clock).await?;
+                let answer = self.cache.service(hash, clock).await?;
                 if answer.value.is_some() {
                     self.cache
                         .remember(key, Verified::ServiceKey(answer.clone()));

@@ -7,7 +7,7 @@ use super::{
     convert::{self, Fields, only, time},
 };
 use crate::{
-    auth::{Auth, InitialCredential, MinFreshness, NewAccount},
+    auth::{Auth, InitialCredential, NewAccount},
     error::{Credential, Error},
     model::{Role, Violation},
     proto::tollkeeper::auth::v1::{
@@ -118,11 +118,7 @@ impl AuthService for Handler {
         let request = request.into_inner();
         let token = only(|fields| fields.take("token", present(request.token)))?;
         let now = Utc::now();
-        let need = MinFreshness::Cached;
-        let validated = self
-            .auth
-            .validate(&token, Credential::Token, need, now)
-            .await?;
+        let validated = self.auth.validate(&token, Credential::Token, now).await?;
         let user = validated.user();
         let quota = if request.include_quota {
             Some(self.usage.quota(user, now).await?.into())
