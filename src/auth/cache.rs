@@ -1,9 +1,9 @@
 //! What is known of credentials, in memory.
 //!
-//! Three layers: credentials that were verified, by their whole text; sessions with their users,
-//! and service keys, as last read from the database. Every answer carries a [`Stamp`]; the change
-//! feed outdates stamps, so a hit costs no database and an outdated answer is read anew. A thousand
-//! misses of one session make one read.
+//! Credentials that were verified, by their whole text; behind them sessions with their users, and
+//! service keys, as last read from the database. Every answer carries a [`Stamp`]; the change feed
+//! outdates stamps, so a hit costs no database and an outdated answer is read anew. While memory is
+//! trusted, a thousand misses of one session make one read.
 
 use std::{hash::Hash, sync::Arc};
 
@@ -21,27 +21,37 @@ use crate::{
     store::{ServiceStanding, Store},
 };
 
-/// Beside a key's text: its value, the map's own bookkeeping, the allocator's.
+/// Eighths of the byte budget for the texts of credentials; the rest is for sessions.
+const CREDENTIALS_EIGHTHS: u64 = 5;
+
+/// The text of an access token, about.
+const TOKEN_BYTES: u64 = 600;
+/// Beside a credential's text: its value, the map's own bookkeeping, the allocator's.
 const ENTRY_BYTES: u64 = 160;
 /// A session and its user with their texts.
 const STANDING_BYTES: u64 = 768;
 
-/// Shares of the byte budget, in eighths.
-const CREDENTIALS_SHARE: u64 = 5;
-
+/// Service keys in use: people make them by hand, so there are few.
+const SERVICE_KEYS: usize = 4096;
 /// Keys that are no key: enough to blunt a loop that presents one, too few to matter.
 const UNKNOWN_KEYS: usize = 4096;
+
+/// All services' answers share one stamp: they are few and seldom change.
+const SERVICES: &str = "services";
 
 /// See the module.
 pub(super) struct CredentialCache {
     store: Store,
     credentials: Cache<Box<str>, Verified, ByLength>,
-    standings: Answers<Standings>,
-    services: Answers<Services>,
-    unknown_keys: Answers<Services>,
+    standings: Answers<SessionId, SessionStanding>,
+    /// By the hash of a key.
+    services: Answers<Vec<u8>, ServiceStanding>,
+    unknown_keys: Answers<Vec<u8>, ServiceStanding>,
     stamps: Stamps,
     freshness: Freshness,
 }
+
+type Answers<K, V> = Cache<K, Arc<Answer<V>>>;
 
 /// A credential whose text has been checked: only its state is open.
 #[derive(Clone)]
@@ -57,21 +67,20 @@ pub(super) struct Answer<T> {
     stamp: Stamp,
 }
 
-/// All services' answers share one stamp: they are few and seldom change.
-const SERVICES: &str = "services";
-
 impl CredentialCache {
     /// A cache of about `bytes` at most.
     pub(super) fn new(store: Store, bytes: u64, freshness: Freshness) -> Self {
-        let credentials = bytes / 8 * CREDENTIALS_SHARE;
-        let standings = ((bytes - credentials) / STANDING_BYTES).max(1);
-        let standings = usize::try_from(standings).unwrap_or(usize::MAX);
-        let typical = usize::try_from(credentials / (600 + ENTRY_BYTES)).unwrap_or(usize::MAX);
+        let credentials = bytes / 8 * CREDENTIALS_EIGHTHS;
+        let items = |bytes: u64, each: u64| {
+            let items = (bytes / each).max(1);
+            usize::try_from(items).unwrap_or(usize::MAX)
+        };
+        let typical = items(credentials, TOKEN_BYTES + ENTRY_BYTES);
         Self {
             store,
-            credentials: Cache::with_weighter(typical.max(1), credentials, ByLength),
-            standings: Cache::new(standings),
-            services: Cache::new(UNKNOWN_KEYS),
+            credentials: Cache::with_weighter(typical, credentials, ByLength),
+            standings: Cache::new(items(bytes - credentials, STANDING_BYTES)),
+            services: Cache::new(SERVICE_KEYS),
             unknown_keys: Cache::new(UNKNOWN_KEYS),
             stamps: Stamps::new(),
             freshness,
@@ -105,6 +114,7 @@ impl CredentialCache {
         self.credentials.insert(text.into(), verified);
     }
 
+    /// Forgets a credential that will not be good again.
     pub(super) fn forget(&self, text: &str) {
         self.credentials.remove(text);
     }
@@ -124,8 +134,8 @@ impl CredentialCache {
         user_id: UserId,
         now: BootTime,
     ) -> Result<Arc<Answer<SessionStanding>>> {
-        self.answer::<Standings, _>(&self.standings, id, user_id, now)
-            .await
+        let read = || self.store.session_standing(id);
+        self.answer(&self.standings, id, user_id, read, now).await
     }
 
     /// The service account of a key, by the key's hash, as it stands.
@@ -143,8 +153,9 @@ impl CredentialCache {
         {
             return Ok(unknown);
         }
+        let read = || self.store.service_by_key_hash(&key_hash);
         let answer = self
-            .answer::<Services, _>(&self.services, key_hash.clone(), SERVICES, now)
+            .answer(&self.services, key_hash.clone(), SERVICES, read, now)
             .await?;
         if answer.value.is_none() {
             self.services.remove(&key_hash);
@@ -153,27 +164,34 @@ impl CredentialCache {
         Ok(answer)
     }
 
-    /// An answer from memory while that may be trusted, else from the database, else, when the
-    /// database is away, from memory once more for as long as that is allowed.
-    async fn answer<S: Source, G: Hash + Copy + Send>(
+    /// An answer from memory while that may be trusted, else by `read` from the database, else, when
+    /// the database is away, from memory once more for as long as that is allowed.
+    async fn answer<K, V, G, F>(
         &self,
-        cache: &Answers<S>,
-        key: S::Key,
+        cache: &Answers<K, V>,
+        key: K,
         group: G,
+        read: impl Fn() -> F,
         now: BootTime,
-    ) -> Result<Arc<Answer<S::Value>>> {
+    ) -> Result<Arc<Answer<V>>>
+    where
+        K: Clone + Eq + Hash,
+        G: Copy + Hash,
+        F: Future<Output = Result<Option<V>>>,
+    {
         if self.freshness.trust(now) == Trust::Live {
             // A change that is heard of during the read outdates it: once more.
             for _ in 0..3 {
-                let read = self.read::<S, G>(&key, group);
-                let answer = cache.get_or_insert_async(&key, read).await?;
+                let answer = cache
+                    .get_or_insert_async(&key, self.read(group, &read))
+                    .await?;
                 if self.stamps.is_current(answer.stamp) {
                     return Ok(answer);
                 }
                 cache.remove_if(&key, |held| Arc::ptr_eq(held, &answer));
             }
         }
-        match self.read::<S, G>(&key, group).await {
+        match self.read(group, &read).await {
             Ok(answer) => {
                 cache.insert(key, answer.clone());
                 Ok(answer)
@@ -189,56 +207,18 @@ impl CredentialCache {
         }
     }
 
-    async fn read<S: Source, G: Hash>(
-        &self,
-        key: &S::Key,
-        group: G,
-    ) -> Result<Arc<Answer<S::Value>>> {
+    async fn read<V, F>(&self, group: impl Hash, read: impl Fn() -> F) -> Result<Arc<Answer<V>>>
+    where
+        F: Future<Output = Result<Option<V>>>,
+    {
         // Before the read: a change that commits meanwhile must outdate what is read.
         let stamp = self.stamps.of(group);
         // A silent database must not hold the answer that memory may still give.
         let limit = self.freshness.staleness_bound();
-        let value = timeout(limit, S::read(&self.store, key))
+        let value = timeout(limit, read())
             .await
             .map_err(|silence| Error::Unavailable(silence.into()))??;
         Ok(Arc::new(Answer { value, stamp }))
-    }
-}
-
-/// Where answers come from.
-trait Source {
-    type Key: Clone + Eq + Hash + Send + Sync;
-    type Value: Send + Sync;
-
-    fn read(
-        store: &Store,
-        key: &Self::Key,
-    ) -> impl Future<Output = Result<Option<Self::Value>>> + Send;
-}
-
-type Answers<S> = Cache<<S as Source>::Key, Arc<Answer<<S as Source>::Value>>>;
-
-/// Sessions with their users.
-struct Standings;
-
-impl Source for Standings {
-    type Key = SessionId;
-    type Value = SessionStanding;
-
-    async fn read(store: &Store, id: &SessionId) -> Result<Option<SessionStanding>> {
-        store.session_standing(*id).await
-    }
-}
-
-/// Service accounts, by the hash of a key.
-struct Services;
-
-impl Source for Services {
-    type Key = Vec<u8>;
-    type Value = ServiceStanding;
-
-    async fn read(store: &Store, key_hash: &Vec<u8>) -> Result<Option<ServiceStanding>> {
-        store.service_by_key_hash(key_hash).await
     }
 }
 
