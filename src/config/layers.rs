@@ -422,6 +422,15 @@ mod tests {
     }
 
     #[test]
+    fn every_secret_is_known_as_one() {
+        let text = "a text of thirty-two bytes or so";
+        let flags = SECRET_KEYS.map(|key| (key, text));
+        let shown = format!("{:?}", load(&env(&flags), [], None).expect("valid"));
+        assert_eq!(shown.matches("(hidden)").count(), SECRET_KEYS.len());
+        assert_eq!(shown.matches("(unset)").count(), 0, "{shown}");
+    }
+
+    #[test]
     fn secrets_are_never_shown() {
         let secret = "0123456789abcdefghijklmnopqrstuvwxyz-THE-SECRET";
         let loaded =

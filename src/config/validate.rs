@@ -8,90 +8,55 @@ use super::{AuthSettings, PasswordScheme, Secret, Settings, SigningAlgorithm};
 /// Bits that a secret needs at least: RFC 7518 §3.2 for HS256, the same for the master key.
 const MIN_SECRET_BITS: usize = 256;
 
-/// Refuses what cannot work: the key and why.
-pub(super) fn bounds(settings: &Settings) -> Result<(), (&'static str, String)> {
-    let Settings {
-        server,
-        database,
-        auth,
-        password,
-        ..
-    } = settings;
-    let day = Duration::from_hours(24);
-    let second = Duration::from_secs(1);
-    within(
-        "server.max_request_bytes",
-        server.max_request_bytes,
-        4 << 10,
-        64 << 20,
-    )?;
-    within("server.max_streams", server.max_streams, 1, 100_000)?;
-    within(
-        "server.max_connections",
-        server.max_connections,
-        1,
-        1_000_000,
-    )?;
-    within("server.threads", server.threads, 0, 1024)?;
-    lasts("server.max_deadline", server.max_deadline, second, day)?;
-    lasts(
-        "server.drain_delay",
-        server.drain_delay,
-        Duration::ZERO,
-        Duration::from_mins(10),
-    )?;
-    lasts(
-        "server.drain_deadline",
-        server.drain_deadline,
-        Duration::ZERO,
-        Duration::from_hours(1),
-    )?;
-    within("database.pool_size", database.pool_size, 2, 1000)?;
-    lasts(
-        "database.acquire_timeout",
-        database.acquire_timeout,
-        second / 100,
-        day,
-    )?;
-    lasts(
-        "database.statement_timeout",
-        database.statement_timeout,
-        second / 100,
-        day,
-    )?;
-    lasts("auth.access_ttl", auth.access_ttl, second, day)?;
-    lasts(
-        "auth.refresh_idle_ttl",
-        auth.refresh_idle_ttl,
-        second,
-        400 * day,
-    )?;
-    lasts(
-        "auth.refresh_absolute_ttl",
-        auth.refresh_absolute_ttl,
-        auth.refresh_idle_ttl,
-        4000 * day,
-    )?;
-    lasts(
-        "auth.refresh_retry_window",
-        auth.refresh_retry_window,
-        Duration::ZERO,
-        auth.refresh_idle_ttl,
-    )?;
-    lasts(
-        "auth.leeway",
-        auth.leeway,
-        Duration::ZERO,
-        Duration::from_mins(5),
-    )?;
-    lasts(
-        "auth.staleness_bound",
-        auth.staleness_bound,
-        second / 10,
-        Duration::from_mins(1),
-    )?;
-    lasts("auth.max_stale", auth.max_stale, auth.staleness_bound, day)?;
-    within("auth.cache_bytes", auth.cache_bytes, 1 << 20, 1 << 40)?;
+/// A setting that is refused: its key and why.
+type Refusal = (&'static str, String);
+
+/// Holds settings to ranges, a line each: `section.key: from, to;`.
+macro_rules! hold {
+    ($check:ident, $settings:ident, $($section:ident.$key:ident: $min:expr, $max:expr;)*) => {
+        $($check(
+            concat!(stringify!($section), ".", stringify!($key)),
+            $settings.$section.$key,
+            $min,
+            $max,
+        )?;)*
+    };
+}
+
+/// Refuses what cannot work.
+pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
+    let Settings { auth, password, .. } = settings;
+    let (second, minute) = (Duration::from_secs(1), Duration::from_mins(1));
+    let (tick, hour, day) = (second / 100, 60 * minute, 24 * 60 * minute);
+    hold! { within, settings,
+        server.max_request_bytes: 4 << 10, 64 << 20;
+        server.max_streams: 1, 100_000;
+        server.max_connections: 1, 1_000_000;
+        server.threads: 0, 1024;
+        database.pool_size: 2, 1000;
+        auth.cache_bytes: 1 << 20, 1 << 40;
+        password.min_length: 8, 64;
+        password.argon2_memory_kib: 7 * 1024, 1 << 20;
+        password.argon2_iterations: 1, 20;
+        password.bcrypt_cost: 10, 16;
+        password.threads: 0, 1024;
+        password.queue: 0, 100_000;
+    }
+    hold! { lasts, settings,
+        server.max_deadline: second, day;
+        server.drain_delay: Duration::ZERO, 10 * minute;
+        server.drain_deadline: Duration::ZERO, hour;
+        database.acquire_timeout: tick, day;
+        database.statement_timeout: tick, day;
+        auth.access_ttl: second, day;
+        auth.refresh_idle_ttl: second, 400 * day;
+        auth.refresh_absolute_ttl: auth.refresh_idle_ttl, 4000 * day;
+        auth.refresh_retry_window: Duration::ZERO, auth.refresh_idle_ttl;
+        auth.leeway: Duration::ZERO, 5 * minute;
+        auth.staleness_bound: 10 * tick, minute;
+        auth.max_stale: auth.staleness_bound, day;
+        password.queue_timeout: tick, minute;
+    }
     for (key, value) in [
         ("auth.issuer", &auth.issuer),
         ("auth.audience", &auth.audience),
@@ -100,40 +65,16 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), (&'static str, String)> 
             return Err((key, "must be 1 to 255 bytes".to_owned()));
         }
     }
-    within("password.min_length", password.min_length, 8, 64)?;
-    within(
-        "password.argon2_memory_kib",
-        password.argon2_memory_kib,
-        7 * 1024,
-        1 << 20,
-    )?;
-    within(
-        "password.argon2_iterations",
-        password.argon2_iterations,
-        1,
-        20,
-    )?;
-    within("password.bcrypt_cost", password.bcrypt_cost, 10, 16)?;
-    within("password.threads", password.threads, 0, 1024)?;
-    within("password.queue", password.queue, 0, 100_000)?;
-    lasts(
-        "password.queue_timeout",
-        password.queue_timeout,
-        second / 100,
-        Duration::from_mins(1),
-    )?;
     if password.scheme == PasswordScheme::Bcrypt && password.min_length > 18 {
         // 72 bytes hold 18 characters of four bytes each.
-        return Err((
-            "password.min_length",
-            "must be at most 18 with bcrypt".to_owned(),
-        ));
+        let message = "must be at most 18 with bcrypt";
+        return Err(("password.min_length", message.to_owned()));
     }
     Ok(())
 }
 
-/// Refuses secrets that are weak or, in production, missing: the key and why.
-pub(super) fn secrets(settings: &Settings) -> Result<(), (&'static str, String)> {
+/// Refuses secrets that are weak or, in production, missing.
+pub(super) fn secrets(settings: &Settings) -> Result<(), Refusal> {
     let AuthSettings {
         algorithm,
         key_dir,
@@ -142,52 +83,40 @@ pub(super) fn secrets(settings: &Settings) -> Result<(), (&'static str, String)>
         ..
     } = &settings.auth;
     let production = !settings.dev;
+    let refused = |key, message: &str| Err((key, message.to_owned()));
     let hs256 = *algorithm == SigningAlgorithm::Hs256;
     strength("auth.master_key", master_key, production)?;
     strength("auth.jwt_secret", jwt_secret, production && hs256)?;
     if hs256 && !jwt_secret.is_set() {
-        return Err((
-            "auth.jwt_secret",
-            "must be set when auth.algorithm is HS256".to_owned(),
-        ));
+        let message = "must be set when auth.algorithm is HS256";
+        return refused("auth.jwt_secret", message);
     }
     if !hs256 && jwt_secret.is_set() {
-        return Err((
-            "auth.jwt_secret",
-            "is for auth.algorithm HS256 only".to_owned(),
-        ));
+        return refused("auth.jwt_secret", "is for auth.algorithm HS256 only");
     }
     if production && !hs256 && key_dir.as_os_str().is_empty() {
-        return Err((
-            "auth.key_dir",
-            "must name a folder of PEM keys in production; `tollkeeper keys generate` makes one"
-                .to_owned(),
-        ));
+        let message =
+            "must name a folder of PEM keys in production; `tollkeeper keys generate` makes one";
+        return refused("auth.key_dir", message);
     }
     Ok(())
 }
 
 /// Refuses a secret that is missing where it is required, too short, or plainly a placeholder.
-fn strength(
-    key: &'static str,
-    secret: &Secret,
-    required: bool,
-) -> Result<(), (&'static str, String)> {
+fn strength(key: &'static str, secret: &Secret, required: bool) -> Result<(), Refusal> {
+    let refused = |message: String| Err((key, message));
     let text = secret.expose();
-    if text.is_empty() {
-        let missing = format!("must be set in production, to at least {MIN_SECRET_BITS} bits");
-        return if required {
-            Err((key, missing))
-        } else {
-            Ok(())
-        };
-    }
-    if text.len() * 8 < MIN_SECRET_BITS {
-        let bits = text.len() * 8;
-        return Err((
-            key,
-            format!("holds {bits} bits, at least {MIN_SECRET_BITS} are needed"),
-        ));
+    match text.len() * 8 {
+        0 if !required => return Ok(()),
+        0 => {
+            let message = format!("must be set in production, to at least {MIN_SECRET_BITS} bits");
+            return refused(message);
+        }
+        bits @ ..MIN_SECRET_BITS => {
+            let message = format!("holds {bits} bits, at least {MIN_SECRET_BITS} are needed");
+            return refused(message);
+        }
+        _ => {}
     }
     let lower = text.to_ascii_lowercase();
     let placeholder = ["secret-key", "change", "example", "placeholder", "password"]
@@ -197,10 +126,8 @@ fn strength(
     distinct.sort_unstable();
     distinct.dedup();
     if placeholder || distinct.len() < 8 {
-        return Err((
-            key,
-            "looks like a placeholder; use random bytes: openssl rand -hex 32".to_owned(),
-        ));
+        let message = "looks like a placeholder; use random bytes: openssl rand -hex 32";
+        return refused(message.to_owned());
     }
     Ok(())
 }
@@ -210,30 +137,17 @@ fn within<T: PartialOrd + std::fmt::Display>(
     value: T,
     min: T,
     max: T,
-) -> Result<(), (&'static str, String)> {
+) -> Result<(), Refusal> {
     if value < min || value > max {
         return Err((key, format!("must be {min} to {max}, not {value}")));
     }
     Ok(())
 }
 
-fn lasts(
-    key: &'static str,
-    value: Duration,
-    min: Duration,
-    max: Duration,
-) -> Result<(), (&'static str, String)> {
-    let show = humantime::format_duration;
+fn lasts(key: &'static str, value: Duration, min: Duration, max: Duration) -> Result<(), Refusal> {
     if value < min || value > max {
-        return Err((
-            key,
-            format!(
-                "must be {} to {}, not {}",
-                show(min),
-                show(max),
-                show(value)
-            ),
-        ));
+        let [min, max, value] = [min, max, value].map(humantime::format_duration);
+        return Err((key, format!("must be {min} to {max}, not {value}")));
     }
     Ok(())
 }
