@@ -62,7 +62,6 @@ impl FromStr for LoginPassword {
 }
 
 /// A hash made by another system, of a scheme and a cost that a login can check.
-#[derive(Clone, Debug)]
 pub struct ImportedHash(String);
 
 impl ImportedHash {

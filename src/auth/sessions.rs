@@ -12,7 +12,6 @@ use crate::{
 };
 
 /// Both tokens of a session.
-#[derive(Debug)]
 pub struct IssuedTokens {
     pub access_token: String,
     pub access_token_expires_at: DateTime<Utc>,

@@ -22,8 +22,7 @@ use crate::{
     },
 };
 
-/// A user to create.
-#[derive(Clone, Debug)]
+/// A user to create. Not `Debug`, as nothing that holds a hash, a token or a key.
 pub struct NewUser {
     pub person: Person,
     /// `None`: cannot log in by password.
