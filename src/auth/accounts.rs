@@ -64,19 +64,23 @@ impl Auth {
         self.store.user_insert(&new, origin).await
     }
 
+    /// A user as the database has them now.
+    ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
     pub async fn user(&self, id: UserId) -> Result<User> {
         self.store.user_by_id(id).await
     }
 
+    /// A user by e-mail address or username, in any case.
+    ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
     pub async fn user_by_identifier(&self, identifier: &Identifier) -> Result<User> {
         self.store.user_by_identifier(identifier).await
     }
 
-    /// Newest first.
+    /// Lists users, newest first.
     ///
     /// # Errors
     /// `Unavailable`
@@ -84,7 +88,8 @@ impl Auth {
         self.store.user_list(filter, page).await
     }
 
-    /// Moves a user to another tier; tokens already issued see it at once.
+    /// Moves a user to another tier; tokens already issued see it at once. Naming the present tier
+    /// changes nothing.
     ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
@@ -94,7 +99,8 @@ impl Auth {
         Ok(user)
     }
 
-    /// Turns the kill switch: while off, every token and login of the user is refused.
+    /// Turns the kill switch: while off, every token and login of the user is refused. `reason` is for
+    /// the audit trail. Repeating it changes nothing.
     ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`

@@ -33,7 +33,7 @@ impl Auth {
         Ok((account, key))
     }
 
-    /// Newest first.
+    /// Lists service accounts, newest first.
     ///
     /// # Errors
     /// `Unavailable`

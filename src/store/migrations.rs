@@ -53,6 +53,9 @@ impl Migrator {
     }
 
     /// Applies what is pending; returns its names. Needs the multi-threaded runtime.
+    ///
+    /// # Errors
+    /// `Internal` when a migration fails; those before it stay applied.
     pub fn up(&mut self) -> Result<Vec<String>> {
         let mut pending = self.status()?;
         pending.retain(|migration| !migration.applied);
@@ -66,6 +69,9 @@ impl Migrator {
     }
 
     /// Reverts the newest applied migration; returns its name, or `None` when none is applied.
+    ///
+    /// # Errors
+    /// `Internal` when it fails, or when this binary does not have it.
     pub fn down(&mut self) -> Result<Option<String>> {
         let applied = self.harness.applied_migrations().map_err(Error::Internal)?;
         if applied.is_empty() {
@@ -79,6 +85,9 @@ impl Migrator {
     }
 
     /// Every migration of this binary, oldest first.
+    ///
+    /// # Errors
+    /// `Internal`
     pub fn status(&mut self) -> Result<Vec<MigrationStatus>> {
         let applied = self.harness.applied_migrations().map_err(Error::Internal)?;
         let mut all: Vec<MigrationStatus> = MigrationSource::<Pg>::migrations(&MIGRATIONS)

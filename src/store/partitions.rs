@@ -21,6 +21,9 @@ struct Count {
 impl Store {
     /// Makes the partitions of `months` that are missing, and moves into them what the default
     /// partition took meanwhile. Idempotent, and safe on many replicas.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn partitions_ensure(&self, months: &[Period]) -> Result<()> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
@@ -34,10 +37,13 @@ impl Store {
         .await
     }
 
-    /// Rows that no monthly partition took: each is a month that was not made ahead.
+    /// Rows that no monthly partition took: each is of a month that was not made ahead. Counts up to
+    /// a thousand of each table: more are no more alarming.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn partitions_default_rows(&self) -> Result<i64> {
         let mut conn = self.conn().await?;
-        // Counting stops early: more than a thousand is as alarming as a million.
         let Count { count } = diesel::sql_query(
             "SELECT count(*) AS count FROM (
                  (SELECT 1 FROM usage_records_default LIMIT 1000)

@@ -33,6 +33,8 @@ pub struct ServiceStanding {
 }
 
 impl Store {
+    /// Creates a service account with its first key.
+    ///
     /// # Errors
     /// `ServiceAccountExists` · `Unavailable`
     pub async fn service_account_insert(
@@ -69,6 +71,10 @@ impl Store {
         .await
     }
 
+    /// Finds a key by its hash, with its account; `None` when there is no such key.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn service_by_key_hash(&self, key_hash: &[u8]) -> Result<Option<ServiceStanding>> {
         type Found = (
             ServiceAccountRow,
@@ -98,7 +104,10 @@ impl Store {
             .transpose()
     }
 
-    /// Newest first.
+    /// Lists service accounts, newest first.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn service_account_list(
         &self,
         page: &PageRequest<Uuid>,

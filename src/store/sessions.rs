@@ -105,6 +105,9 @@ impl Store {
     }
 
     /// The session and its user as they stand now; `None` when there is no such session.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn session_standing(&self, id: SessionId) -> Result<Option<SessionStanding>> {
         let mut conn = self.conn().await?;
         let found: Option<(SessionRow, UserRow)> = sessions::table
@@ -123,6 +126,9 @@ impl Store {
     /// that does; it is done. `None` when there is no such session.
     ///
     /// The answer holds the session as it is after the step.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn session_refresh(
         &self,
         id: SessionId,
@@ -178,6 +184,9 @@ impl Store {
     }
 
     /// Deletes up to `limit` sessions that ended for good before `before`; returns how many.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn session_sweep(&self, before: DateTime<Utc>, limit: i64) -> Result<usize> {
         let ended = sessions::table
             .filter(sessions::absolute_expires_at.lt(before))
@@ -193,6 +202,9 @@ impl Store {
     }
 
     /// Ends a session. Ending it again changes nothing.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn session_revoke(
         &self,
         id: SessionId,

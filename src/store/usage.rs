@@ -39,6 +39,9 @@ impl Store {
     /// Books an event and adds it to its month's sums, or finds that it was booked before.
     ///
     /// Durable when it returns. Any number of calls with one event count once.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn usage_insert(&self, event: &UsageEvent) -> Result<UsageInsert> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
@@ -61,6 +64,9 @@ impl Store {
     }
 
     /// Tokens a user has used in a month, all dimensions together.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn usage_month_tokens(&self, user_id: UserId, period: Period) -> Result<i64> {
         let mut conn = self.conn().await?;
         let row: Option<SumsRow> = monthly_usage::table
@@ -80,6 +86,9 @@ impl Store {
     }
 
     /// A user's month, per model and in all; zeroes when nothing was used.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn usage_month(&self, user_id: UserId, period: Period) -> Result<MonthlyUsage> {
         let mut conn = self.conn().await?;
         // One statement, one snapshot: the total is the sum of the models it is shown with.
@@ -118,7 +127,10 @@ impl Store {
         })
     }
 
-    /// A user's events, newest first; of one month or of all.
+    /// A user's events, newest first; of one month or of all. Page tokens are bound to `list`.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn usage_list(
         &self,
         user_id: UserId,

@@ -38,6 +38,8 @@ pub struct Credentials {
 }
 
 impl Store {
+    /// Creates a user.
+    ///
     /// # Errors
     /// `AccountExists` · `Unavailable`
     pub async fn user_insert(&self, new: &NewUser, origin: &Origin) -> Result<User> {
@@ -66,6 +68,8 @@ impl Store {
         .await
     }
 
+    /// Reads a user.
+    ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
     pub async fn user_by_id(&self, id: UserId) -> Result<User> {
@@ -73,6 +77,8 @@ impl Store {
         user_by_id_in_txn(id, &mut conn).await
     }
 
+    /// Finds a user, in any case of the name.
+    ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
     pub async fn user_by_identifier(&self, identifier: &Identifier) -> Result<User> {
@@ -82,6 +88,10 @@ impl Store {
         }
     }
 
+    /// Finds what a login is checked against, in any case of the name; `None` for nobody's.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn credentials_by_identifier(
         &self,
         identifier: &Identifier,
@@ -112,6 +122,9 @@ impl Store {
     }
 
     /// Whether there is any user at all.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn user_any(&self) -> Result<bool> {
         let mut conn = self.conn().await?;
         Ok(diesel::select(exists(users::table.select(users::id)))
@@ -119,7 +132,10 @@ impl Store {
             .await?)
     }
 
-    /// Newest first.
+    /// Lists users, newest first.
+    ///
+    /// # Errors
+    /// `Unavailable`
     pub async fn user_list(
         &self,
         filter: &UserFilter,
@@ -153,7 +169,7 @@ impl Store {
         ))
     }
 
-    /// Naming the present tier changes nothing.
+    /// Moves a user to another tier. Naming the present one changes nothing.
     ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`

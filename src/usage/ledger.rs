@@ -21,7 +21,8 @@ const MAX_AHEAD: TimeDelta = TimeDelta::minutes(5);
 impl Usage {
     /// Books an event once, however often it is sent. Returns whether it was booked now.
     ///
-    /// The caller has checked that the user exists. Durable when it returns.
+    /// The caller has checked that the user exists. Durable when it returns; a dropped future leaves it
+    /// booked as a whole or not at all.
     ///
     /// # Errors
     /// `Invalid` (outside the window) · `EventConflict` · `Unavailable`

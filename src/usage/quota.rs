@@ -22,7 +22,7 @@ impl Usage {
     /// How much of the current month a user has used and may still use.
     ///
     /// # Errors
-    /// `Unavailable`
+    /// `Unavailable` · `Internal` when the user's tier is configured no longer
     pub async fn quota(&self, user: &User, now: DateTime<Utc>) -> Result<QuotaStanding> {
         let limits = self.limits(&user.tier)?;
         let period = Period::containing(now);
@@ -38,7 +38,7 @@ impl Usage {
     /// Says whether a user may use `wanted` more tokens now. Consumes nothing.
     ///
     /// # Errors
-    /// `AccountDisabled` · `Unavailable`
+    /// `AccountDisabled` · those of [`Usage::quota`]
     pub async fn check_quota(
         &self,
         user: &User,
