@@ -4,13 +4,7 @@
 
 use bytes::Bytes;
 use prost::Message as _;
-use tollkeeper::{
-    model::Scope,
-    proto::tollkeeper::{
-        admin::v1::{DisableServiceAccountRequest, DisableUserRequest},
-        auth::v1::LogoutRequest,
-    },
-};
+use tollkeeper::{model::Scope, proto::tollkeeper::admin::v1::DisableServiceAccountRequest};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
@@ -286,16 +280,12 @@ async fn standing_callers(app: &TestApp) -> Vec<Caller> {
 
     let disabled = app.user().admin().create().await;
     let token = app.login(&disabled).await.access_token;
-    let request = DisableUserRequest {
-        user_id: disabled.id,
-        reason: String::new(),
-    };
-    app.admin(good).disable_user(request).await.unwrap();
+    app.disable(&disabled.id).await;
     callers.push(Caller::DisabledUser(token));
 
     let gone = app.user().admin().create().await;
     let token = app.login(&gone).await.access_token;
-    app.auth(&token).logout(LogoutRequest {}).await.unwrap();
+    app.logout(&token).await;
     callers.push(Caller::LoggedOut(token));
 
     let (service_account_id, key) = app.service("disabled", &all_scopes()).await;

@@ -2,35 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use tollkeeper::proto::tollkeeper::{
-    admin::v1::{DisableServiceAccountRequest, DisableUserRequest, SetUserTierRequest},
-    auth::v1::{
-        LogoutRequest, ValidateTokenRequest, ValidateTokenResponse,
-        auth_service_client::AuthServiceClient,
-    },
-};
-use tonic::{Code, Request, Status, transport::Channel};
+use tollkeeper::proto::tollkeeper::admin::v1::DisableServiceAccountRequest;
+use tonic::Code;
 
-use crate::harness::{TestApp, eventually, reason};
+use crate::harness::{TestApp, eventually, reason, validate_through};
 
 const BOUND: Duration = Duration::from_millis(600);
-
-async fn validate(
-    channel: &Channel,
-    key: &str,
-    token: &str,
-) -> Result<ValidateTokenResponse, Status> {
-    let mut request = Request::new(ValidateTokenRequest {
-        token: token.to_owned(),
-        include_quota: false,
-    });
-    let bearer = format!("Bearer {key}").parse().expect("ASCII");
-    request.metadata_mut().insert("authorization", bearer);
-    let answer = AuthServiceClient::new(channel.clone())
-        .validate_token(request)
-        .await;
-    answer.map(tonic::Response::into_inner)
-}
 
 /// How long a replica gave answers that it should not give any more.
 async fn lag(mut is_told: impl AsyncFnMut() -> bool) -> Duration {
@@ -44,7 +21,6 @@ async fn what_one_replica_revokes_the_others_refuse() {
     let app = TestApp::spawn().await;
     let replica = app.replica().await;
     let channel = replica.channel();
-    let admin = || app.admin(&app.service_key);
     let mut lags = Vec::new();
     for round in 0..10 {
         let user = app.user().create().await;
@@ -52,33 +28,29 @@ async fn what_one_replica_revokes_the_others_refuse() {
         let (service_id, key) = app
             .service(&format!("service-{round}"), &["tokens.validate"])
             .await;
-        validate(&channel, &key, &token).await.unwrap();
+        validate_through(&channel, &key, &token).await.unwrap();
 
-        let tier = "builder".to_owned();
-        let request = SetUserTierRequest {
-            user_id: user.id.clone(),
-            tier: tier.clone(),
-        };
-        admin().set_user_tier(request).await.unwrap();
-        lags.push(lag(async || validate(&channel, &key, &token).await.unwrap().tier == tier).await);
+        let tier = "builder";
+        app.set_tier(&user.id, tier).await;
+        lags.push(
+            lag(async || validate_through(&channel, &key, &token).await.unwrap().tier == tier)
+                .await,
+        );
 
         let request = DisableServiceAccountRequest {
             service_account_id: service_id,
         };
-        admin().disable_service_account(request).await.unwrap();
-        lags.push(lag(async || validate(&channel, &key, &token).await.is_err()).await);
+        let mut admin = app.admin(&app.service_key);
+        admin.disable_service_account(request).await.unwrap();
+        lags.push(lag(async || validate_through(&channel, &key, &token).await.is_err()).await);
 
         let key = &app.service_key;
         if round % 2 == 0 {
-            app.auth(&token).logout(LogoutRequest {}).await.unwrap();
+            app.logout(&token).await;
         } else {
-            let request = DisableUserRequest {
-                user_id: user.id,
-                reason: String::new(),
-            };
-            admin().disable_user(request).await.unwrap();
+            app.disable(&user.id).await;
         }
-        lags.push(lag(async || validate(&channel, key, &token).await.is_err()).await);
+        lags.push(lag(async || validate_through(&channel, key, &token).await.is_err()).await);
     }
     lags.sort();
     eprintln!(
@@ -101,23 +73,17 @@ async fn warm_calls_need_no_database() {
     // Once heartbeats pass, answers are remembered.
     eventually("memory is trusted", async || {
         proxy.cut();
-        let warm = validate(&app.channel, &app.service_key, &token)
-            .await
-            .is_ok();
+        let warm = app.validate(&token).await.is_ok();
         proxy.resume();
-        let _ = validate(&app.channel, &app.service_key, &token).await;
+        let _ = app.validate(&token).await;
         warm
     })
     .await;
     proxy.cut();
     for _ in 0..2000 {
-        validate(&app.channel, &app.service_key, &token)
-            .await
-            .unwrap();
+        app.validate(&token).await.unwrap();
     }
-    let unknown = validate(&app.channel, &app.service_key, "garbage")
-        .await
-        .unwrap_err();
+    let unknown = app.validate("garbage").await.unwrap_err();
     assert_eq!(
         reason(&unknown),
         "CREDENTIAL_INVALID",
@@ -131,9 +97,7 @@ async fn a_feed_that_falls_silent_is_not_believed_beyond_the_bound() {
         TestApp::spawn_behind_proxy(|settings| settings.auth.staleness_bound = BOUND).await;
     let user = app.user().create().await;
     let token = app.login(&user).await.access_token;
-    validate(&app.channel, &app.service_key, &token)
-        .await
-        .unwrap();
+    app.validate(&token).await.unwrap();
     proxy.pause_feed();
     app.sql(&format!(
         "UPDATE users SET is_active = false WHERE id = '{}'",
@@ -144,10 +108,7 @@ async fn a_feed_that_falls_silent_is_not_believed_beyond_the_bound() {
     let mut last_accepted = Duration::ZERO;
     while revoked.elapsed() < BOUND * 4 {
         let asked = revoked.elapsed();
-        if validate(&app.channel, &app.service_key, &token)
-            .await
-            .is_ok()
-        {
+        if app.validate(&token).await.is_ok() {
             last_accepted = asked;
         }
     }
@@ -162,9 +123,7 @@ async fn a_feed_that_falls_silent_is_not_believed_beyond_the_bound() {
         user.id
     ))
     .await;
-    validate(&app.channel, &app.service_key, &token)
-        .await
-        .unwrap();
+    app.validate(&token).await.unwrap();
     proxy.resume();
     app.sql(&format!(
         "UPDATE users SET is_active = false WHERE id = '{}'",
@@ -172,9 +131,7 @@ async fn a_feed_that_falls_silent_is_not_believed_beyond_the_bound() {
     ))
     .await;
     eventually("the feed works again", async || {
-        validate(&app.channel, &app.service_key, &token)
-            .await
-            .is_err()
+        app.validate(&token).await.is_err()
     })
     .await;
 }
@@ -190,16 +147,14 @@ async fn without_feed_and_database_memory_lasts_as_long_as_allowed() {
     .await;
     let token = app.login(&app.user().create().await).await.access_token;
     for _ in 0..50 {
-        validate(&app.channel, &app.service_key, &token)
-            .await
-            .unwrap();
+        app.validate(&token).await.unwrap();
     }
     proxy.cut();
     let cut = Instant::now();
     let (mut last_accepted, mut refused) = (Duration::ZERO, None);
     while cut.elapsed() < max_stale + BOUND * 4 {
         let asked = cut.elapsed();
-        match validate(&app.channel, &app.service_key, &token).await {
+        match app.validate(&token).await {
             Ok(_) => last_accepted = asked,
             Err(status) => refused = Some(status),
         }
@@ -219,9 +174,7 @@ async fn without_feed_and_database_memory_lasts_as_long_as_allowed() {
     );
     proxy.resume();
     eventually("it recovers by itself", async || {
-        validate(&app.channel, &app.service_key, &token)
-            .await
-            .is_ok()
+        app.validate(&token).await.is_ok()
     })
     .await;
 }

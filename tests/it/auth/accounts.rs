@@ -9,7 +9,7 @@ use tollkeeper::proto::tollkeeper::{
 };
 use tonic::{Code, Status};
 
-use super::{assert_invalid, assert_refused, validate, visible};
+use super::{assert_invalid, assert_refused, visible};
 use crate::harness::{PASSWORD, TestApp};
 
 fn request(username: &str) -> CreateUserRequest {
@@ -59,7 +59,7 @@ async fn a_new_account_has_the_tier_and_role_it_was_given() {
     let user = create(&app, wanted).await.unwrap();
     assert_eq!((&*user.tier, user.role()), ("builder", Role::Admin));
     let token = app.login_as("ada", PASSWORD).await.unwrap().access_token;
-    assert_eq!(validate(&app, &token).await.unwrap().tier, "builder");
+    assert_eq!(app.validate(&token).await.unwrap().tier, "builder");
     let by = Some(By::Username("admin".to_owned()));
     app.admin(&token)
         .lookup_user(LookupUserRequest { by })

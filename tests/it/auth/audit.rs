@@ -9,7 +9,7 @@ use tollkeeper::proto::tollkeeper::{
 };
 use tonic::{Code, Request};
 
-use super::{assert_refused, disable, enable, refresh, set_tier};
+use super::{assert_refused, refresh};
 use crate::harness::{PASSWORD, TestApp, TestUser};
 
 /// A row of the trail.
@@ -116,7 +116,7 @@ async fn a_refused_login_opens_nothing() {
         .login(with_id("req-1", message))
         .await
         .unwrap_err();
-    disable(&app, &user).await;
+    app.disable(&user.id).await;
     let message = login_of(&user, PASSWORD);
     app.auth("")
         .login(with_id("req-1", message))
@@ -246,16 +246,16 @@ async fn an_act_that_changes_nothing_is_not_written() {
         .disable_service_account(message.clone())
         .await
         .unwrap();
-    disable(&app, &user).await;
+    app.disable(&user.id).await;
     let before = app.count("SELECT count(*) FROM audit_events").await;
-    disable(&app, &user).await;
-    set_tier(&app, &user, "free").await;
+    app.disable(&user.id).await;
+    app.set_tier(&user.id, "free").await;
     app.admin(&app.service_key)
         .disable_service_account(message)
         .await
         .unwrap();
     assert_eq!(app.count("SELECT count(*) FROM audit_events").await, before);
-    enable(&app, &user).await;
+    app.enable(&user.id).await;
     assert_eq!(
         app.count("SELECT count(*) FROM audit_events").await,
         before + 1
@@ -271,7 +271,7 @@ async fn no_act_is_done_that_cannot_be_written() {
         (SELECT json_agg(k ORDER BY id) FROM service_keys k)))";
     let app = TestApp::spawn().await;
     let (user, off) = (app.user().create().await, app.user().create().await);
-    disable(&app, &off).await;
+    app.disable(&off.id).await;
     let (service_account_id, _) = app.service("gateway", &["quota"]).await;
     let first = app.login(&user).await;
     let second = refresh(&app, &first.refresh_token)
@@ -346,8 +346,8 @@ async fn the_trail_holds_no_secret_and_no_address() {
         .unwrap();
     refresh(&app, &second.refresh_token).await.unwrap();
     refresh(&app, &first.refresh_token).await.unwrap_err();
-    set_tier(&app, &user, "starter").await;
-    disable(&app, &user).await;
+    app.set_tier(&user.id, "starter").await;
+    app.disable(&user.id).await;
     let rows = app
         .sql("SELECT row_to_json(e)::text FROM audit_events e")
         .await;

@@ -13,8 +13,8 @@ use tollkeeper::{
 };
 use tonic::{Code, transport::Channel};
 
-use super::{assert_refused, credential, python::python, validate, validate_over};
-use crate::harness::TestApp;
+use super::{assert_refused, credential, python::python};
+use crate::harness::{TestApp, validate_through};
 
 async fn spawn(algorithm: SigningAlgorithm) -> TestApp {
     TestApp::spawn_with(|settings| {
@@ -85,7 +85,7 @@ async fn tokens_of_each_public_algorithm_are_accepted_here_and_elsewhere() {
         let app = spawn(algorithm).await;
         let user = app.user().create().await;
         let tokens = app.login(&user).await;
-        validate(&app, &tokens.access_token).await.expect(alg);
+        app.validate(&tokens.access_token).await.expect(alg);
         let jwks = jwks_over(app.channel.clone()).await;
         let key = &jwks.keys[0];
         assert_eq!((&*key.kty, &*key.alg, &*key.r#use), (kty, alg, "sig"));
@@ -130,7 +130,7 @@ async fn a_key_is_named_by_its_thumbprint_and_published_without_its_secret() {
 async fn hs256_tokens_are_accepted_and_its_secret_is_not_published() {
     let app = spawn(SigningAlgorithm::Hs256).await;
     let token = access_token(&app).await;
-    validate(&app, &token).await.unwrap();
+    app.validate(&token).await.unwrap();
     assert_eq!(part(&token, 0)["alg"], json!("HS256"));
     let jwks = jwks_over(app.channel.clone()).await;
     assert!(jwks.keys.is_empty());
@@ -183,7 +183,7 @@ async fn the_newest_key_signs_and_older_ones_still_verify() {
     let listed: HashSet<&str> = jwks.keys.iter().map(|key| &*key.kid).collect();
     assert_eq!(listed, HashSet::from([&*old_kid, &*new_kid]));
     for token in [&old, &new] {
-        validate_over(restarted.channel(), &app.service_key, token)
+        validate_through(&restarted.channel(), &app.service_key, token)
             .await
             .unwrap();
         verified_by_python(token, &jwks);
@@ -219,7 +219,7 @@ async fn a_token_of_a_removed_key_is_refused() {
     std::fs::remove_file(&removed.path).unwrap();
     generate(folder.path(), SigningAlgorithm::EdDsa, 60);
     let replica = app.replica().await;
-    let refused = validate_over(replica.channel(), &app.service_key, &token).await;
+    let refused = validate_through(&replica.channel(), &app.service_key, &token).await;
     let refused = assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
     assert_eq!(credential(&refused), "token");
 }
@@ -270,7 +270,7 @@ async fn a_token_forged_from_what_is_public_is_refused() {
             forge(json!({"alg": "HS256", "kid": "../../dev/null"}), b""),
         ),
     ] {
-        let refused = validate(&app, &forged).await;
+        let refused = app.validate(&forged).await;
         let refused = assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
         assert_eq!(credential(&refused), "token", "{what}");
     }
@@ -288,6 +288,6 @@ async fn a_token_for_another_audience_is_refused() {
         settings.auth.access_ttl = Duration::from_secs(60);
     })
     .await;
-    let refused = validate(&app, &access_token(&other).await).await;
+    let refused = app.validate(&access_token(&other).await).await;
     assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
 }

@@ -7,7 +7,7 @@ use tollkeeper::proto::tollkeeper::{
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use super::{assert_invalid, assert_refused, disable, logout, validate, visible};
+use super::{assert_invalid, assert_refused, visible};
 use crate::harness::{PASSWORD, TestApp};
 
 async fn login(app: &TestApp, identifier: &str, password: &str) -> Result<LoginResponse, Status> {
@@ -96,7 +96,7 @@ async fn wrong_password_unknown_account_and_no_password_are_refused_alike() {
 async fn a_disabled_account_says_so_only_after_the_right_password() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
-    disable(&app, &user).await;
+    app.disable(&user.id).await;
     let unknown = login(&app, "nobody", PASSWORD).await.unwrap_err();
     let wrong = login(&app, &user.email, "not the password").await;
     let wrong = assert_refused(wrong, Code::Unauthenticated, "INVALID_CREDENTIALS");
@@ -165,9 +165,9 @@ async fn each_login_opens_a_session_of_its_own() {
     let (first, second) = (app.login(&user).await, app.login(&user).await);
     assert_ne!(first.session_id, second.session_id);
     assert_ne!(first.refresh_token, second.refresh_token);
-    logout(&app, &first.access_token).await;
-    validate(&app, &first.access_token).await.unwrap_err();
-    validate(&app, &second.access_token).await.unwrap();
+    app.logout(&first.access_token).await;
+    app.validate(&first.access_token).await.unwrap_err();
+    app.validate(&second.access_token).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -192,7 +192,7 @@ async fn a_flood_of_logins_is_shed_and_validation_goes_on() {
     let user = app.user().create().await;
     let tokens = app.login(&user).await;
     let flood = futures_util::future::join_all((0..16).map(|_| login(&app, &user.email, PASSWORD)));
-    let (outcomes, valid) = tokio::join!(flood, validate(&app, &tokens.access_token));
+    let (outcomes, valid) = tokio::join!(flood, app.validate(&tokens.access_token));
     valid.unwrap();
     let (served, shed): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
     assert!(!served.is_empty() && !shed.is_empty());

@@ -17,12 +17,8 @@ mod validate;
 
 use std::{collections::BTreeMap, fmt::Debug, time::Duration};
 
-use tollkeeper::proto::tollkeeper::{
-    admin::v1::{DisableUserRequest, EnableUserRequest, SetUserTierRequest},
-    auth::v1::{
-        LogoutRequest, RefreshTokensRequest, RefreshTokensResponse, User, ValidateTokenRequest,
-        ValidateTokenResponse, auth_service_client::AuthServiceClient,
-    },
+use tollkeeper::proto::tollkeeper::auth::v1::{
+    RefreshTokensRequest, RefreshTokensResponse, auth_service_client::AuthServiceClient,
 };
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
@@ -76,71 +72,15 @@ fn visible(status: &Status) -> (Code, String, String, BTreeMap<String, String>, 
 }
 
 async fn refresh(app: &TestApp, token: &str) -> Result<RefreshTokensResponse, Status> {
-    refresh_over(app.channel.clone(), token).await
+    refresh_through(&app.channel, token).await
 }
 
-async fn refresh_over(channel: Channel, token: &str) -> Result<RefreshTokensResponse, Status> {
+async fn refresh_through(channel: &Channel, token: &str) -> Result<RefreshTokensResponse, Status> {
     let request = RefreshTokensRequest {
         refresh_token: token.to_owned(),
     };
-    let response = AuthServiceClient::new(channel)
-        .refresh_tokens(request)
-        .await?;
-    Ok(response.into_inner())
-}
-
-async fn validate(app: &TestApp, token: &str) -> Result<ValidateTokenResponse, Status> {
-    validate_over(app.channel.clone(), &app.service_key, token).await
-}
-
-async fn validate_over(
-    channel: Channel,
-    service_key: &str,
-    token: &str,
-) -> Result<ValidateTokenResponse, Status> {
-    let mut request = tonic::Request::new(ValidateTokenRequest {
-        token: token.to_owned(),
-        include_quota: false,
-    });
-    let bearer = format!("Bearer {service_key}").parse().expect("ASCII");
-    request.metadata_mut().insert("authorization", bearer);
-    let response = AuthServiceClient::new(channel)
-        .validate_token(request)
-        .await?;
-    Ok(response.into_inner())
-}
-
-async fn logout(app: &TestApp, access_token: &str) {
-    app.auth(access_token)
-        .logout(LogoutRequest {})
-        .await
-        .expect("logged out");
-}
-
-async fn disable(app: &TestApp, user: &TestUser) -> User {
-    let request = DisableUserRequest {
-        user_id: user.id.clone(),
-        reason: "a test".to_owned(),
-    };
-    let answer = app.admin(&app.service_key).disable_user(request).await;
-    answer.expect("disabled").into_inner().user.expect("a user")
-}
-
-async fn enable(app: &TestApp, user: &TestUser) -> User {
-    let request = EnableUserRequest {
-        user_id: user.id.clone(),
-    };
-    let answer = app.admin(&app.service_key).enable_user(request).await;
-    answer.expect("enabled").into_inner().user.expect("a user")
-}
-
-async fn set_tier(app: &TestApp, user: &TestUser, tier: &str) -> User {
-    let request = SetUserTierRequest {
-        user_id: user.id.clone(),
-        tier: tier.to_owned(),
-    };
-    let answer = app.admin(&app.service_key).set_user_tier(request).await;
-    answer.expect("set").into_inner().user.expect("a user")
+    let mut auth = AuthServiceClient::new(channel.clone());
+    Ok(auth.refresh_tokens(request).await?.into_inner())
 }
 
 /// The stored password hash of a user.
@@ -153,7 +93,7 @@ async fn stored_hash(app: &TestApp, user: &TestUser) -> String {
 async fn refusal_in_time(app: &TestApp, token: &str) -> Status {
     let asked = async {
         loop {
-            match validate(app, token).await {
+            match app.validate(token).await {
                 Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                 Err(status) => return status,
             }

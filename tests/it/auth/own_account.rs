@@ -1,7 +1,7 @@
 use tollkeeper::proto::tollkeeper::auth::v1::{GetCurrentUserRequest, LogoutRequest};
 use tonic::Code;
 
-use super::{assert_refused, credential, disable, enable, logout, refresh, set_tier, validate};
+use super::{assert_refused, credential, refresh};
 use crate::harness::TestApp;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -10,7 +10,7 @@ async fn a_user_sees_their_own_account_as_it_is_now() {
     let user = app.user().create().await;
     app.user().create().await;
     let tokens = app.login(&user).await;
-    set_tier(&app, &user, "starter").await;
+    app.set_tier(&user.id, "starter").await;
     let me = app
         .auth(&tokens.access_token)
         .get_current_user(GetCurrentUserRequest {})
@@ -27,13 +27,13 @@ async fn a_disabled_user_is_refused_everywhere_until_enabled() {
     let user = app.user().create().await;
     let tokens = app.login(&user).await;
     let mut client = app.auth(&tokens.access_token);
-    disable(&app, &user).await;
+    app.disable(&user.id).await;
     let refused = client.get_current_user(GetCurrentUserRequest {}).await;
     let refused = assert_refused(refused, Code::Unauthenticated, "ACCOUNT_DISABLED");
     assert_eq!(credential(&refused), "authorization");
     let refused = client.logout(LogoutRequest {}).await;
     assert_refused(refused, Code::Unauthenticated, "ACCOUNT_DISABLED");
-    enable(&app, &user).await;
+    app.enable(&user.id).await;
     client
         .get_current_user(GetCurrentUserRequest {})
         .await
@@ -44,8 +44,8 @@ async fn a_disabled_user_is_refused_everywhere_until_enabled() {
 async fn logout_ends_both_tokens_of_the_session() {
     let app = TestApp::spawn().await;
     let tokens = app.login(&app.user().create().await).await;
-    logout(&app, &tokens.access_token).await;
-    let refused = validate(&app, &tokens.access_token).await;
+    app.logout(&tokens.access_token).await;
+    let refused = app.validate(&tokens.access_token).await;
     assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
     let refused = refresh(&app, &tokens.refresh_token).await;
     assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
@@ -55,7 +55,7 @@ async fn logout_ends_both_tokens_of_the_session() {
 async fn a_second_logout_says_that_the_session_has_ended() {
     let app = TestApp::spawn().await;
     let tokens = app.login(&app.user().create().await).await;
-    logout(&app, &tokens.access_token).await;
+    app.logout(&tokens.access_token).await;
     let again = app
         .auth(&tokens.access_token)
         .logout(LogoutRequest {})
@@ -73,8 +73,8 @@ async fn a_logout_with_an_older_access_token_ends_the_refreshed_session_too() {
         .unwrap()
         .tokens
         .unwrap();
-    logout(&app, &tokens.access_token).await;
-    validate(&app, &next.access_token).await.unwrap_err();
+    app.logout(&tokens.access_token).await;
+    app.validate(&next.access_token).await.unwrap_err();
     refresh(&app, &next.refresh_token).await.unwrap_err();
 }
 

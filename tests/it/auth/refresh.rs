@@ -2,9 +2,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use tollkeeper::proto::tollkeeper::auth::v1::Tokens;
 use tonic::Code;
 
-use super::{
-    assert_invalid, assert_refused, credential, disable, enable, logout, refresh, validate, visible,
-};
+use super::{assert_invalid, assert_refused, credential, refresh, visible};
 use crate::harness::{TestApp, TestUser};
 
 /// A user with a session.
@@ -46,7 +44,7 @@ async fn a_refresh_gives_new_tokens_of_the_same_session() {
     assert_eq!(second.session_id, first.session_id);
     assert_ne!(second.refresh_token, first.refresh_token);
     assert_ne!(second.access_token, first.access_token);
-    let valid = validate(&app, &second.access_token).await.unwrap();
+    let valid = app.validate(&second.access_token).await.unwrap();
     assert_eq!(
         (valid.user_id, valid.session_id),
         (user.id, first.session_id)
@@ -59,8 +57,8 @@ async fn access_tokens_issued_before_a_refresh_stay_valid() {
     let (_, first) = session(&app).await;
     let second = advance(&app, &first.refresh_token).await;
     advance(&app, &second.refresh_token).await;
-    validate(&app, &first.access_token).await.unwrap();
-    validate(&app, &second.access_token).await.unwrap();
+    app.validate(&first.access_token).await.unwrap();
+    app.validate(&second.access_token).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -77,7 +75,7 @@ async fn a_retry_gets_the_same_successor_and_is_told_so() {
             again.refresh_token_expires_at,
             second.refresh_token_expires_at
         );
-        validate(&app, &again.access_token).await.unwrap();
+        app.validate(&again.access_token).await.unwrap();
     }
     advance(&app, &second.refresh_token).await;
 }
@@ -92,7 +90,7 @@ async fn a_token_two_generations_old_revokes_the_session() {
     let refused = assert_refused(refused, Code::Unauthenticated, "REFRESH_TOKEN_REUSED");
     assert_eq!(credential(&refused), "refresh_token");
     for tokens in [&first, &second, &third] {
-        let refused = validate(&app, &tokens.access_token).await;
+        let refused = app.validate(&tokens.access_token).await;
         assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
         let refused = refresh(&app, &tokens.refresh_token).await;
         assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
@@ -108,7 +106,7 @@ async fn reuse_in_one_session_leaves_the_others_alone() {
     let second = advance(&app, &first.refresh_token).await;
     advance(&app, &second.refresh_token).await;
     refresh(&app, &first.refresh_token).await.unwrap_err();
-    validate(&app, &other.access_token).await.unwrap();
+    app.validate(&other.access_token).await.unwrap();
     advance(&app, &other.refresh_token).await;
 }
 
@@ -122,7 +120,7 @@ async fn the_previous_token_counts_as_reused_after_the_retry_window() {
     age(&app, &second, "rotated_at", "11 s").await;
     let refused = refresh(&app, &first.refresh_token).await;
     assert_refused(refused, Code::Unauthenticated, "REFRESH_TOKEN_REUSED");
-    validate(&app, &second.access_token).await.unwrap_err();
+    app.validate(&second.access_token).await.unwrap_err();
     assert_eq!(reuse_events(&app, &first).await, 1);
 }
 
@@ -173,7 +171,7 @@ async fn a_session_past_its_absolute_limit_has_ended_for_both_tokens() {
     age(&app, &tokens, "absolute_expires_at", "30 days").await;
     let refused = refresh(&app, &tokens.refresh_token).await;
     assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
-    let refused = validate(&app, &tokens.access_token).await;
+    let refused = app.validate(&tokens.access_token).await;
     assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
 }
 
@@ -247,7 +245,7 @@ async fn a_generation_from_before_the_database_was_set_back_is_refused_without_b
     app.sql("UPDATE sessions SET counter = 0").await;
     let refused = refresh(&app, &second.refresh_token).await;
     assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
-    validate(&app, &second.access_token).await.unwrap();
+    app.validate(&second.access_token).await.unwrap();
     assert_eq!(reuse_events(&app, &first).await, 0);
 }
 
@@ -256,7 +254,7 @@ async fn a_logged_out_session_is_not_refreshed_and_nobody_is_blamed() {
     let app = TestApp::spawn().await;
     let (_, first) = session(&app).await;
     let second = advance(&app, &first.refresh_token).await;
-    logout(&app, &second.access_token).await;
+    app.logout(&second.access_token).await;
     for tokens in [&first, &second] {
         let refused = refresh(&app, &tokens.refresh_token).await;
         assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
@@ -269,14 +267,14 @@ async fn a_disabled_user_refreshes_again_once_enabled() {
     let app = TestApp::spawn().await;
     let (user, first) = session(&app).await;
     let second = advance(&app, &first.refresh_token).await;
-    disable(&app, &user).await;
+    app.disable(&user.id).await;
     for tokens in [&first, &second] {
         let refused = refresh(&app, &tokens.refresh_token).await;
         let refused = assert_refused(refused, Code::Unauthenticated, "ACCOUNT_DISABLED");
         assert_eq!(credential(&refused), "refresh_token");
     }
-    enable(&app, &user).await;
-    validate(&app, &second.access_token).await.unwrap();
+    app.enable(&user.id).await;
+    app.validate(&second.access_token).await.unwrap();
     advance(&app, &second.refresh_token).await;
 }
 
@@ -286,10 +284,10 @@ async fn reuse_is_caught_while_the_user_is_disabled() {
     let (user, first) = session(&app).await;
     let second = advance(&app, &first.refresh_token).await;
     advance(&app, &second.refresh_token).await;
-    disable(&app, &user).await;
+    app.disable(&user.id).await;
     let refused = refresh(&app, &first.refresh_token).await;
     assert_refused(refused, Code::Unauthenticated, "REFRESH_TOKEN_REUSED");
-    enable(&app, &user).await;
-    let refused = validate(&app, &first.access_token).await;
+    app.enable(&user.id).await;
+    let refused = app.validate(&first.access_token).await;
     assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
 }

@@ -4,10 +4,8 @@ use futures_util::future::join_all;
 use tollkeeper::proto::tollkeeper::auth::v1::RefreshTokensResponse;
 use tonic::{Code, Status, transport::Channel};
 
-use super::{
-    assert_refused, disable, enable, logout, refresh, refresh_over, validate, validate_over,
-};
-use crate::harness::{TestApp, reason};
+use super::{assert_refused, refresh, refresh_through};
+use crate::harness::{TestApp, reason, validate_through};
 
 /// Presents one token this often at once, over these connections in turn.
 async fn present(
@@ -16,7 +14,7 @@ async fn present(
     times: usize,
 ) -> Vec<Result<RefreshTokensResponse, Status>> {
     let channels = channels.iter().cycle().take(times);
-    join_all(channels.map(|channel| refresh_over(channel.clone(), token))).await
+    join_all(channels.map(|channel| refresh_through(channel, token))).await
 }
 
 /// The one successor that all answers name; asserts that one call made it and the others repeat it.
@@ -53,8 +51,8 @@ async fn concurrent_refreshes_over_two_replicas_give_one_successor() {
     let first = app.login(&app.user().create().await).await;
     let second = one_successor(present(&channels, &first.refresh_token, 50).await);
     let third = one_successor(present(&channels, &second, 50).await);
-    let answer = refresh_over(replica.channel(), &third).await.unwrap();
-    validate(&app, &answer.tokens.unwrap().access_token)
+    let answer = refresh_through(&replica.channel(), &third).await.unwrap();
+    app.validate(&answer.tokens.unwrap().access_token)
         .await
         .unwrap();
 }
@@ -72,11 +70,11 @@ async fn reuse_seen_by_one_replica_ends_the_session_on_the_other() {
         .unwrap();
     refresh(&app, &second.refresh_token).await.unwrap();
     let token = &second.access_token;
-    validate_over(replica.channel(), &app.service_key, token)
+    validate_through(&replica.channel(), &app.service_key, token)
         .await
         .unwrap();
     refresh(&app, &first.refresh_token).await.unwrap_err();
-    let refused = validate_over(replica.channel(), &app.service_key, token).await;
+    let refused = validate_through(&replica.channel(), &app.service_key, token).await;
     assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
 }
 
@@ -114,7 +112,7 @@ async fn a_refresh_that_races_a_logout_does_not_survive_it() {
         let channels = [app.channel.clone()];
         let (refreshed, ()) = tokio::join!(
             present(&channels, &tokens.refresh_token, 4),
-            logout(&app, &tokens.access_token),
+            app.logout(&tokens.access_token),
         );
         let mut access_tokens = vec![tokens.access_token];
         let mut refresh_tokens = vec![tokens.refresh_token];
@@ -131,7 +129,7 @@ async fn a_refresh_that_races_a_logout_does_not_survive_it() {
             }
         }
         for token in access_tokens {
-            let refused = validate(&app, &token).await;
+            let refused = app.validate(&token).await;
             assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
         }
         for token in refresh_tokens {
@@ -150,7 +148,7 @@ async fn a_refresh_that_races_the_kill_switch_gives_nothing_usable() {
         let channels = [app.channel.clone()];
         let (refreshed, _) = tokio::join!(
             present(&channels, &tokens.refresh_token, 4),
-            disable(&app, &user),
+            app.disable(&user.id),
         );
         let mut newest = tokens.refresh_token;
         for outcome in refreshed {
@@ -158,7 +156,7 @@ async fn a_refresh_that_races_the_kill_switch_gives_nothing_usable() {
                 Ok(answer) => {
                     let tokens = answer.tokens.unwrap();
                     newest = tokens.refresh_token;
-                    let refused = validate(&app, &tokens.access_token).await;
+                    let refused = app.validate(&tokens.access_token).await;
                     assert_refused(refused, Code::Unauthenticated, "ACCOUNT_DISABLED");
                 }
                 refused => {
@@ -168,7 +166,7 @@ async fn a_refresh_that_races_the_kill_switch_gives_nothing_usable() {
         }
         let refused = refresh(&app, &newest).await;
         assert_refused(refused, Code::Unauthenticated, "ACCOUNT_DISABLED");
-        enable(&app, &user).await;
+        app.enable(&user.id).await;
         refresh(&app, &newest).await.unwrap();
     }
 }

@@ -5,8 +5,8 @@ use tollkeeper::proto::tollkeeper::admin::v1::{
 };
 use tonic::{Code, Status};
 
-use super::{assert_invalid, assert_refused, credential, validate_over};
-use crate::harness::{TestApp, eventually, reason};
+use super::{assert_invalid, assert_refused, credential};
+use crate::harness::{TestApp, eventually, reason, validate_through};
 
 async fn create(
     app: &TestApp,
@@ -87,13 +87,13 @@ async fn a_key_opens_what_its_scopes_name_and_nothing_else() {
     let (_, validator) = app.service("validator", &["tokens.validate"]).await;
     let (_, operator) = app.service("operator", &["admin"]).await;
     let list = ListUsersRequest::default;
-    validate_over(app.channel.clone(), &validator, &token)
+    validate_through(&app.channel, &validator, &token)
         .await
         .unwrap();
     let refused = app.admin(&validator).list_users(list()).await;
     assert_refused(refused, Code::PermissionDenied, "SCOPE_MISSING");
     app.admin(&operator).list_users(list()).await.unwrap();
-    let refused = validate_over(app.channel.clone(), &operator, &token).await;
+    let refused = validate_through(&app.channel, &operator, &token).await;
     assert_refused(refused, Code::PermissionDenied, "SCOPE_MISSING");
 }
 
@@ -102,12 +102,10 @@ async fn a_disabled_service_is_refused_from_the_next_call_on() {
     let app = TestApp::spawn().await;
     let token = app.login(&app.user().create().await).await.access_token;
     let (id, key) = app.service("gateway", &["tokens.validate"]).await;
-    validate_over(app.channel.clone(), &key, &token)
-        .await
-        .unwrap();
+    validate_through(&app.channel, &key, &token).await.unwrap();
     let disabled = disable(&app, &id).await.unwrap();
     assert!(!disabled.is_active);
-    let refused = validate_over(app.channel.clone(), &key, &token).await;
+    let refused = validate_through(&app.channel, &key, &token).await;
     let refused = assert_refused(refused, Code::Unauthenticated, "ACCOUNT_DISABLED");
     assert_eq!(credential(&refused), "authorization");
     assert_eq!(
@@ -131,7 +129,7 @@ async fn revoked_and_expired_keys_are_refused() {
     ] {
         app.sql(&set(change)).await;
         eventually(why, async || {
-            let answer = validate_over(app.channel.clone(), &key, &token).await;
+            let answer = validate_through(&app.channel, &key, &token).await;
             answer.is_err_and(|refused| reason(&refused) == why)
         })
         .await;

@@ -6,7 +6,7 @@ use tollkeeper::proto::tollkeeper::admin::v1::{
 };
 use tonic::{Code, Status};
 
-use super::{assert_invalid, assert_refused, disable, enable, set_tier};
+use super::{assert_invalid, assert_refused};
 use crate::harness::{TestApp, TestUser};
 
 const NOBODY: &str = "01890000-0000-7000-8000-000000000000";
@@ -65,7 +65,7 @@ async fn filters_hold_on_every_page() {
         let tier = if n % 3 == 0 { "builder" } else { "starter" };
         let user = app.user().tier(tier).create().await;
         if n % 2 == 0 {
-            disable(&app, &user).await;
+            app.disable(&user.id).await;
             off.push((tier, user));
         } else {
             on.push((tier, user));
@@ -202,15 +202,15 @@ async fn page_sizes_have_a_default_and_a_limit() {
 async fn tier_updated_at_moves_only_when_the_tier_does() {
     let app = TestApp::spawn().await;
     let user = app.user().tier("free").create().await;
-    let first = set_tier(&app, &user, "free").await;
+    let first = app.set_tier(&user.id, "free").await;
     assert_eq!(first.tier_updated_at, first.created_at);
     assert_eq!(first.updated_at, first.created_at);
-    let second = set_tier(&app, &user, "starter").await;
+    let second = app.set_tier(&user.id, "starter").await;
     assert_eq!(second.tier, "starter");
     assert_ne!(second.tier_updated_at, first.tier_updated_at);
     assert_eq!(second.updated_at, second.tier_updated_at);
-    assert_eq!(set_tier(&app, &user, "starter").await, second);
-    let disabled = disable(&app, &user).await;
+    assert_eq!(app.set_tier(&user.id, "starter").await, second);
+    let disabled = app.disable(&user.id).await;
     assert_eq!(disabled.tier_updated_at, second.tier_updated_at);
     assert_ne!(disabled.updated_at, second.updated_at);
 }
@@ -219,13 +219,13 @@ async fn tier_updated_at_moves_only_when_the_tier_does() {
 async fn the_kill_switch_may_be_pressed_twice() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
-    let enabled = enable(&app, &user).await;
+    let enabled = app.enable(&user.id).await;
     assert!(enabled.is_active);
     assert_eq!(enabled.updated_at, enabled.created_at);
-    let disabled = disable(&app, &user).await;
+    let disabled = app.disable(&user.id).await;
     assert!(!disabled.is_active);
-    assert_eq!(disable(&app, &user).await, disabled);
-    assert!(enable(&app, &user).await.is_active);
+    assert_eq!(app.disable(&user.id).await, disabled);
+    assert!(app.enable(&user.id).await.is_active);
 }
 
 #[tokio::test(flavor = "multi_thread")]

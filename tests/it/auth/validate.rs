@@ -4,18 +4,15 @@ use chrono::Utc;
 use tollkeeper::proto::tollkeeper::auth::v1::{Role, ValidateTokenRequest};
 use tonic::Code;
 
-use super::{
-    assert_invalid, assert_refused, credential, disable, enable, logout, refresh, refusal_in_time,
-    set_tier, validate, validate_over, visible,
-};
-use crate::harness::{TestApp, eventually};
+use super::{assert_invalid, assert_refused, credential, refresh, refusal_in_time, visible};
+use crate::harness::{TestApp, eventually, validate_through};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_answer_says_who_it_is_and_until_when() {
     let app = TestApp::spawn().await;
     let user = app.user().tier("starter").create().await;
     let tokens = app.login(&user).await;
-    let valid = validate(&app, &tokens.access_token).await.unwrap();
+    let valid = app.validate(&tokens.access_token).await.unwrap();
     assert_eq!(
         (&valid.user_id, &valid.username),
         (&user.id, &user.username)
@@ -55,8 +52,8 @@ async fn a_change_of_tier_shows_in_the_next_answer() {
     let user = app.user().create().await;
     let token = app.login(&user).await.access_token;
     for tier in ["starter", "builder", "free"] {
-        set_tier(&app, &user, tier).await;
-        assert_eq!(validate(&app, &token).await.unwrap().tier, tier);
+        app.set_tier(&user.id, tier).await;
+        assert_eq!(app.validate(&token).await.unwrap().tier, tier);
     }
 }
 
@@ -66,12 +63,12 @@ async fn the_kill_switch_shows_in_the_next_answer_both_ways() {
     let user = app.user().create().await;
     let token = app.login(&user).await.access_token;
     for _ in 0..2 {
-        disable(&app, &user).await;
-        let refused = validate(&app, &token).await;
+        app.disable(&user.id).await;
+        let refused = app.validate(&token).await;
         let refused = assert_refused(refused, Code::Unauthenticated, "ACCOUNT_DISABLED");
         assert_eq!(credential(&refused), "token");
-        enable(&app, &user).await;
-        validate(&app, &token).await.unwrap();
+        app.enable(&user.id).await;
+        app.validate(&token).await.unwrap();
     }
 }
 
@@ -79,8 +76,8 @@ async fn the_kill_switch_shows_in_the_next_answer_both_ways() {
 async fn a_logout_shows_in_the_next_answer() {
     let app = TestApp::spawn().await;
     let token = app.login(&app.user().create().await).await.access_token;
-    logout(&app, &token).await;
-    let refused = validate(&app, &token).await;
+    app.logout(&token).await;
+    let refused = app.validate(&token).await;
     let refused = assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
     assert_eq!(credential(&refused), "token");
 }
@@ -92,10 +89,10 @@ async fn a_change_made_in_the_database_alone_is_heard_of() {
         .login(&app.user().admin().create().await)
         .await
         .access_token;
-    assert_eq!(validate(&app, &token).await.unwrap().role(), Role::Admin);
+    assert_eq!(app.validate(&token).await.unwrap().role(), Role::Admin);
     app.sql("UPDATE users SET role = 'user'").await;
     eventually("the role is taken away", async || {
-        validate(&app, &token).await.unwrap().role() == Role::User
+        app.validate(&token).await.unwrap().role() == Role::User
     })
     .await;
 }
@@ -111,7 +108,7 @@ async fn the_token_of_a_deleted_session_or_user_is_refused() {
     app.sql(&format!("DELETE FROM users WHERE id = '{}'", other.id))
         .await;
     for token in [of_session.access_token, of_user.access_token] {
-        let refused = validate(&app, &token).await;
+        let refused = app.validate(&token).await;
         assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
     }
 }
@@ -123,9 +120,9 @@ async fn a_token_of_an_earlier_epoch_is_refused() {
     let old = app.login(&user).await.access_token;
     app.sql("UPDATE users SET auth_epoch = auth_epoch + 1")
         .await;
-    let refused = validate(&app, &old).await;
+    let refused = app.validate(&old).await;
     assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
-    validate(&app, &app.login(&user).await.access_token)
+    app.validate(&app.login(&user).await.access_token)
         .await
         .unwrap();
 }
@@ -173,19 +170,19 @@ async fn whatever_is_no_access_token_is_refused_alike() {
         &format!("{head}.{}", "A".repeat(signature.len())),
         &format!("{head}.{}", "A".repeat(8192)),
     ] {
-        let refused = validate(&app, token).await;
+        let refused = app.validate(token).await;
         let refused = assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
         assert_eq!(credential(&refused), "token", "{token}");
         let first = first.get_or_insert_with(|| refused.clone());
         assert_eq!(visible(&refused), visible(first), "{token}");
     }
-    validate(&app, access).await.unwrap();
+    app.validate(access).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_empty_token_is_a_missing_field() {
     let app = TestApp::spawn().await;
-    assert_invalid(validate(&app, "").await, &["token"]);
+    assert_invalid(app.validate("").await, &["token"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -198,7 +195,7 @@ async fn the_fault_of_the_callers_own_key_is_told_from_that_of_the_token() {
     altered.push(last);
     for key in ["garbage", &*altered, &*tokens.refresh_token] {
         // Even though the token asked about is no better.
-        let refused = validate_over(app.channel.clone(), key, "garbage").await;
+        let refused = validate_through(&app.channel, key, "garbage").await;
         let refused = assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
         assert_eq!(credential(&refused), "authorization", "{key}");
     }
@@ -224,7 +221,7 @@ async fn only_services_with_the_scope_may_ask() {
         let refused = app.auth(key).validate_token(request).await;
         assert_refused(refused, code, reason);
     }
-    validate_over(app.channel.clone(), &validator, &token)
+    validate_through(&app.channel, &validator, &token)
         .await
         .unwrap();
 }

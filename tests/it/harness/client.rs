@@ -1,7 +1,10 @@
 use bytes::{Buf as _, BufMut as _, Bytes};
 use tollkeeper::proto::tollkeeper::{
     admin::v1::admin_service_client::AdminServiceClient,
-    auth::v1::auth_service_client::AuthServiceClient,
+    auth::v1::{
+        LoginRequest, Tokens, ValidateTokenRequest, ValidateTokenResponse,
+        auth_service_client::AuthServiceClient,
+    },
     usage::v1::usage_service_client::UsageServiceClient,
 };
 use tonic::{
@@ -37,6 +40,51 @@ impl TestApp {
     ) -> AdminServiceClient<InterceptedService<Channel, Bearer>> {
         AdminServiceClient::with_interceptor(self.channel.clone(), Bearer::new(credential))
     }
+
+    /// Asks as a service whose token this is.
+    pub(crate) async fn validate(&self, token: &str) -> Result<ValidateTokenResponse, Status> {
+        validate_through(&self.channel, &self.service_key, token).await
+    }
+}
+
+/// A request that carries a credential.
+pub(crate) fn with_bearer<T>(message: T, credential: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    let value = format!("Bearer {credential}").parse().expect("ASCII");
+    request.metadata_mut().insert("authorization", value);
+    request
+}
+
+/// Opens a session, over any connection.
+pub(crate) async fn login_through(
+    channel: &Channel,
+    identifier: &str,
+    password: &str,
+) -> Result<Tokens, Status> {
+    let request = LoginRequest {
+        identifier: identifier.to_owned(),
+        password: password.to_owned(),
+    };
+    let mut auth = AuthServiceClient::new(channel.clone());
+    let answer = auth.login(request).await?.into_inner();
+    Ok(answer.tokens.expect("tokens"))
+}
+
+/// Asks with a key whose token this is, over any connection.
+pub(crate) async fn validate_through(
+    channel: &Channel,
+    service_key: &str,
+    token: &str,
+) -> Result<ValidateTokenResponse, Status> {
+    let request = ValidateTokenRequest {
+        token: token.to_owned(),
+        include_quota: false,
+    };
+    let mut auth = AuthServiceClient::new(channel.clone());
+    let answer = auth
+        .validate_token(with_bearer(request, service_key))
+        .await?;
+    Ok(answer.into_inner())
 }
 
 /// Adds `authorization: Bearer …`.
@@ -79,11 +127,10 @@ impl Raw {
         message: Bytes,
         credential: Option<&str>,
     ) -> Result<Response<Bytes>, Status> {
-        let mut request = Request::new(message);
-        if let Some(credential) = credential {
-            let value = format!("Bearer {credential}").parse().expect("ASCII");
-            request.metadata_mut().insert("authorization", value);
-        }
+        let request = match credential {
+            Some(credential) => with_bearer(message, credential),
+            None => Request::new(message),
+        };
         Self::send(channel, path, request).await
     }
 

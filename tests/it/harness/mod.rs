@@ -14,6 +14,6 @@ mod user;
 mod wait;
 
 pub(crate) use app::{RunningServer, TestApp};
-pub(crate) use client::{Raw, reason};
+pub(crate) use client::{Raw, login_through, reason, validate_through, with_bearer};
 pub(crate) use user::{PASSWORD, TestUser};
 pub(crate) use wait::eventually;

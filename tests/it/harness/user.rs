@@ -1,11 +1,14 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use tollkeeper::proto::tollkeeper::{
-    admin::v1::{CreateServiceAccountRequest, CreateUserRequest, create_user_request::Credential},
-    auth::v1::{LoginRequest, Role, Tokens, User},
+    admin::v1::{
+        CreateServiceAccountRequest, CreateUserRequest, DisableUserRequest, EnableUserRequest,
+        SetUserTierRequest, create_user_request::Credential,
+    },
+    auth::v1::{LogoutRequest, Role, Tokens, User},
 };
 
-use super::TestApp;
+use super::{TestApp, login_through};
 
 /// Password of every user that the harness makes.
 pub(crate) const PASSWORD: &str = "correct horse battery staple";
@@ -51,12 +54,41 @@ impl TestApp {
         identifier: &str,
         password: &str,
     ) -> Result<Tokens, tonic::Status> {
-        let request = LoginRequest {
-            identifier: identifier.to_owned(),
-            password: password.to_owned(),
+        login_through(&self.channel, identifier, password).await
+    }
+
+    pub(crate) async fn logout(&self, access_token: &str) {
+        self.auth(access_token)
+            .logout(LogoutRequest {})
+            .await
+            .expect("logged out");
+    }
+
+    /// Turns the kill switch on a user.
+    pub(crate) async fn disable(&self, user_id: &str) -> User {
+        let request = DisableUserRequest {
+            user_id: user_id.to_owned(),
+            reason: "a test".to_owned(),
         };
-        let response = self.auth("").login(request).await?;
-        Ok(response.into_inner().tokens.expect("tokens"))
+        let answer = self.admin(&self.service_key).disable_user(request).await;
+        answer.expect("disabled").into_inner().user.expect("a user")
+    }
+
+    pub(crate) async fn enable(&self, user_id: &str) -> User {
+        let request = EnableUserRequest {
+            user_id: user_id.to_owned(),
+        };
+        let answer = self.admin(&self.service_key).enable_user(request).await;
+        answer.expect("enabled").into_inner().user.expect("a user")
+    }
+
+    pub(crate) async fn set_tier(&self, user_id: &str, tier: &str) -> User {
+        let request = SetUserTierRequest {
+            user_id: user_id.to_owned(),
+            tier: tier.to_owned(),
+        };
+        let answer = self.admin(&self.service_key).set_user_tier(request).await;
+        answer.expect("set").into_inner().user.expect("a user")
     }
 
     /// An access token of the administrator.

@@ -2,8 +2,9 @@ use std::{fs, net::TcpListener};
 
 use super::{
     home::{Home, MASTER_KEY, Outcome},
-    jwks, login, validate,
+    jwks,
 };
+use crate::harness::{login_through, validate_through};
 
 /// The value behind a label such as `password  …`.
 fn value(outcome: &Outcome, label: &str) -> String {
@@ -77,11 +78,11 @@ async fn created_users_and_services_work() {
 
     let mut service = home.start(home.production(&["serve"]));
     let channel = service.serving().await;
-    let tokens = login(&channel, "ada", &password).await.unwrap();
-    login(&channel, "bob", "a password of my own")
+    let tokens = login_through(&channel, "ada", &password).await.unwrap();
+    login_through(&channel, "bob", "a password of my own")
         .await
         .unwrap();
-    let validated = validate(&channel, &key, &tokens.access_token).await;
+    let validated = validate_through(&channel, &key, &tokens.access_token).await;
     assert_eq!(validated.unwrap().username, "ada");
 }
 
@@ -124,7 +125,7 @@ async fn a_command_joins_the_private_database_of_a_running_service() {
     let channel = service.serving().await;
     let ada = home.run(&[&USER[..], &["--username", "ada"]].concat());
     let password = value(&ada, "password");
-    login(&channel, "ada", &password).await.unwrap();
+    login_through(&channel, "ada", &password).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,8 @@ use tollkeeper::proto::tollkeeper::auth::v1::{
     RefreshTokensRequest, auth_service_client::AuthServiceClient,
 };
 
-use super::{home::Home, login, validate};
+use super::home::Home;
+use crate::harness::{login_through, validate_through};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_start_prints_credentials_that_work() {
@@ -23,8 +24,8 @@ async fn a_first_start_prints_credentials_that_work() {
         assert!(!service.log().contains(secret.as_str()));
     }
 
-    let tokens = login(&channel, &email, &password).await.unwrap();
-    let validated = validate(&channel, &key, &tokens.access_token)
+    let tokens = login_through(&channel, &email, &password).await.unwrap();
+    let validated = validate_through(&channel, &key, &tokens.access_token)
         .await
         .unwrap();
     assert_eq!(validated.username, "admin");
@@ -58,13 +59,13 @@ async fn a_restart_keeps_users_and_keys_and_prints_no_credentials() {
     let channel = service.serving().await;
     let [email, password, key] =
         ["admin_email", "admin_password", "service_key"].map(|name| home.first_run(name));
-    let tokens = login(&channel, &email, &password).await.unwrap();
+    let tokens = login_through(&channel, &email, &password).await.unwrap();
     assert_eq!(service.stop(Signal::SIGTERM).code(), Some(0));
 
     let mut service = home.serve();
     let channel = service.serving().await;
     assert_eq!(service.output(), "");
-    validate(&channel, &key, &tokens.access_token)
+    validate_through(&channel, &key, &tokens.access_token)
         .await
         .unwrap();
     // Derived from the master key, which must be the same too.
@@ -74,7 +75,7 @@ async fn a_restart_keeps_users_and_keys_and_prints_no_credentials() {
         })
         .await
         .unwrap();
-    login(&channel, &email, &password).await.unwrap();
+    login_through(&channel, &email, &password).await.unwrap();
     assert_eq!(home.first_run("admin_password"), password);
 }
 

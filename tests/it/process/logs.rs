@@ -12,7 +12,8 @@ use tollkeeper::proto::tollkeeper::{
 };
 use tonic::Request;
 
-use super::{home::Home, with_bearer};
+use super::home::Home;
+use crate::harness::with_bearer;
 
 const EMAIL: &str = "grace.hopper@navy.example";
 const PASSWORD: &str = "a ship in port is safe";

@@ -21,14 +21,10 @@ use nix::{
 use tollkeeper::{
     grpc::health,
     proto::tollkeeper::auth::v1::{
-        GetJwksRequest, GetJwksResponse, LoginRequest, Tokens, ValidateTokenRequest,
-        ValidateTokenResponse, auth_service_client::AuthServiceClient,
+        GetJwksRequest, GetJwksResponse, auth_service_client::AuthServiceClient,
     },
 };
-use tonic::{
-    Request, Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::transport::{Channel, Endpoint};
 
 /// Far longer than anything takes, also on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -122,43 +118,10 @@ fn listening_address(log: &str) -> Option<String> {
     Some(rest[..end].to_owned())
 }
 
-async fn login(channel: &Channel, identifier: &str, password: &str) -> Result<Tokens, Status> {
-    let request = LoginRequest {
-        identifier: identifier.to_owned(),
-        password: password.to_owned(),
-    };
-    let response = AuthServiceClient::new(channel.clone())
-        .login(request)
-        .await?;
-    Ok(response.into_inner().tokens.expect("tokens"))
-}
-
-async fn validate(
-    channel: &Channel,
-    service_key: &str,
-    token: &str,
-) -> Result<ValidateTokenResponse, Status> {
-    let request = ValidateTokenRequest {
-        token: token.to_owned(),
-        include_quota: false,
-    };
-    let response = AuthServiceClient::new(channel.clone())
-        .validate_token(with_bearer(request, service_key))
-        .await?;
-    Ok(response.into_inner())
-}
-
 async fn jwks(channel: Channel) -> GetJwksResponse {
     let mut auth = AuthServiceClient::new(channel);
     auth.get_jwks(GetJwksRequest {})
         .await
         .expect("answered")
         .into_inner()
-}
-
-fn with_bearer<T>(message: T, credential: &str) -> Request<T> {
-    let mut request = Request::new(message);
-    let value = format!("Bearer {credential}").parse().expect("ASCII");
-    request.metadata_mut().insert("authorization", value);
-    request
 }

@@ -5,7 +5,8 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use super::{home::Home, login};
+use super::home::Home;
+use crate::harness::login_through;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_and_sigint_end_service_and_postgres_in_order() {
@@ -51,7 +52,7 @@ async fn a_killed_service_starts_again_at_once() {
     }
     let channel = service.serving().await;
     let [email, password] = ["admin_email", "admin_password"].map(|name| home.first_run(name));
-    login(&channel, &email, &password).await.unwrap();
+    login_through(&channel, &email, &password).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -82,7 +83,7 @@ async fn killed_when_there_is(path: &str) {
     let mut service = home.serve();
     let channel = service.serving().await;
     let [email, password] = ["admin_email", "admin_password"].map(|name| home.first_run(name));
-    let logged_in = login(&channel, &email, &password).await;
+    let logged_in = login_through(&channel, &email, &password).await;
     assert!(logged_in.is_ok(), "killed at {path}: {logged_in:?}");
 }
 

@@ -16,10 +16,10 @@ use tollkeeper::{
         UsageEvent, record_usage_response::Outcome, usage_service_client::UsageServiceClient,
     },
 };
-use tonic::{Request, Status, transport::Channel};
+use tonic::{Status, transport::Channel};
 use uuid::Uuid;
 
-use crate::harness::TestApp;
+use crate::harness::{TestApp, with_bearer};
 
 /// Where the sums over distinct events and the booked sums differ: months and models.
 const WRONG_MONTHS: &str = "
@@ -75,13 +75,11 @@ pub(crate) async fn record_through(
     service_key: &str,
     event: &UsageEvent,
 ) -> Result<Outcome, Status> {
-    let mut request = Request::new(RecordUsageRequest {
+    let request = RecordUsageRequest {
         event: Some(event.clone()),
-    });
-    let bearer = format!("Bearer {service_key}").parse().expect("ASCII");
-    request.metadata_mut().insert("authorization", bearer);
+    };
     let recorded = UsageServiceClient::new(channel.clone())
-        .record_usage(request)
+        .record_usage(with_bearer(request, service_key))
         .await?;
     Ok(recorded.into_inner().outcome())
 }

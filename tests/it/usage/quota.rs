@@ -3,19 +3,16 @@ use std::io::Write as _;
 use chrono::Utc;
 use tollkeeper::{
     model::Period,
-    proto::tollkeeper::{
-        admin::v1::{DisableUserRequest, SetUserTierRequest},
-        usage::v1::{
-            CheckQuotaRequest, CheckQuotaResponse, ListTiersRequest, Tier, UsageEvent,
-            check_quota_response::Decision,
-        },
+    proto::tollkeeper::usage::v1::{
+        CheckQuotaRequest, CheckQuotaResponse, ListTiersRequest, Tier, UsageEvent,
+        check_quota_response::Decision,
     },
 };
 use tonic::{Code, Status};
 use uuid::Uuid;
 
 use super::{at, event, tokens, turn_of_the_month};
-use crate::harness::{TestApp, reason};
+use crate::harness::{TestApp, reason, with_bearer};
 
 const TIERS: &str = r#"
 default = "small"
@@ -146,14 +143,9 @@ async fn a_change_of_tier_counts_at_once_on_every_replica() {
         ("small", Decision::MonthlyLimit),
         ("open", Decision::Allowed),
     ] {
-        let request = SetUserTierRequest {
-            user_id: user.clone(),
-            tier: tier.to_owned(),
-        };
-        let mut admin = app.admin(&app.service_key);
-        admin.set_user_tier(request).await.unwrap();
+        app.set_tier(&user, tier).await;
         for channel in [app.channel.clone(), replica.channel()] {
-            let answer = check_through(channel, &app.service_key, &user, 1).await;
+            let answer = check_through(&channel, &app.service_key, &user, 1).await;
             let answer = answer.unwrap();
             assert_eq!(answer.decision(), decision, "{tier}");
             assert_eq!(answer.quota.unwrap().tier, tier);
@@ -165,12 +157,7 @@ async fn a_change_of_tier_counts_at_once_on_every_replica() {
 async fn a_disabled_user_is_refused() {
     let (app, _tiers) = with_tiers().await;
     let user = app.user().create().await.id;
-    let request = DisableUserRequest {
-        user_id: user.clone(),
-        reason: String::new(),
-    };
-    let mut admin = app.admin(&app.service_key);
-    admin.disable_user(request).await.unwrap();
+    app.disable(&user).await;
     let refused = check(&app, &user, 1).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     assert_eq!(reason(&refused), "ACCOUNT_DISABLED");
@@ -244,21 +231,21 @@ async fn decide(app: &TestApp, user_id: &str, wanted: i64) -> Decision {
 }
 
 async fn check(app: &TestApp, user_id: &str, wanted: i64) -> Result<CheckQuotaResponse, Status> {
-    check_through(app.channel.clone(), &app.service_key, user_id, wanted).await
+    check_through(&app.channel, &app.service_key, user_id, wanted).await
 }
 
 async fn check_through(
-    channel: tonic::transport::Channel,
+    channel: &tonic::transport::Channel,
     service_key: &str,
     user_id: &str,
     tokens: i64,
 ) -> Result<CheckQuotaResponse, Status> {
-    let mut request = tonic::Request::new(CheckQuotaRequest {
+    let request = CheckQuotaRequest {
         user_id: user_id.to_owned(),
         tokens,
-    });
-    let bearer = format!("Bearer {service_key}").parse().expect("ASCII");
-    request.metadata_mut().insert("authorization", bearer);
-    let mut client = super::UsageServiceClient::new(channel);
-    Ok(client.check_quota(request).await?.into_inner())
+    };
+    let answer = super::UsageServiceClient::new(channel.clone())
+        .check_quota(with_bearer(request, service_key))
+        .await?;
+    Ok(answer.into_inner())
 }

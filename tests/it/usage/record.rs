@@ -1,7 +1,6 @@
 use chrono::{TimeDelta, Utc};
-use tollkeeper::proto::tollkeeper::{
-    admin::v1::DisableUserRequest,
-    usage::v1::{TokenCounts, UsageEvent, record_usage_response::Outcome},
+use tollkeeper::proto::tollkeeper::usage::v1::{
+    TokenCounts, UsageEvent, record_usage_response::Outcome,
 };
 use tonic::Code;
 use tonic_types::StatusExt as _;
@@ -163,12 +162,7 @@ async fn usage_of_an_unknown_user_is_refused_and_not_booked() {
 async fn usage_of_a_disabled_user_is_booked() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
-    let request = DisableUserRequest {
-        user_id: user.id.clone(),
-        reason: String::new(),
-    };
-    let mut admin = app.admin(&app.service_key);
-    admin.disable_user(request).await.unwrap();
+    app.disable(&user.id).await;
     let outcome = app.record(&event(&user.id)).await.unwrap();
     assert_eq!(outcome, Outcome::Recorded);
     app.assert_books_balance(1).await;
