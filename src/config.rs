@@ -1,7 +1,8 @@
 //! Settings: one struct per subsystem, and where each value came from.
 //!
-//! Flags over environment over file over defaults. Key `auth.access_ttl` is `TOLLKEEPER_AUTH_ACCESS_TTL`
-//! in the environment and `access_ttl` under `[auth]` in the TOML file. An unknown key is an error.
+//! Flags over environment over file over defaults. Key `auth.access_ttl` is
+//! `TOLLKEEPER_AUTH_ACCESS_TTL` in the environment and `access_ttl` under `[auth]` in the TOML file.
+//! An unknown key is an error.
 
 mod layers;
 mod validate;
@@ -16,7 +17,7 @@ pub use layers::{Loaded, Origin, SettingsError, load};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// Makes keys by itself and allows weak ones. On without a database URL.
+    /// Makes the keys that are missing; weak ones are refused all the same. On without a database URL.
     pub dev: bool,
     /// Where the private Postgres and the keys of dev mode live.
     pub data_dir: PathBuf,

@@ -1,4 +1,5 @@
-//! Signing keys: a folder of PEM files, the newest signs, all verify.
+//! Signing keys: a folder of PEM files. All verify; of the configured algorithm, the last by file name
+//! signs.
 
 use std::{
     collections::HashMap,

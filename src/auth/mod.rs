@@ -88,12 +88,12 @@ impl Auth {
         })
     }
 
-    /// A change that this or another replica has committed: what contradicts it is forgotten.
+    /// A change that this or another replica has committed: answers read before it are given no more.
     pub fn apply(&self, change: Change) {
         self.cache.apply(change);
     }
 
-    /// Changes may have been missed: everything is forgotten.
+    /// Changes may have been missed: no answer read before now is given again.
     pub fn flush(&self) {
         self.cache.flush();
     }

@@ -1,5 +1,5 @@
-//! Which settings are refused. In production weak or missing secrets are; in dev mode the service
-//! makes its own.
+//! Which settings are refused. Weak secrets are, and in production missing ones; in dev mode the
+//! service makes its own.
 
 use std::time::Duration;
 

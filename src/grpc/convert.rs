@@ -118,14 +118,13 @@ pub(super) fn only<T>(read: impl FnOnce(&mut Fields) -> Option<T>) -> Result<T> 
     fields.finish(value)
 }
 
-/// The time since the epoch that people and machines mean: 1970 to 9999.
+/// Reads a time, 1970 to 9999, to the microsecond: the database keeps no more.
 pub(super) fn timestamp(value: Option<Timestamp>) -> std::result::Result<DateTime<Utc>, Violation> {
     let value = value.ok_or("must be set")?;
     let nanos = u32::try_from(value.nanos)
         .ok()
         .filter(|nanos| *nanos < 1_000_000_000);
     nanos
-        // To the microsecond, as the database keeps it.
         .map(|nanos| nanos - nanos % 1000)
         .filter(|_| (0..253_402_300_800).contains(&value.seconds))
         .and_then(|nanos| DateTime::from_timestamp(value.seconds, nanos))
@@ -416,6 +415,7 @@ pub(super) fn tier(limits: &TierLimits, is_default: bool) -> usage::v1::Tier {
     }
 }
 
+/// Writes a time.
 pub(super) fn time(instant: DateTime<Utc>) -> Timestamp {
     Timestamp {
         seconds: instant.timestamp(),

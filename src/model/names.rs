@@ -43,7 +43,9 @@ name!(
     check_email
 );
 name!(
-    /// A login name: 3 to 32 of `a-z A-Z 0-9 _ . -`. Holds no `@`, so it never is an address.
+    /// A login name: 3 to 32 of `a-z A-Z 0-9 _ . -`, beginning with a letter or a digit.
+    ///
+    /// Holds no `@`, so it never is an address. Kept as given, compared without regard to case.
     Username,
     check_username
 );
@@ -53,7 +55,8 @@ name!(
     check_full_name
 );
 name!(
-    /// The name of a service account: 3 to 64 of `a-z A-Z 0-9 _ . -`.
+    /// The name of a service account: 3 to 64 of `a-z A-Z 0-9 _ . -`, beginning with a letter or a
+    /// digit. Kept as given, compared without regard to case.
     ServiceName,
     check_service_name
 );
