@@ -15,6 +15,5 @@ mod process;
 mod revocation;
 mod rooms;
 mod schema;
-mod smoke;
 mod transport;
 mod usage;
