@@ -17,7 +17,7 @@ use crate::{
     auth::{Auth, KeyRing, MasterKey},
     config::{ServerSettings, Settings},
     error::Error,
-    grpc::{self, AccessLayer, Bounds, CallLayer, Rules, RulesError, health},
+    grpc::{self, AccessLayer, CallLayer, Rules, RulesError, health},
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
     tasks,
@@ -136,16 +136,12 @@ impl Server {
         } = self;
         let reporter = HealthReporter::new();
         health::report(&reporter, false).await;
-        let bounds = Bounds {
-            max_request_bytes: settings.max_request_bytes,
-            max_deadline: settings.max_deadline,
-        };
         let routes = grpc::routes(
             auth.clone(),
             usage,
             HealthService::from_health_reporter(reporter.clone()),
             settings.reflection,
-            bounds,
+            settings.max_request_bytes,
         )?;
         let (cut, cut_asked) = watch::channel(false);
         let serve = {
@@ -156,7 +152,7 @@ impl Server {
                     .max_concurrent_streams(settings.max_streams)
                     .http2_keepalive_interval(Some(Duration::from_secs(30)))
                     .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-                    .layer(CallLayer::new(bounds.max_deadline, cut_asked.clone()))
+                    .layer(CallLayer::new(settings.max_deadline, cut_asked.clone()))
                     .layer(access.clone())
                     .add_routes(routes.clone())
                     .serve_with_incoming_shutdown(incoming, asked_to(stop))

@@ -12,8 +12,6 @@ pub mod health;
 mod status;
 mod usage;
 
-use std::time::Duration;
-
 use tonic::service::{Routes, RoutesBuilder};
 
 pub use access::{AccessLayer, Rules, RulesError};
@@ -32,13 +30,6 @@ use crate::{
     usage::Usage,
 };
 
-/// What a client may ask of the transport.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    pub max_request_bytes: usize,
-    pub max_deadline: Duration,
-}
-
 /// Every service of this server, health included and reflection by choice.
 ///
 /// # Errors
@@ -48,9 +39,9 @@ pub fn routes(
     usage: Usage,
     health: tonic_health::server::HealthService,
     reflection: bool,
-    bounds: Bounds,
+    max_request_bytes: usize,
 ) -> Result<Routes, tonic_reflection::server::Error> {
-    let max = bounds.max_request_bytes;
+    let max = max_request_bytes;
     let mut routes = RoutesBuilder::default();
     let handler = auth::Handler {
         auth: auth.clone(),
