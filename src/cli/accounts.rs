@@ -12,7 +12,7 @@ use super::{
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    model::{Origin, Person, Role, Scope, ScopeSet, TierName, Violation},
+    model::{Origin, Person, Role, ScopeSet, TierName, Violation},
     store::Store,
     tasks,
     usage::load_tiers,
@@ -109,10 +109,7 @@ pub(super) async fn users(command: UsersCommand, loaded: Loaded) -> anyhow::Resu
 pub(super) async fn services(command: ServicesCommand, loaded: Loaded) -> anyhow::Result<()> {
     let ServicesCommand::Create { name, scopes } = command;
     let name = named("--name", name.parse())?;
-    let scopes: ScopeSet = named(
-        "--scope",
-        scopes.iter().map(|scope| scope.parse::<Scope>()).collect(),
-    )?;
+    let scopes = named("--scope", ScopeSet::parse(&scopes))?;
     with_auth(&loaded, async move |auth| {
         let (account, key) = auth
             .create_service_account(name, scopes, &Origin::operator())

@@ -162,7 +162,7 @@ impl AdminService for Handler {
         let message = request.get_ref();
         let mut fields = Fields::default();
         let name = fields.parse("name", &message.name);
-        let scopes = fields.take("scopes", scopes(&message.scopes));
+        let scopes = fields.take("scopes", ScopeSet::parse(&message.scopes));
         let (name, scopes) = fields.finish(name.zip(scopes))?;
         let (account, key) = self
             .auth
@@ -213,17 +213,5 @@ fn reason(text: &str) -> Result<&str, Violation> {
         Err("must not hold a NUL character".into())
     } else {
         Ok(text)
-    }
-}
-
-fn scopes(names: &[String]) -> Result<ScopeSet, Violation> {
-    let scopes: ScopeSet = names
-        .iter()
-        .map(|name| name.parse())
-        .collect::<Result<_, _>>()?;
-    if scopes.is_empty() {
-        Err("must hold at least one scope".into())
-    } else {
-        Ok(scopes)
     }
 }

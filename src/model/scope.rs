@@ -66,12 +66,16 @@ impl fmt::Display for Scope {
 pub struct ScopeSet(BTreeSet<Scope>);
 
 impl ScopeSet {
-    pub fn contains(&self, scope: Scope) -> bool {
-        self.0.contains(&scope)
+    /// Reads names of scopes, at least one; one named twice counts once.
+    pub fn parse(names: &[String]) -> Result<Self, Violation> {
+        if names.is_empty() {
+            return Err("must hold at least one scope".into());
+        }
+        names.iter().map(|name| name.parse::<Scope>()).collect()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    pub fn contains(&self, scope: Scope) -> bool {
+        self.0.contains(&scope)
     }
 
     pub fn names(&self) -> Vec<String> {
