@@ -188,17 +188,18 @@ impl Store {
     /// # Errors
     /// `Unavailable`
     pub async fn session_sweep(&self, before: DateTime<Utc>, limit: i64) -> Result<usize> {
-        let ended = sessions::table
-            .filter(sessions::absolute_expires_at.lt(before))
-            .select(sessions::id)
-            .limit(limit);
         let mut conn = self.conn().await?;
-        let ids: Vec<Uuid> = ended.load(&mut conn).await?;
-        Ok(
-            diesel::delete(sessions::table.filter(sessions::id.eq_any(ids)))
-                .execute(&mut conn)
-                .await?,
-        )
+        conn.transaction::<_, Error, _>(async |conn| {
+            let ended: Vec<Uuid> = sessions::table
+                .filter(sessions::absolute_expires_at.lt(before))
+                .select(sessions::id)
+                .limit(limit)
+                .load(conn)
+                .await?;
+            let ended = sessions::table.filter(sessions::id.eq_any(ended));
+            Ok(diesel::delete(ended).execute(conn).await?)
+        })
+        .await
     }
 
     /// Ends a session. Ending it again changes nothing.
