@@ -1,22 +1,30 @@
 //! A cluster on disk: making it, running its server, stopping it.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-use std::{env, fs, io::Write, thread};
-
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-use super::folders::{
-    Account, Log, PORT, PostmasterStatus, data_folder, private_folder, socket_folder, url,
+use std::{
+    env,
+    ffi::OsStr,
+    fs,
+    io::Write as _,
+    os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
-use super::programs::Programs;
-use super::{EmbeddedError, NAME, Options, io_error};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::{
+    EmbeddedError, NAME, Options,
+    folders::{
+        Account, Log, PORT, PostmasterStatus, data_folder, private_folder, socket_folder, url,
+    },
+    io_error,
+    programs::Programs,
+};
 
 const POLL: Duration = Duration::from_millis(10);
 /// Time a start has to replay the log of a killed server; as `pg_ctl` waits.

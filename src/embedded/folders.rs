@@ -1,12 +1,18 @@
 //! What lies in the data folder, who owns it, and where the socket is.
 
-use std::env;
-use std::ffi::OsStr;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::{
+    env,
+    ffi::OsStr,
+    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    io::{self, Read as _, Seek as _, SeekFrom},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{
+            DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown,
+        },
+    },
+    path::{Path, PathBuf},
+};
 
 use nix::unistd::{User, geteuid};
 

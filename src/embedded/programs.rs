@@ -1,8 +1,10 @@
 //! Finds an installation of Postgres on this machine.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::{env, fs, iter};
+use std::{
+    env, fs, iter,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use super::EmbeddedError;
 

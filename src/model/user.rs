@@ -1,4 +1,4 @@
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 use chrono::{DateTime, Utc};
 
@@ -67,9 +67,9 @@ pub struct UserFilter {
     pub is_active: Option<bool>,
 }
 
-impl std::fmt::Display for UserFilter {
+impl fmt::Display for UserFilter {
     /// A canonical form: two filters are equal exactly when it is.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
             "users {:?} {:?}",

@@ -26,6 +26,7 @@ use diesel_async::{
         deadpool::{Object, Pool},
     },
 };
+use tokio::{runtime::Handle, task::JoinSet};
 
 pub use changes::{ChangeListener, Notification};
 pub use migrations::{MigrationStatus, Migrator};
@@ -33,8 +34,6 @@ pub use service_accounts::{NewServiceAccount, ServiceStanding};
 pub use sessions::{NewSession, RefreshOutcome};
 pub use usage::UsageInsert;
 pub use users::{Credentials, NewUser};
-
-use tokio::{runtime::Handle, task::JoinSet};
 
 use crate::{
     config::DatabaseSettings,

@@ -8,15 +8,22 @@
 //!
 //! It knows databases and templates; it must not know our schema.
 
-use std::fs::{self, File, Permissions};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::{CommandExt, parent_id};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
-use std::{env, process, thread};
+use std::{
+    env,
+    fs::{self, File, Permissions},
+    os::unix::{
+        fs::PermissionsExt as _,
+        process::{CommandExt as _, parent_id},
+    },
+    path::{Path, PathBuf},
+    process::{self, Command, Stdio},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use tokio_postgres::NoTls;
 use tollkeeper::embedded::{Cluster, Lifetime, Options, running_url};
