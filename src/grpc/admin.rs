@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
-    model::{ScopeSet, ServiceAccount, UserFilter, UserId, Violation},
+    model::{ScopeSet, UserFilter, UserId, Violation},
     proto::tollkeeper::admin::v1::{
         CreateServiceAccountRequest, CreateServiceAccountResponse, CreateUserRequest,
         CreateUserResponse, DisableServiceAccountRequest, DisableServiceAccountResponse,
@@ -99,7 +99,8 @@ impl AdminService for Handler {
             tier: tier.clone().flatten(),
             is_active: request.is_active,
         };
-        let page = fields.page(request.page_size, &request.page_token, &filter.to_string());
+        let list = format!("users {} {:?}", request.tier, request.is_active);
+        let page = fields.page(request.page_size, &request.page_token, &list);
         let (_, page) = fields.finish(tier.zip(page))?;
         let page = self.auth.users(&filter, &page).await?.map(Into::into);
         Ok(Response::new(ListUsersResponse {
@@ -180,7 +181,8 @@ impl AdminService for Handler {
     ) -> Result<Response<ListServiceAccountsResponse>, Status> {
         let request = request.into_inner();
         let page = only(|fields| {
-            fields.page(request.page_size, &request.page_token, ServiceAccount::LIST)
+            let list = "service accounts";
+            fields.page(request.page_size, &request.page_token, list)
         })?;
         let page = self.auth.service_accounts(&page).await?.map(Into::into);
         Ok(Response::new(ListServiceAccountsResponse {

@@ -84,19 +84,16 @@ impl Fields {
         self.take(field, known)
     }
 
-    /// Reads `page_size` and `page_token` of a list that was asked for by `filter`.
+    /// Reads `page_size` and `page_token`. `list` names the list and all that it was asked for.
     pub(super) fn page<C: Cursor>(
         &mut self,
         page_size: i32,
         page_token: &str,
-        filter: &str,
+        list: &str,
     ) -> Option<PageRequest<C>> {
         let size = self.take("page_size", PageRequest::<C>::size(page_size));
-        let after = self.take("page_token", PageRequest::after(page_token, filter));
-        Some(PageRequest {
-            size: size?,
-            after: after?,
-        })
+        let after = self.take("page_token", PageRequest::after(page_token, list));
+        Some(PageRequest::new(size?, after?, list))
     }
 
     /// The values read, if every field was right.

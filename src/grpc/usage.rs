@@ -100,7 +100,7 @@ impl UsageService for Handler {
         let user_id = self.subject(&request, named).await?;
         let page = self
             .usage
-            .records(user_id, period, &page, &list)
+            .records(user_id, period, &page)
             .await?
             .map(Into::into);
         Ok(Response::new(ListUsageRecordsResponse {

@@ -9,6 +9,8 @@ pub struct PageRequest<C> {
     pub size: i64,
     /// The last item of the page before.
     pub after: Option<C>,
+    /// Of the list: the next page's token is bound to it.
+    tag: [u8; 4],
 }
 
 /// A page of a list.
@@ -47,16 +49,22 @@ impl<C: Cursor> PageRequest<C> {
         }
     }
 
-    /// Reads `page_token`. `filter` is what the list was asked for: a token of another list is
-    /// refused, since it would silently skip items.
-    pub fn after(page_token: &str, filter: &str) -> Result<Option<C>, Violation> {
+    /// A page of at most `size` items behind `after`. `list` names the list and all that it was asked
+    /// for.
+    pub fn new(size: i64, after: Option<C>, list: &str) -> Self {
+        let tag = tag(list);
+        Self { size, after, tag }
+    }
+
+    /// Reads `page_token`. A token of another list is refused, since it would silently skip items.
+    pub fn after(page_token: &str, list: &str) -> Result<Option<C>, Violation> {
         if page_token.is_empty() {
             return Ok(None);
         }
         let refused = || Violation::from("must be a next_page_token of the same list");
         let bytes = URL_SAFE_NO_PAD.decode(page_token).map_err(|_| refused())?;
-        let (tag, cursor) = bytes.split_at_checked(4).ok_or_else(refused)?;
-        if tag != filter_tag(filter) {
+        let (bound_to, cursor) = bytes.split_at_checked(4).ok_or_else(refused)?;
+        if bound_to != tag(list) {
             return Err(refused());
         }
         C::from_bytes(cursor).map(Some).ok_or_else(refused)
@@ -64,18 +72,17 @@ impl<C: Cursor> PageRequest<C> {
 }
 
 impl<T> Page<T> {
-    /// Makes a page of `rows`, of which one more than `size` was asked for.
+    /// Makes the page that was asked for of `rows`, which hold one more where there are more.
     pub fn from_rows<C: Cursor>(
         mut rows: Vec<T>,
-        size: i64,
-        filter: &str,
+        asked: &PageRequest<C>,
         cursor: impl Fn(&T) -> C,
     ) -> Self {
-        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        let size = usize::try_from(asked.size).unwrap_or(usize::MAX);
         let more = rows.len() > size;
         rows.truncate(size);
         let next_token = rows.last().filter(|_| more).map(|last| {
-            let mut bytes = filter_tag(filter).to_vec();
+            let mut bytes = asked.tag.to_vec();
             bytes.extend(cursor(last).to_bytes());
             URL_SAFE_NO_PAD.encode(bytes)
         });
@@ -86,8 +93,8 @@ impl<T> Page<T> {
     }
 }
 
-fn filter_tag(filter: &str) -> [u8; 4] {
-    crc32fast::hash(filter.as_bytes()).to_be_bytes()
+fn tag(list: &str) -> [u8; 4] {
+    crc32fast::hash(list.as_bytes()).to_be_bytes()
 }
 
 impl Cursor for uuid::Uuid {
@@ -110,7 +117,8 @@ mod tests {
     #[test]
     fn a_token_leads_to_the_next_page_of_the_same_list_only() {
         let rows: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();
-        let page = Page::from_rows(rows.clone(), 2, "tier=free", |id| *id);
+        let two = PageRequest::new(2, None, "tier=free");
+        let page = Page::from_rows(rows.clone(), &two, |id| *id);
         assert_eq!(page.items, rows[..2]);
         let token = page.next_token.expect("a third row exists");
         assert_eq!(
@@ -118,7 +126,8 @@ mod tests {
             Ok(Some(rows[1]))
         );
         assert!(PageRequest::<Uuid>::after(&token, "tier=starter").is_err());
-        assert!(Page::from_rows(rows, 3, "", |id| *id).next_token.is_none());
+        let all = PageRequest::new(3, None, "");
+        assert!(Page::from_rows(rows, &all, |id| *id).next_token.is_none());
     }
 
     proptest! {

@@ -11,8 +11,3 @@ pub struct ServiceAccount {
     pub is_active: bool,
     pub created_at: DateTime<Utc>,
 }
-
-impl ServiceAccount {
-    /// What its page tokens are tagged with.
-    pub const LIST: &'static str = "service_accounts";
-}

@@ -1,4 +1,4 @@
-use std::{fmt, str::FromStr};
+use std::str::FromStr;
 
 use chrono::{DateTime, Utc};
 
@@ -61,20 +61,8 @@ impl FromStr for Role {
 }
 
 /// Which users to list; `None` means any.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct UserFilter {
     pub tier: Option<TierName>,
     pub is_active: Option<bool>,
-}
-
-impl fmt::Display for UserFilter {
-    /// A canonical form: two filters are equal exactly when it is.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "users {:?} {:?}",
-            self.tier.as_ref().map(TierName::as_str),
-            self.is_active
-        )
-    }
 }

@@ -126,12 +126,7 @@ impl Store {
             .into_iter()
             .map(ServiceAccount::try_from)
             .collect::<Result<Vec<_>>>()?;
-        Ok(Page::from_rows(
-            accounts,
-            page.size,
-            ServiceAccount::LIST,
-            |account| account.id.0,
-        ))
+        Ok(Page::from_rows(accounts, page, |account| account.id.0))
     }
 
     /// Turns an account off for good. Repeating it changes nothing.

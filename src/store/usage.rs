@@ -127,7 +127,7 @@ impl Store {
         })
     }
 
-    /// A user's events, newest first; of one month or of all. Page tokens are bound to `list`.
+    /// A user's events, newest first; of one month or of all.
     ///
     /// # Errors
     /// `Unavailable`
@@ -136,7 +136,6 @@ impl Store {
         user_id: UserId,
         period: Option<Period>,
         page: &PageRequest<UsageCursor>,
-        list: &str,
     ) -> Result<Page<UsageRecord>> {
         let mut query = usage_records::table
             .filter(usage_records::user_id.eq(user_id.0))
@@ -167,11 +166,9 @@ impl Store {
             .into_iter()
             .map(UsageRecord::try_from)
             .collect::<Result<Vec<_>>>()?;
-        Ok(Page::from_rows(records, page.size, list, |record| {
-            UsageCursor {
-                occurred_at: record.event.occurred_at,
-                event_id: record.event.event_id,
-            }
+        Ok(Page::from_rows(records, page, |record| UsageCursor {
+            occurred_at: record.event.occurred_at,
+            event_id: record.event.event_id,
         }))
     }
 }

@@ -161,12 +161,7 @@ impl Store {
             .into_iter()
             .map(User::try_from)
             .collect::<Result<Vec<_>>>()?;
-        Ok(Page::from_rows(
-            users,
-            page.size,
-            &filter.to_string(),
-            |user| user.id.0,
-        ))
+        Ok(Page::from_rows(users, page, |user| user.id.0))
     }
 
     /// Moves a user to another tier. Naming the present one changes nothing.

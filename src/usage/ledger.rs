@@ -44,8 +44,7 @@ impl Usage {
         self.store.usage_month(user_id, period).await
     }
 
-    /// A user's events, newest first; of one month or of all. `list` names what was asked for: page
-    /// tokens are bound to it.
+    /// A user's events, newest first; of one month or of all.
     ///
     /// # Errors
     /// `Unavailable`
@@ -54,9 +53,8 @@ impl Usage {
         user_id: UserId,
         period: Option<Period>,
         page: &PageRequest<UsageCursor>,
-        list: &str,
     ) -> Result<Page<UsageRecord>> {
-        self.store.usage_list(user_id, period, page, list).await
+        self.store.usage_list(user_id, period, page).await
     }
 }
 
