@@ -124,7 +124,7 @@ impl Server {
     /// flight, close; within the configured deadlines.
     ///
     /// # Errors
-    /// When the listener fails.
+    /// When the threads cannot be started, or when one of them ends while it should serve.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
         let Self {
             settings,
