@@ -6,9 +6,14 @@ mod workers;
 use std::{future::Future, io, net::SocketAddr, thread::available_parallelism, time::Duration};
 
 use chrono::Utc;
-use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::sleep};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    task::{JoinError, JoinSet},
+    time::sleep,
+};
 use tonic_health::server::{HealthReporter, HealthService};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 pub use connection::Connection;
 pub use workers::{Incoming, WorkerGone, Workers};
@@ -49,6 +54,8 @@ pub enum ServerError {
     Threads(#[source] io::Error),
     #[error(transparent)]
     Worker(#[from] WorkerGone),
+    #[error("a background task has ended")]
+    Task(Option<JoinError>),
 }
 
 /// A server that is ready to serve: migrated, bound, not yet accepting.
@@ -165,21 +172,28 @@ impl Server {
         let mut workers = Workers::start(threads, settings.max_connections, serve)
             .map_err(ServerError::Threads)?;
 
-        let mut background = JoinSet::new();
+        let mut health = JoinSet::new();
         let pinged = store.clone();
-        background.spawn(health::follow(
+        health.spawn(health::follow(
             async move || pinged.ping().await,
             reporter.clone(),
         ));
+        let mut background = JoinSet::new();
         background.spawn(tasks::upkeep(store.clone()));
         background.spawn(tasks::change_feed(store.clone(), auth.clone()));
 
-        tokio::select! {
-            gone = workers.accept(&listener) => gone?,
-            () = shutdown => {}
+        let fault = tokio::select! {
+            gone = workers.accept(&listener) => gone.err().map(ServerError::from),
+            // Tasks run until they are dropped: one that ends has panicked.
+            Some(ended) = health.join_next() => Some(ServerError::Task(ended.err())),
+            Some(ended) = background.join_next() => Some(ServerError::Task(ended.err())),
+            () = shutdown => None,
+        };
+        if let Some(fault) = &fault {
+            error!(%fault, "cannot go on");
         }
         info!("shutting down");
-        background.shutdown().await;
+        health.shutdown().await;
         health::report(&reporter, false).await;
         // Load balancers may send more until they have noticed.
         tokio::select! {
@@ -193,9 +207,11 @@ impl Server {
             cut.send_replace(true);
             workers.drain(LAST_WORDS).await;
         }
+        // Only now: calls in flight still depend on the change feed.
+        background.shutdown().await;
         store.close();
         info!("stopped");
-        Ok(())
+        fault.map_or(Ok(()), Err)
     }
 }
 

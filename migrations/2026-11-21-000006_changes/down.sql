@@ -4,4 +4,3 @@ DROP TRIGGER sessions_deleted ON sessions;
 DROP TRIGGER sessions_changed ON sessions;
 DROP TRIGGER users_changed ON users;
 DROP FUNCTION tell_change;
-DROP SEQUENCE change_revision;

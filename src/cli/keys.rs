@@ -17,9 +17,9 @@ pub(super) enum Command {
         /// Where to; else the key folder of the settings, or in dev mode of the data folder
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
-        /// What it signs with
-        #[arg(long, value_enum, default_value_t = Algorithm::Eddsa)]
-        algorithm: Algorithm,
+        /// What it signs with; else as the settings say
+        #[arg(long, value_enum)]
+        algorithm: Option<Algorithm>,
     },
     /// List the keys, oldest first, by their ids in tokens and in the JWKS
     List {
@@ -45,10 +45,15 @@ pub(super) fn run(command: Command, settings: &Settings) -> anyhow::Result<()> {
     match command {
         Command::Generate { dir, algorithm } => {
             let algorithm = match algorithm {
-                Algorithm::Eddsa => SigningAlgorithm::EdDsa,
-                Algorithm::Es256 => SigningAlgorithm::Es256,
-                Algorithm::Rs256 => SigningAlgorithm::Rs256,
+                None => settings.auth.algorithm,
+                Some(Algorithm::Eddsa) => SigningAlgorithm::EdDsa,
+                Some(Algorithm::Es256) => SigningAlgorithm::Es256,
+                Some(Algorithm::Rs256) => SigningAlgorithm::Rs256,
             };
+            anyhow::ensure!(
+                algorithm != SigningAlgorithm::Hs256,
+                "HS256 has no key file: its secret is the setting auth.jwt_secret"
+            );
             let path = generate_key_file(&folder(dir)?, algorithm, Utc::now())?;
             println!("{}", path.display());
         }

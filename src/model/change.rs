@@ -8,7 +8,3 @@ pub enum Change {
     /// Any service account or key; they are few.
     Services,
 }
-
-/// Numbers a change. Larger ones were made later, within the time that transactions overlap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Revision(pub i64);

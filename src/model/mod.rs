@@ -17,7 +17,7 @@ mod usage;
 mod user;
 
 pub use audit::{Actor, AuditAction, AuditEvent, Origin};
-pub use change::{Change, Revision};
+pub use change::Change;
 pub use ids::{EventId, ServiceAccountId, ServiceKeyId, SessionId, UserId};
 pub use names::{Email, FullName, Identifier, ModelName, ServiceName, TierName, Username};
 pub use page::{Cursor, Page, PageRequest};

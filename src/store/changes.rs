@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::Store;
 use crate::{
     error::{Error, Result},
-    model::{Change, Revision, UserId},
+    model::{Change, UserId},
 };
 
 /// Named in the triggers as well.
@@ -22,7 +22,7 @@ const CHANNEL: &str = "tollkeeper_changes";
 /// What comes through the channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notification {
-    Changed(Revision, Change),
+    Changed(Change),
     /// A heartbeat of this listener, by its number.
     Heartbeat(u64),
 }
@@ -110,23 +110,17 @@ impl ChangeListener {
 /// `None` for another replica's heartbeat, or what a later version says.
 fn parse(payload: &str, listener: Uuid) -> Option<Notification> {
     let mut words = payload.split(' ');
-    match (words.next()?, words.next()?, words.next()) {
-        ("beat", id, Some(number)) => {
+    match (words.next()?, words.next(), words.next()) {
+        ("beat", Some(id), Some(number)) => {
             let ours = id.parse::<Uuid>() == Ok(listener);
             ours.then_some(())?;
             number.parse().ok().map(Notification::Heartbeat)
         }
-        (revision, "user", Some(id)) => {
+        ("user", Some(id), None) => {
             let change = Change::User(id.parse::<UserId>().ok()?);
-            Some(Notification::Changed(
-                Revision(revision.parse().ok()?),
-                change,
-            ))
+            Some(Notification::Changed(change))
         }
-        (revision, "services", None) => Some(Notification::Changed(
-            Revision(revision.parse().ok()?),
-            Change::Services,
-        )),
+        ("services", None, None) => Some(Notification::Changed(Change::Services)),
         _ => None,
     }
 }
@@ -147,18 +141,18 @@ mod tests {
             Some(Notification::Heartbeat(7))
         );
         assert_eq!(parse(&format!("beat {} 7", Uuid::now_v7()), me), None);
-        let changed = |change| Some(Notification::Changed(Revision(3), change));
+        let changed = |change| Some(Notification::Changed(change));
         assert_eq!(
-            parse(&format!("3 user {user}"), me),
+            parse(&format!("user {user}"), me),
             changed(Change::User(user))
         );
-        assert_eq!(parse("3 services", me), changed(Change::Services));
+        assert_eq!(parse("services", me), changed(Change::Services));
         for strange in [
             "",
-            "3",
-            "x services",
-            "3 user x",
-            "3 planet mars",
+            "user",
+            "user x",
+            "services 3",
+            "planet mars",
             "beat x y",
         ] {
             assert_eq!(parse(strange, me), None, "{strange}");

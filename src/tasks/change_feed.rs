@@ -62,7 +62,7 @@ async fn follow(mut listener: ChangeListener, auth: &Auth) -> Error {
             }
         };
         match step {
-            Ok(Some(Notification::Changed(_, change))) => auth.apply(change),
+            Ok(Some(Notification::Changed(change))) => auth.apply(change),
             Ok(Some(Notification::Heartbeat(number))) => {
                 if let Some(sent_at) = sent.remove(&number) {
                     auth.freshness().confirm(sent_at);
