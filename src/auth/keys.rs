@@ -31,12 +31,12 @@ const MAX_KEY_FILES: usize = 100;
 /// What is wrong with the keys. Holds no key material.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    #[error("cannot read the key folder {path}: {source}")]
+    #[error("cannot read the key folder {path}")]
     Folder {
         path: PathBuf,
         source: std::io::Error,
     },
-    #[error("cannot read or write the key file {path}: {source}")]
+    #[error("cannot read or write the key file {path}")]
     File {
         path: PathBuf,
         source: std::io::Error,

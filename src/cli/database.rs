@@ -30,7 +30,15 @@ impl Database {
                 private: None,
             });
         }
-        Self::own(settings).await
+        let database = Self::own(settings).await?;
+        if database.private.is_some() {
+            // Not the database of a service that runs elsewhere: say so.
+            eprintln!(
+                "using the private Postgres in {}",
+                settings.data_dir.display()
+            );
+        }
+        Ok(database)
     }
 
     /// The configured database, else the private one, started and held by this process alone.

@@ -8,6 +8,7 @@ mod secrets;
 mod serve;
 
 use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -83,9 +84,9 @@ enum Command {
     Keys(keys::Command),
     /// Ask a running service whether it serves; exit code 0 if so, else 1
     Health {
-        /// Where it listens
-        #[arg(long, default_value = "http://127.0.0.1:50051", value_name = "URL")]
-        address: String,
+        /// Where it listens [default: server.listen, on this machine]
+        #[arg(long, value_name = "ADDRESS")]
+        address: Option<String>,
         /// One of its services; empty: as a whole
         #[arg(long, default_value = "", hide_default_value = true)]
         service: String,
@@ -130,6 +131,10 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
             service,
             timeout,
         } => {
+            let address = match address {
+                Some(address) => address,
+                None => local(cli.settings.load(None)?.settings.server.listen).to_string(),
+            };
             health::probe(&address, &service, timeout)
                 .await
                 .map_err(anyhow::Error::msg)?;
@@ -166,6 +171,17 @@ impl SettingsArgs {
         });
         Ok(config::load(&flags, environment, self.config.as_deref())?)
     }
+}
+
+/// Where a client on this machine finds a server that listens on `address`.
+fn local(mut address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(match address {
+            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    address
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {

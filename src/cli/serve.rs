@@ -10,6 +10,7 @@ use super::{database::Database, secrets, write_private};
 use crate::{
     auth::{InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
+    error::Error,
     model::{Origin, Person, Role, Scope},
     server::Server,
     telemetry,
@@ -46,7 +47,7 @@ async fn start(settings: &mut Settings, is_private: bool) -> anyhow::Result<(Ser
     settings.database = database.settings.clone();
     let (keys, master_key) = secrets::load(settings)?;
     let server = Server::bind(settings, keys, &master_key).await?;
-    if is_private && !server.store().user_any().await? {
+    if is_private && !server.store().user_any_admin().await? {
         let address = server.local_addr().context("the listener has no address")?;
         introduce(&server, &settings.data_dir, &address.to_string()).await?;
     }
@@ -88,7 +89,16 @@ async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::R
         role: Role::Admin,
         tier: server.usage().tiers().default_tier().name.clone(),
     };
-    server.auth().create_account(admin, &origin).await?;
+    match server.auth().create_account(admin, &origin).await {
+        Ok(_) => {}
+        Err(Error::AccountExists) => {
+            info!("no administrator: make one with `tollkeeper users create --admin`");
+            std::fs::remove_file(&path)
+                .with_context(|| format!("cannot remove {}", path.display()))?;
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    }
     println!(
         "\n\
          Tollkeeper is up for the first time, on its own Postgres in {folder}.\n\

@@ -46,7 +46,7 @@ impl fmt::Display for Origin {
 /// A setting that cannot be used. Names the setting, never its value when that is secret.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    #[error("cannot read the settings file {path}: {source}")]
+    #[error("cannot read the settings file {path}")]
     File {
         path: PathBuf,
         source: std::io::Error,

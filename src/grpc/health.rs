@@ -68,8 +68,12 @@ pub async fn follow<E>(database: impl AsyncFn() -> Result<(), E>, reporter: Heal
 /// # Errors
 /// Why it does not, for people.
 pub async fn probe(address: &str, service: &str, deadline: Duration) -> Result<(), String> {
-    let endpoint = Endpoint::from_shared(address.to_owned())
-        .map_err(|_| format!("{address} is no address such as http://127.0.0.1:50051"))?;
+    let url = match address.contains("://") {
+        true => address.to_owned(),
+        false => format!("http://{address}"),
+    };
+    let endpoint = Endpoint::from_shared(url)
+        .map_err(|_| format!("{address} is no address such as 127.0.0.1:50051"))?;
     let ask = async {
         let channel = endpoint
             .connect()

@@ -121,13 +121,14 @@ impl Store {
             .transpose()
     }
 
-    /// Whether there is any user at all.
+    /// Whether there is any administrator.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn user_any(&self) -> Result<bool> {
+    pub async fn user_any_admin(&self) -> Result<bool> {
         let mut conn = self.conn().await?;
-        Ok(diesel::select(exists(users::table.select(users::id)))
+        let admins = users::table.filter(users::role.eq(Role::Admin.as_str()));
+        Ok(diesel::select(exists(admins.select(users::id)))
             .get_result(&mut conn)
             .await?)
     }

@@ -18,7 +18,7 @@ const MAX_TOKENS: i64 = 1_000_000_000_000_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TiersError {
-    #[error("cannot read the tiers file {path}: {source}")]
+    #[error("cannot read the tiers file {path}")]
     File {
         path: PathBuf,
         source: std::io::Error,

@@ -308,10 +308,7 @@ fn help_says_what_each_command_does() {
         ),
         (&["keys", "generate"], &["[possible values: eddsa,"]),
         (&["keys", "list"], &["oldest first"]),
-        (
-            &["health"],
-            &["exit code 0", "[default: http://127.0.0.1:50051]"],
-        ),
+        (&["health"], &["exit code 0", "[default: server.listen"]),
         (&["config"], &["secrets stay hidden"]),
     ];
     for (command, parts) in commands {
