@@ -6,14 +6,21 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::OwnedSemaphorePermit,
+    time::{Sleep, sleep},
 };
 use tonic::transport::server::{Connected, TcpConnectInfo};
+
+/// What a client of HTTP/2 sends first (RFC 9113 §3.4), and how long it may take. Keepalive watches
+/// the connection from then on; before, nothing else would end a silent one.
+const PREFACE_BYTES: usize = 24;
+const PREFACE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A connection on its way to a worker. It belongs to no runtime: a socket is registered with the
 /// one that reads it.
@@ -47,6 +54,13 @@ pub struct Connection {
     stream: TcpStream,
     _share: Share,
     _place: OwnedSemaphorePermit,
+    /// Until the client has said that it speaks HTTP/2.
+    opening: Option<Opening>,
+}
+
+struct Opening {
+    missing_bytes: usize,
+    deadline: Pin<Box<Sleep>>,
 }
 
 impl Connection {
@@ -59,7 +73,27 @@ impl Connection {
             stream: TcpStream::from_std(accepted.stream)?,
             _share: accepted.share,
             _place: accepted.place,
+            opening: Some(Opening {
+                missing_bytes: PREFACE_BYTES,
+                deadline: Box::pin(sleep(PREFACE_DEADLINE)),
+            }),
         })
+    }
+
+    /// Notes how much a read brought; one of a silent client ends at the deadline.
+    fn watch_opening(&mut self, cx: &mut Context<'_>, read: Option<usize>) -> io::Result<()> {
+        let Some(opening) = &mut self.opening else {
+            return Ok(());
+        };
+        opening.missing_bytes = opening
+            .missing_bytes
+            .saturating_sub(read.unwrap_or_default());
+        if opening.missing_bytes == 0 {
+            self.opening = None;
+        } else if read.is_none() && opening.deadline.as_mut().poll(cx).is_ready() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
     }
 }
 
@@ -77,7 +111,11 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let read = polled.is_ready().then(|| buffer.filled().len() - before);
+        self.watch_opening(cx, read)?;
+        polled
     }
 }
 

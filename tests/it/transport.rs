@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use http::StatusCode;
 use prost::Message as _;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
 use tokio_postgres::NoTls;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{DisableUserRequest, GetUserRequest},
@@ -370,4 +371,19 @@ impl RowLock {
     async fn release(self) {
         self.0.batch_execute("ROLLBACK").await.unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connections_give_their_places_back() {
+    let app = TestApp::spawn_with(|settings| settings.server.max_connections = 3).await;
+    let mut silent = Vec::new();
+    for said in [&b""[..], b"PRI * HTTP/2.0\r\n", b""] {
+        let mut stream = TcpStream::connect(app.address).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        silent.push(stream);
+    }
+    // It has to wait for a place.
+    let answer = Raw::call(&app.channel, JWKS, Bytes::new(), None);
+    let answer = timeout(Duration::from_secs(30), answer).await;
+    answer.expect("a place in time").unwrap();
 }
