@@ -5,6 +5,7 @@
 
 mod audit;
 mod changes;
+mod conn;
 mod errors;
 mod migrations;
 mod partitions;
@@ -21,12 +22,11 @@ use deadpool::Runtime;
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
-    pooled_connection::{
-        AsyncDieselConnectionManager, ManagerConfig,
-        deadpool::{Object, Pool},
-    },
+    pooled_connection::{AsyncDieselConnectionManager, ManagerConfig, deadpool::Pool},
 };
 use tokio::{runtime::Handle, task::JoinSet};
+
+use conn::Conn;
 
 pub use changes::{ChangeListener, Notification};
 pub use migrations::{MigrationStatus, Migrator};
@@ -47,6 +47,8 @@ pub struct Store {
     /// For connections outside the pool.
     url: Arc<str>,
     connect_timeout: Duration,
+    /// Where connections live.
+    runtime: Handle,
 }
 
 impl Store {
@@ -93,6 +95,7 @@ impl Store {
             pool,
             url: settings.url.expose().into(),
             connect_timeout: settings.acquire_timeout,
+            runtime: Handle::current(),
         })
     }
 
@@ -111,8 +114,13 @@ impl Store {
         self.pool.close();
     }
 
-    async fn conn(&self) -> Result<Object<AsyncPgConnection>> {
-        Ok(self.pool.get().await?)
+    async fn conn(&self) -> Result<Conn> {
+        let pooled = self.pool.get().await?;
+        Ok(Conn::new(
+            pooled,
+            self.runtime.clone(),
+            self.connect_timeout,
+        ))
     }
 }
 

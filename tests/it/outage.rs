@@ -6,7 +6,10 @@ mod network;
 
 use std::time::Duration;
 
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 use tokio_postgres::{Client, NoTls};
 use tollkeeper::proto::tollkeeper::usage::v1::{UsageEvent, record_usage_response::Outcome};
 use tonic::{Code, Status, transport::Channel};

@@ -166,3 +166,30 @@ async fn a_fault_of_ours_shows_nothing_of_its_cause() {
     assert_eq!(failed.message(), "internal error");
     assert_tells_nothing(&failed, &[]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_give_up_leave_no_sessions_behind() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    app.record(&event(&user.id)).await.unwrap();
+    let blocker = Blocker::lock(&app, "monthly_usage").await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name = 'tollkeeper'";
+    let mut most = 0;
+    for _ in 0..12 {
+        let calls = (0..16).map(|_| start_recording(&app, event(&user.id)));
+        let calls: Vec<_> = calls.collect();
+        sleep(Duration::from_millis(100)).await;
+        for call in &calls {
+            call.abort();
+        }
+        for call in calls {
+            let _ = call.await;
+        }
+        most = most.max(app.count(sessions).await);
+    }
+    blocker.release().await;
+    // Of a pool of eight; one that is ending may be seen beside its successor.
+    assert!(most <= 16, "{most} sessions");
+    app.record(&event(&user.id)).await.unwrap();
+}

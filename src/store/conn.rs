@@ -1,0 +1,74 @@
+//! A connection of the pool, on loan.
+
+use std::{
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+use diesel_async::{
+    AsyncConnection, AsyncPgConnection, TransactionManager, pooled_connection::deadpool::Object,
+};
+use tokio::{runtime::Handle, time::timeout};
+use tokio_postgres::NoTls;
+
+type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
+
+/// Gives its place in the pool back only once Postgres does nothing for it any more.
+///
+/// A call that is cut short leaves its transaction behind, and Postgres goes on with a statement
+/// that waits for a lock as long as the statement may run. Were the place free at once, clients
+/// that give up and try again would take far more sessions of Postgres than the pool may hold.
+pub(super) struct Conn {
+    /// Taken when dropped.
+    pooled: Option<Object<AsyncPgConnection>>,
+    runtime: Handle,
+    cancel_timeout: Duration,
+}
+
+impl Conn {
+    pub(super) fn new(
+        pooled: Object<AsyncPgConnection>,
+        runtime: Handle,
+        cancel_timeout: Duration,
+    ) -> Self {
+        Self {
+            pooled: Some(pooled),
+            runtime,
+            cancel_timeout,
+        }
+    }
+}
+
+impl Deref for Conn {
+    type Target = AsyncPgConnection;
+
+    fn deref(&self) -> &AsyncPgConnection {
+        self.pooled.as_ref().expect("taken only when dropped")
+    }
+}
+
+impl DerefMut for Conn {
+    fn deref_mut(&mut self) -> &mut AsyncPgConnection {
+        self.pooled.as_mut().expect("taken only when dropped")
+    }
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        let Some(mut pooled) = self.pooled.take() else {
+            return;
+        };
+        if !Manager::is_broken_transaction_manager(&mut *pooled) {
+            return;
+        }
+        let cancel = pooled.cancel_token();
+        let cancel_timeout = self.cancel_timeout;
+        self.runtime.spawn(async move {
+            // Postgres hangs up once the cancellation is on its way; when it is silent, the pool
+            // must not wait for ever.
+            let _ = timeout(cancel_timeout, cancel.cancel_query(NoTls)).await;
+            // The pool would discard it at its next use; the session is to end now.
+            drop(Object::take(pooled));
+        });
+    }
+}
