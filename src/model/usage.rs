@@ -90,8 +90,10 @@ impl Cursor for UsageCursor {
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (micros, event_id) = bytes.split_first_chunk::<8>()?;
+        // No event is older; the database knows fewer years than a number can name.
+        let micros = u64::try_from(i64::from_be_bytes(*micros)).ok()?;
         Some(Self {
-            occurred_at: DateTime::from_timestamp_micros(i64::from_be_bytes(*micros))?,
+            occurred_at: DateTime::from_timestamp_micros(micros.cast_signed())?,
             event_id: EventId(uuid::Uuid::from_slice(event_id).ok()?),
         })
     }

@@ -173,3 +173,22 @@ async fn list(
     let page = app.usage(credential).list_usage_records(request).await?;
     Ok(page.into_inner())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_token_of_impossible_times_is_refused() {
+    use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for _ in 0..2 {
+        app.record(&event(&user.id)).await.unwrap();
+    }
+    let page = list(&app, &app.service_key, &user.id, "", 1, "").await;
+    let token = BASE64.decode(page.unwrap().next_page_token).unwrap();
+    for micros in [i64::MIN, -8_000_000_000_000_000_000, -1, i64::MAX] {
+        let mut forged = token.clone();
+        forged[4..12].copy_from_slice(&micros.to_be_bytes());
+        let forged = BASE64.encode(forged);
+        let refused = list(&app, &app.service_key, &user.id, "", 1, &forged).await;
+        assert_page_token_refused(&refused.unwrap_err());
+    }
+}
