@@ -182,9 +182,13 @@ impl CredentialCache {
         if self.freshness.trust(now) == Trust::Live {
             // A change that is heard of during the read outdates it: once more.
             for _ in 0..3 {
-                let answer = cache
-                    .get_or_insert_async(&key, self.read(group, &read))
-                    .await?;
+                let read = self.read(group, &read);
+                // While the database is silent, those who wait for the same read would try one
+                // after the other: together they wait no longer than one.
+                let limit = self.freshness.staleness_bound();
+                let answer = timeout(limit, cache.get_or_insert_async(&key, read))
+                    .await
+                    .map_err(|silence| Error::Unavailable(silence.into()))??;
                 if self.stamps.is_current(answer.stamp) {
                     return Ok(answer);
                 }

@@ -178,3 +178,25 @@ async fn without_feed_and_database_memory_lasts_as_long_as_allowed() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_wait_for_a_silent_database_wait_together() {
+    let (app, proxy) =
+        TestApp::spawn_behind_proxy(|settings| settings.auth.staleness_bound = BOUND).await;
+    let user = app.user().create().await;
+    let known = app.login(&user).await.access_token;
+    let unknown = app.login(&user).await.access_token;
+    // Heartbeats have passed by then: the caller's key stays in memory.
+    tokio::time::sleep(BOUND).await;
+    validate(&app.channel, &app.service_key, &known)
+        .await
+        .unwrap();
+    proxy.pause();
+    let asked = Instant::now();
+    let calls = (0..12).map(|_| validate(&app.channel, &app.service_key, &unknown));
+    for answer in futures_util::future::join_all(calls).await {
+        assert_eq!(answer.unwrap_err().code(), Code::Unavailable);
+    }
+    assert!(asked.elapsed() < BOUND * 4, "{:?}", asked.elapsed());
+    proxy.resume();
+}
