@@ -24,7 +24,12 @@ use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
     pooled_connection::{AsyncDieselConnectionManager, ManagerConfig, deadpool::Pool},
 };
-use tokio::{runtime::Handle, task::JoinSet};
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, Semaphore},
+    task::JoinSet,
+    time::timeout,
+};
 
 use conn::Conn;
 
@@ -49,6 +54,11 @@ pub struct Store {
     connect_timeout: Duration,
     /// Where connections live.
     runtime: Handle,
+    /// Of its own, so that a busy pool is not taken for a dead database.
+    ping: Arc<Mutex<Option<AsyncPgConnection>>>,
+    statement_timeout: Duration,
+    /// Anybody can make a key up that has to be looked for: that takes a part of the pool only.
+    key_lookups: Arc<Semaphore>,
 }
 
 impl Store {
@@ -96,6 +106,9 @@ impl Store {
             url: settings.url.expose().into(),
             connect_timeout: settings.acquire_timeout,
             runtime: Handle::current(),
+            ping: Arc::default(),
+            statement_timeout,
+            key_lookups: Arc::new(Semaphore::new(settings.pool_size.div_ceil(4))),
         })
     }
 
@@ -104,8 +117,21 @@ impl Store {
     /// # Errors
     /// `Unavailable`
     pub async fn ping(&self) -> Result<()> {
-        let mut conn = self.conn().await?;
+        let mut held = self.ping.lock().await;
+        // Taken: a connection that did not answer in time is not asked again.
+        if let Some(mut conn) = held.take()
+            && conn.batch_execute("SELECT 1").await.is_ok()
+        {
+            *held = Some(conn);
+            return Ok(());
+        }
+        let connecting = connect(&self.url, self.statement_timeout);
+        let mut conn = timeout(self.connect_timeout, connecting)
+            .await
+            .map_err(|silence| Error::Unavailable(silence.into()))?
+            .map_err(|error| Error::Unavailable(error.into()))?;
         conn.batch_execute("SELECT 1").await?;
+        *held = Some(conn);
         Ok(())
     }
 

@@ -81,6 +81,8 @@ impl Store {
             Option<DateTime<Utc>>,
             Option<DateTime<Utc>>,
         );
+        let lookup = self.key_lookups.acquire().await;
+        let _lookup = lookup.map_err(Error::internal)?;
         let mut conn = self.conn().await?;
         let found: Option<Found> = service_keys::table
             .inner_join(service_accounts::table)

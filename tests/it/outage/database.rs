@@ -3,6 +3,8 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use tollkeeper::proto::tollkeeper::auth::v1::ValidateTokenRequest;
+
 use super::*;
 
 /// Ends every connection of the servers under test, as an administrator of Postgres would.
@@ -192,4 +194,65 @@ async fn calls_that_give_up_leave_no_sessions_behind() {
     // Of a pool of eight; one that is ending may be seen beside its successor.
     assert!(most <= 16, "{most} sessions");
     app.record(&event(&user.id)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_in_use_is_no_dead_database() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let mut health = HealthClient::new(app.channel.clone());
+    let mut status = async || {
+        let request = HealthCheckRequest::default();
+        health.check(request).await.unwrap().into_inner().status()
+    };
+    eventually("serving", async || status().await == ServingStatus::Serving).await;
+    let blocker = Blocker::lock(&app, "monthly_usage").await;
+    let calls = (0..16).map(|_| start_recording(&app, event(&user.id)));
+    let calls: Vec<_> = calls.collect();
+    blocker.hold_up(&app, 8).await;
+    for _ in 0..40 {
+        assert_eq!(status().await, ServingStatus::Serving);
+        sleep(Duration::from_millis(100)).await;
+    }
+    blocker.release().await;
+    for call in calls {
+        let _ = call.await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_made_up_leave_room_in_the_pool() {
+    const ALPHABET: &[u8] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let made_up = |number: u32| {
+        let body = format!("tks_{number:043}");
+        let mut rest = crc32fast::hash(body.as_bytes()) as usize;
+        let mut checksum = [b'0'; 6];
+        for digit in checksum.iter_mut().rev() {
+            *digit = ALPHABET[rest % 62];
+            rest /= 62;
+        }
+        format!("{body}{}", str::from_utf8(&checksum).unwrap())
+    };
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let blocker = Blocker::lock(&app, "service_keys").await;
+    let calls: Vec<_> = (0..64)
+        .map(|number| {
+            let mut client = app.auth(&made_up(number));
+            tokio::spawn(async move {
+                client
+                    .validate_token(ValidateTokenRequest::default())
+                    .await
+                    .map(drop)
+            })
+        })
+        .collect();
+    blocker.hold_up(&app, 2).await;
+    sleep(Duration::from_millis(300)).await;
+    let login = timeout(Duration::from_secs(1), app.login(&user));
+    login.await.expect("not behind the others");
+    blocker.release().await;
+    for call in calls {
+        call.await.unwrap().unwrap_err();
+    }
 }
