@@ -6,13 +6,20 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{LogFormat, LogSettings};
 
+/// Whatever the filter says: at `debug` the driver shows the values bound to every statement, hashes
+/// of passwords and keys among them.
+const SILENCED: [&str; 2] = ["tokio_postgres=info", "tokio_postgres::query=info"];
+
 /// Installs the process-wide subscriber.
 ///
 /// # Errors
 /// What is wrong with `log.filter`.
 pub fn init(settings: &LogSettings, dev: bool) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&settings.filter)
+    let mut filter = EnvFilter::try_new(&settings.filter)
         .map_err(|error| format!("setting log.filter: {error}"))?;
+    for silenced in SILENCED {
+        filter = filter.add_directive(silenced.parse().map_err(|_| silenced)?);
+    }
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(stderr)

@@ -196,3 +196,21 @@ async fn human_logs_are_one_event_a_line_without_colours() {
     assert!(log.contains(" INFO listening address="), "{log}");
     assert!(!log.contains('\u{1b}'), "{log}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_filter_shows_what_is_sent_to_the_database() {
+    let home = Home::with_database();
+    let filter = "log.filter=debug,tokio_postgres::query=trace";
+    let mut service = home.start(home.production(&["serve", "--set", filter]));
+    let mut auth = AuthServiceClient::new(service.serving().await);
+    let register = RegisterRequest {
+        email: EMAIL.to_owned(),
+        username: "grace".to_owned(),
+        full_name: String::new(),
+        password: PASSWORD.to_owned(),
+    };
+    auth.register(register).await.unwrap();
+    let log = service.log();
+    assert!(log.contains("DEBUG"), "the filter is in effect");
+    assert!(!log.contains("with parameters"));
+}
