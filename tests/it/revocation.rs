@@ -188,12 +188,12 @@ async fn those_who_wait_for_a_silent_database_wait_together() {
     let unknown = app.login(&user).await.access_token;
     // Heartbeats have passed by then: the caller's key stays in memory.
     tokio::time::sleep(BOUND).await;
-    validate(&app.channel, &app.service_key, &known)
+    validate_through(&app.channel, &app.service_key, &known)
         .await
         .unwrap();
     proxy.pause();
     let asked = Instant::now();
-    let calls = (0..12).map(|_| validate(&app.channel, &app.service_key, &unknown));
+    let calls = (0..12).map(|_| validate_through(&app.channel, &app.service_key, &unknown));
     for answer in futures_util::future::join_all(calls).await {
         assert_eq!(answer.unwrap_err().code(), Code::Unavailable);
     }

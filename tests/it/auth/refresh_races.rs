@@ -5,7 +5,7 @@ use tollkeeper::proto::tollkeeper::auth::v1::RefreshTokensResponse;
 use tonic::{Code, Status, transport::Channel};
 
 use super::{assert_refused, refresh, refresh_through};
-use crate::harness::{eventually, reason, TestApp, reason, validate_through};
+use crate::harness::{TestApp, eventually, reason, validate_through};
 
 /// Presents one token this often at once, over these connections in turn.
 async fn present(
