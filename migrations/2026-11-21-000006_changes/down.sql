@@ -1,3 +1,7 @@
+DROP TRIGGER service_keys_emptied ON service_keys;
+DROP TRIGGER service_accounts_emptied ON service_accounts;
+DROP TRIGGER sessions_emptied ON sessions;
+DROP TRIGGER users_emptied ON users;
 DROP TRIGGER service_keys_changed ON service_keys;
 DROP TRIGGER service_accounts_changed ON service_accounts;
 DROP TRIGGER sessions_deleted ON sessions;

@@ -1,14 +1,17 @@
 -- Whatever contradicts an answer that a replica may still hold in memory is told to all replicas,
 -- in the transaction that makes it, whoever makes it: also an operator with psql.
 --
--- Payloads: `user ID` for a user's state or sessions, `services` for any service account or key;
+-- Payloads: `user ID` for a user's state or sessions, `services` for any service account or key,
+-- `all` when a table is emptied;
 -- Postgres tells equal ones of a transaction once. No usage table takes part: a NOTIFY in every such transaction would cost three
 -- quarters of the ingest rate.
 CREATE FUNCTION tell_change() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     what text := 'services';
 BEGIN
-    IF TG_TABLE_NAME = 'users' THEN
+    IF TG_OP = 'TRUNCATE' THEN
+        what := 'all';
+    ELSIF TG_TABLE_NAME = 'users' THEN
         what := 'user ' || OLD.id;
     ELSIF TG_TABLE_NAME = 'sessions' THEN
         what := 'user ' || OLD.user_id;
@@ -37,5 +40,14 @@ CREATE TRIGGER service_accounts_changed
     FOR EACH ROW EXECUTE FUNCTION tell_change();
 
 CREATE TRIGGER service_keys_changed
-    AFTER DELETE OR UPDATE OF expires_at, revoked_at ON service_keys
+    AFTER INSERT OR DELETE OR UPDATE OF expires_at, revoked_at ON service_keys
     FOR EACH ROW EXECUTE FUNCTION tell_change();
+
+CREATE TRIGGER users_emptied AFTER TRUNCATE ON users
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_change();
+CREATE TRIGGER sessions_emptied AFTER TRUNCATE ON sessions
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_change();
+CREATE TRIGGER service_accounts_emptied AFTER TRUNCATE ON service_accounts
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_change();
+CREATE TRIGGER service_keys_emptied AFTER TRUNCATE ON service_keys
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_change();

@@ -96,12 +96,8 @@ impl CredentialCache {
         match change {
             Change::User(id) => self.stamps.outdate(id),
             Change::Services => self.stamps.outdate(SERVICES),
+            Change::All => self.stamps.outdate_all(),
         }
-    }
-
-    /// Outdates everything: changes may have been missed.
-    pub(super) fn flush(&self) {
-        self.stamps.outdate_all();
     }
 
     /// What is known of a credential's text, if it was verified before.

@@ -93,11 +93,6 @@ impl Auth {
         self.cache.apply(change);
     }
 
-    /// Changes may have been missed: no answer read before now is given again.
-    pub fn flush(&self) {
-        self.cache.flush();
-    }
-
     /// Up to when changes are known.
     pub fn freshness(&self) -> &Freshness {
         self.cache.freshness()

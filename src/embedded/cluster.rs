@@ -81,7 +81,17 @@ impl Cluster {
         };
         cluster.check_traversable(&data_dir)?;
         if !cluster.folder.exists() {
-            cluster.make(&data_dir.join("postgres.init"))?;
+            let draft = data_dir.join("postgres.init");
+            let contested = draft.exists();
+            let made = cluster.make(&draft);
+            // The programs of a killed first start may clear the folder away under ours as they
+            // end; they do so once.
+            if contested && made.is_err() {
+                thread::sleep(DRAFT_DEADLINE);
+                cluster.make(&draft)?;
+            } else {
+                made?;
+            }
         }
         Ok(cluster)
     }

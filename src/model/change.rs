@@ -7,4 +7,6 @@ pub enum Change {
     User(UserId),
     /// Any service account or key; they are few.
     Services,
+    /// More than can be named.
+    All,
 }

@@ -121,6 +121,7 @@ fn parse(payload: &str, listener: Uuid) -> Option<Notification> {
             Some(Notification::Changed(change))
         }
         ("services", None, None) => Some(Notification::Changed(Change::Services)),
+        ("all", None, None) => Some(Notification::Changed(Change::All)),
         _ => None,
     }
 }
@@ -147,6 +148,7 @@ mod tests {
             changed(Change::User(user))
         );
         assert_eq!(parse("services", me), changed(Change::Services));
+        assert_eq!(parse("all", me), changed(Change::All));
         for strange in [
             "",
             "user",

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 use crate::{
     auth::{Auth, BootTime},
     error::{Error, Result},
+    model::Change,
     store::{ChangeListener, Notification, Store},
 };
 
@@ -27,7 +28,7 @@ pub async fn change_feed(store: Store, auth: Auth) {
     loop {
         match store.changes().await {
             Ok(listener) => {
-                auth.flush();
+                auth.apply(Change::All);
                 info!("listening for changes");
                 retry = RETRY;
                 let error = follow(listener, &auth).await;

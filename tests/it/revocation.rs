@@ -63,6 +63,18 @@ async fn what_one_replica_revokes_the_others_refuse() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_emptied_table_is_heard_of() {
+    let app = TestApp::spawn().await;
+    let token = app.login(&app.user().create().await).await.access_token;
+    app.validate(&token).await.unwrap();
+    app.sql("TRUNCATE sessions").await;
+    eventually("the session is gone", async || {
+        app.validate(&token).await.is_err()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn warm_calls_need_no_database() {
     let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
         settings.auth.staleness_bound = Duration::from_secs(60);
