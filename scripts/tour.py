@@ -28,7 +28,7 @@ from grpc_status import rpc_status
 
 # What the user spends: model, then tokens by dimension.
 USAGE = [
-    ("claude-opus", {"input": 1200, "output": 300, "cached_input": 500}),
+    ("mistral-large", {"input": 1200, "output": 300, "cached_input": 500}),
     ("gpt-5", {"input": 800, "output": 150, "reasoning": 50}),
     ("llama-70b", {"input": 400, "output": 100, "cache_write": 60}),
 ]
