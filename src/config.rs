@@ -7,7 +7,7 @@
 mod layers;
 mod validate;
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -292,6 +292,14 @@ impl Default for LogSettings {
             format: LogFormat::Auto,
             filter: "info".to_owned(),
         }
+    }
+}
+
+/// A number of threads as configured; 0 means one per core.
+pub(crate) fn or_cores(threads: usize) -> usize {
+    match threads {
+        0 => available_parallelism().map_or(1, usize::from),
+        threads => threads,
     }
 }
 

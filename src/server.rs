@@ -3,7 +3,7 @@
 mod connection;
 mod workers;
 
-use std::{future::Future, io, net::SocketAddr, thread::available_parallelism, time::Duration};
+use std::{future::Future, io, net::SocketAddr, time::Duration};
 
 use chrono::Utc;
 use tokio::{
@@ -20,7 +20,7 @@ pub use workers::{Incoming, WorkerGone, Workers};
 
 use crate::{
     auth::{Auth, KeyRing, MasterKey},
-    config::{ServerSettings, Settings},
+    config::{self, ServerSettings, Settings},
     error::Error,
     grpc::{self, AccessLayer, CallLayer, Rules, RulesError, health},
     proto::DESCRIPTOR_SET,
@@ -165,10 +165,7 @@ impl Server {
                     .serve_with_incoming_shutdown(incoming, asked_to(stop))
             }
         };
-        let threads = match settings.threads {
-            0 => available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
+        let threads = config::or_cores(settings.threads);
         let mut workers = Workers::start(threads, settings.max_connections, serve)
             .map_err(ServerError::Threads)?;
 

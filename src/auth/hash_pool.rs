@@ -3,7 +3,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::Semaphore, time::timeout};
 
 use crate::{
-    config::PasswordSettings,
+    config::{self, PasswordSettings},
     error::{Error, Result},
 };
 
@@ -22,12 +22,7 @@ pub(super) struct HashPool {
 
 impl HashPool {
     pub(super) fn new(settings: &PasswordSettings) -> Self {
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = if settings.threads == 0 {
-            cores()
-        } else {
-            settings.threads
-        };
+        let threads = config::or_cores(settings.threads);
         Self {
             places: Arc::new(Semaphore::new(threads + settings.queue)),
             turns: Arc::new(Semaphore::new(threads)),

@@ -9,7 +9,7 @@ use tollkeeper::proto::tollkeeper::{
 };
 use tonic::{Code, Request};
 
-use super::{assert_refused, refresh};
+use super::{assert_refused, refresh, refreshed};
 use crate::harness::{PASSWORD, TestApp, TestUser};
 
 /// A row of the trail.
@@ -145,11 +145,7 @@ async fn reuse_of_a_refresh_token_is_written_with_its_session_and_its_user() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
     let first = app.login(&user).await;
-    let second = refresh(&app, &first.refresh_token)
-        .await
-        .unwrap()
-        .tokens
-        .unwrap();
+    let second = refreshed(&app, &first.refresh_token).await;
     refresh(&app, &second.refresh_token).await.unwrap();
     let message = RefreshTokensRequest {
         refresh_token: first.refresh_token,
@@ -274,11 +270,7 @@ async fn no_act_is_done_that_cannot_be_written() {
     app.disable(&off.id).await;
     let (service_account_id, _) = app.service("gateway", &["quota"]).await;
     let first = app.login(&user).await;
-    let second = refresh(&app, &first.refresh_token)
-        .await
-        .unwrap()
-        .tokens
-        .unwrap();
+    let second = refreshed(&app, &first.refresh_token).await;
     refresh(&app, &second.refresh_token).await.unwrap();
     app.sql("ALTER TABLE audit_events ADD CONSTRAINT full_trail CHECK (false) NOT VALID")
         .await;
@@ -339,11 +331,7 @@ async fn the_trail_holds_no_secret_and_no_address() {
     let user = app.user().create().await;
     let (_, key) = app.service("gateway", &["quota"]).await;
     let first = app.login(&user).await;
-    let second = refresh(&app, &first.refresh_token)
-        .await
-        .unwrap()
-        .tokens
-        .unwrap();
+    let second = refreshed(&app, &first.refresh_token).await;
     refresh(&app, &second.refresh_token).await.unwrap();
     refresh(&app, &first.refresh_token).await.unwrap_err();
     app.set_tier(&user.id, "starter").await;

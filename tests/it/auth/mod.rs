@@ -18,7 +18,7 @@ mod validate;
 use std::{collections::BTreeMap, fmt::Debug, time::Duration};
 
 use tollkeeper::proto::tollkeeper::auth::v1::{
-    RefreshTokensRequest, RefreshTokensResponse, auth_service_client::AuthServiceClient,
+    RefreshTokensRequest, RefreshTokensResponse, Tokens, auth_service_client::AuthServiceClient,
 };
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
@@ -69,6 +69,11 @@ fn visible(status: &Status) -> (Code, String, String, BTreeMap<String, String>, 
         metadata,
         size,
     )
+}
+
+/// The tokens that follow `token`.
+async fn refreshed(app: &TestApp, token: &str) -> Tokens {
+    refresh(app, token).await.unwrap().tokens.unwrap()
 }
 
 async fn refresh(app: &TestApp, token: &str) -> Result<RefreshTokensResponse, Status> {

@@ -1,7 +1,7 @@
 use tollkeeper::proto::tollkeeper::auth::v1::{GetCurrentUserRequest, LogoutRequest};
 use tonic::Code;
 
-use super::{assert_refused, credential, refresh};
+use super::{assert_refused, credential, refresh, refreshed};
 use crate::harness::TestApp;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -68,11 +68,7 @@ async fn a_second_logout_says_that_the_session_has_ended() {
 async fn a_logout_with_an_older_access_token_ends_the_refreshed_session_too() {
     let app = TestApp::spawn().await;
     let tokens = app.login(&app.user().create().await).await;
-    let next = refresh(&app, &tokens.refresh_token)
-        .await
-        .unwrap()
-        .tokens
-        .unwrap();
+    let next = refreshed(&app, &tokens.refresh_token).await;
     app.logout(&tokens.access_token).await;
     app.validate(&next.access_token).await.unwrap_err();
     refresh(&app, &next.refresh_token).await.unwrap_err();

@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 use tollkeeper::proto::tollkeeper::auth::v1::RefreshTokensResponse;
 use tonic::{Code, Status, transport::Channel};
 
-use super::{assert_refused, refresh, refresh_through};
+use super::{assert_refused, refresh, refresh_through, refreshed};
 use crate::harness::{TestApp, eventually, reason, validate_through};
 
 /// Presents one token this often at once, over these connections in turn.
@@ -44,8 +44,7 @@ async fn fifty_concurrent_refreshes_of_one_token_give_one_successor() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_refreshes_over_two_replicas_give_one_successor() {
-    let keys = tempfile::tempdir().unwrap();
-    let app = TestApp::spawn_with(|s| keys.path().clone_into(&mut s.auth.key_dir)).await;
+    let app = TestApp::spawn().await;
     let replica = app.replica().await;
     let channels = [app.channel.clone(), replica.channel()];
     let first = app.login(&app.user().create().await).await;
@@ -59,15 +58,10 @@ async fn concurrent_refreshes_over_two_replicas_give_one_successor() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn reuse_seen_by_one_replica_ends_the_session_on_the_other() {
-    let keys = tempfile::tempdir().unwrap();
-    let app = TestApp::spawn_with(|s| keys.path().clone_into(&mut s.auth.key_dir)).await;
+    let app = TestApp::spawn().await;
     let replica = app.replica().await;
     let first = app.login(&app.user().create().await).await;
-    let second = refresh(&app, &first.refresh_token)
-        .await
-        .unwrap()
-        .tokens
-        .unwrap();
+    let second = refreshed(&app, &first.refresh_token).await;
     refresh(&app, &second.refresh_token).await.unwrap();
     let token = &second.access_token;
     validate_through(&replica.channel(), &app.service_key, token)
@@ -85,11 +79,7 @@ async fn reuse_seen_by_one_replica_ends_the_session_on_the_other() {
 async fn concurrent_replays_of_an_old_token_revoke_once() {
     let app = TestApp::spawn().await;
     let first = app.login(&app.user().create().await).await;
-    let second = refresh(&app, &first.refresh_token)
-        .await
-        .unwrap()
-        .tokens
-        .unwrap();
+    let second = refreshed(&app, &first.refresh_token).await;
     refresh(&app, &second.refresh_token).await.unwrap();
     let outcomes = present(std::slice::from_ref(&app.channel), &first.refresh_token, 20).await;
     let mut reused = 0;
