@@ -22,7 +22,7 @@ use crate::{
     auth::{Auth, KeyRing, MasterKey},
     config::{self, ServerSettings, Settings},
     error::Error,
-    grpc::{self, AccessLayer, CallLayer, Rules, RulesError, health},
+    grpc::{self, AccessLayer, CallLayer, MemoryLayer, Rules, RulesError, health},
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
     tasks,
@@ -153,12 +153,14 @@ impl Server {
         let (cut, cut_asked) = watch::channel(false);
         let serve = {
             let settings = settings.clone();
+            let memory = MemoryLayer::new(auth.clone(), &rules);
             let access = AccessLayer::new(auth.clone(), rules);
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
                 tonic::transport::Server::builder()
                     .max_concurrent_streams(settings.max_streams)
                     .http2_keepalive_interval(Some(Duration::from_secs(30)))
                     .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+                    .layer(memory.clone())
                     .layer(CallLayer::new(settings.max_deadline, cut_asked.clone()))
                     .layer(access.clone())
                     .add_routes(routes.clone())

@@ -20,9 +20,9 @@ pub(super) const MAX_TOKEN_BYTES: usize = 8192;
 /// `typ` of access tokens: no other JWT passes for one (RFC 9068 §2.1).
 const TYPE: &str = "at+jwt";
 
-/// What a token says. Tier and state are not in it: they are resolved live.
+/// The content of a token (RFC 9068 §2.2). Tier and state are not in it: they are resolved live.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Claims {
+struct Payload {
     iss: String,
     sub: Uuid,
     aud: String,
@@ -32,6 +32,28 @@ pub(super) struct Claims {
     sid: Uuid,
     /// The user's `auth_epoch` when it was issued.
     epoch: i64,
+}
+
+/// What is kept of a token that was checked: what differs between tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Claims {
+    sub: Uuid,
+    exp: i64,
+    iat: i64,
+    sid: Uuid,
+    epoch: i64,
+}
+
+impl From<&Payload> for Claims {
+    fn from(payload: &Payload) -> Self {
+        Self {
+            sub: payload.sub,
+            exp: payload.exp,
+            iat: payload.iat,
+            sid: payload.sid,
+            epoch: payload.epoch,
+        }
+    }
 }
 
 impl Claims {
@@ -90,7 +112,7 @@ impl AccessTokens {
         now: DateTime<Utc>,
     ) -> Result<(String, DateTime<Utc>)> {
         let expires_at = (now + self.ttl).min(standing.session.absolute_expires_at);
-        let claims = Claims {
+        let payload = Payload {
             iss: self.issuer.clone(),
             sub: standing.user.id.0,
             aud: self.audience.clone(),
@@ -103,8 +125,8 @@ impl AccessTokens {
         let mut header = Header::new(self.keys.signing.algorithm);
         header.typ = Some(TYPE.to_owned());
         header.kid = Some(self.keys.signing.kid.clone());
-        let token = encode(&header, &claims, &self.keys.signing.key).map_err(Error::internal)?;
-        Ok((token, claims.expires_at()))
+        let token = encode(&header, &payload, &self.keys.signing.key).map_err(Error::internal)?;
+        Ok((token, Claims::from(&payload).expires_at()))
     }
 
     /// Checks everything that can be checked of a token by itself.
@@ -133,9 +155,8 @@ impl AccessTokens {
         validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
         // Times are checked below, against the caller's clock.
         validation.validate_exp = false;
-        let claims: Claims = decode(token, &verifying.key, &validation)
-            .map_err(|_| Fault::Invalid)?
-            .claims;
+        let decoded = decode::<Payload>(token, &verifying.key, &validation);
+        let claims = Claims::from(&decoded.map_err(|_| Fault::Invalid)?.claims);
         let leeway = self.leeway.as_secs().cast_signed();
         if claims.iat > now.timestamp().saturating_add(leeway) {
             return Err(Fault::Invalid);
@@ -149,11 +170,17 @@ impl AccessTokens {
     /// # Errors
     /// `Expired`
     pub(super) fn check_expiry(&self, claims: &Claims, now: DateTime<Utc>) -> Result<(), Fault> {
-        let leeway = self.leeway.as_secs().cast_signed();
-        if claims.exp.saturating_add(leeway) <= now.timestamp() {
+        if self.expiry(claims) <= now.timestamp() {
             return Err(Fault::Expired);
         }
         Ok(())
+    }
+
+    /// From when a token is refused, in seconds since the epoch: its `exp` and the leeway.
+    pub(super) fn expiry(&self, claims: &Claims) -> i64 {
+        claims
+            .exp
+            .saturating_add(self.leeway.as_secs().cast_signed())
     }
 }
 

@@ -11,9 +11,9 @@ use quick_cache::{Weighter, sync::Cache};
 use tokio::time::timeout;
 
 use super::{
-    access_token::Claims,
     freshness::{BootTime, Freshness, Trust},
     stamps::{Stamp, Stamps},
+    validation::Validated,
 };
 use crate::{
     error::{Error, Result},
@@ -56,7 +56,7 @@ type Answers<K, V> = Cache<K, Arc<Answer<V>>>;
 /// A credential whose text has been checked: only its state is open.
 #[derive(Clone)]
 pub(super) enum Verified {
-    Token(Arc<Claims>, Arc<Answer<SessionStanding>>),
+    Token(Validated),
     ServiceKey(Arc<Answer<ServiceStanding>>),
 }
 

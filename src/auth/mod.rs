@@ -27,7 +27,7 @@ pub use master_key::MasterKey;
 pub use password::{ImportedHash, LoginPassword};
 pub use random::random_alphanumeric;
 pub use sessions::{IssuedTokens, LoggedIn, Refreshed};
-pub use validation::{Principal, UserPrincipal, Validated};
+pub use validation::{KnownService, Principal, UserPrincipal, Validated};
 
 use access_token::AccessTokens;
 use cache::CredentialCache;

@@ -4,8 +4,12 @@
 //! resolved live, from memory that the change feed keeps true, so a logout or a ban needs no expiry
 //! and a good token no database.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
 use super::{
@@ -16,7 +20,7 @@ use super::{
 };
 use crate::{
     error::{Credential, Error, Fault, Result},
-    model::{Role, ScopeSet, ServiceAccountId, SessionId, SessionStanding, User, UserId},
+    model::{Role, Scope, ScopeSet, ServiceAccountId, SessionId, SessionStanding, User, UserId},
     store::ServiceStanding,
 };
 
@@ -38,11 +42,22 @@ pub struct UserPrincipal {
     pub session_id: SessionId,
 }
 
-/// A good access token and what it stands for now.
+/// A good access token and what it stands for now. Cheap to clone.
 #[derive(Clone)]
-pub struct Validated {
-    claims: Arc<Claims>,
+pub struct Validated(Arc<Checked>);
+
+/// A service as its key was last resolved: perhaps outdated.
+#[derive(Clone)]
+pub struct KnownService(Arc<Answer<ServiceStanding>>);
+
+/// One allocation: the memory that a hit touches is what it costs.
+struct Checked {
+    /// Seconds since the epoch, exclusive: until then only a change can spoil the token.
+    good_until: i64,
+    claims: Claims,
     answer: Arc<Answer<SessionStanding>>,
+    /// See [`Validated::encoded`].
+    encoded: OnceLock<Bytes>,
 }
 
 impl Validated {
@@ -51,15 +66,15 @@ impl Validated {
     }
 
     pub fn session_id(&self) -> SessionId {
-        self.claims.session_id()
+        self.0.claims.session_id()
     }
 
     pub fn issued_at(&self) -> DateTime<Utc> {
-        self.claims.issued_at()
+        self.0.claims.issued_at()
     }
 
     pub fn expires_at(&self) -> DateTime<Utc> {
-        self.claims.expires_at()
+        self.0.claims.expires_at()
     }
 
     /// How long the answer may be reused without missing a revocation for longer than promised.
@@ -68,8 +83,15 @@ impl Validated {
         Duration::ZERO
     }
 
+    /// The answer as a caller wants it on the wire, made once by `encode` and kept beside the token
+    /// for as long as it holds.
+    pub fn encoded(&self, encode: impl FnOnce(&Self) -> Bytes) -> &Bytes {
+        self.0.encoded.get_or_init(|| encode(self))
+    }
+
     fn standing(&self) -> &SessionStanding {
-        self.answer
+        self.0
+            .answer
             .value
             .as_ref()
             .expect("checked before it was made")
@@ -109,40 +131,76 @@ impl Auth {
     ) -> Result<Validated> {
         let refused = |fault| Error::Refused { credential, fault };
         let clock = BootTime::now();
-        let (claims, answer) = match self.cache.credential(token) {
-            Some(Verified::Token(claims, answer)) => {
-                if let Err(expired) = self.access_tokens.check_expiry(&claims, now) {
+        let claims = match self.cache.credential(token) {
+            Some(Verified::Token(validated)) => {
+                if self.still_good(&validated, now, clock) {
+                    return Ok(validated);
+                }
+                let claims = &validated.0.claims;
+                if let Err(expired) = self.access_tokens.check_expiry(claims, now) {
                     self.cache.forget(token);
                     return Err(refused(expired));
                 }
-                if self.cache.holds(&answer, clock) {
-                    (claims, answer)
-                } else {
-                    self.read_standing(token, claims, clock).await?
-                }
+                *claims
             }
             Some(Verified::ServiceKey(_)) => return Err(refused(Fault::Invalid)),
-            None => {
-                let claims = self.access_tokens.verify(token, now).map_err(refused)?;
-                self.read_standing(token, Arc::new(claims), clock).await?
-            }
+            None => self.access_tokens.verify(token, now).map_err(refused)?,
         };
-        let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
-        check(standing, &claims, now).map_err(refused)?;
-        Ok(Validated { claims, answer })
-    }
-
-    async fn read_standing(
-        &self,
-        token: &str,
-        claims: Arc<Claims>,
-        clock: BootTime,
-    ) -> Result<(Arc<Claims>, Arc<Answer<SessionStanding>>)> {
         let (session_id, user_id) = (claims.session_id(), claims.user_id());
         let answer = self.cache.standing(session_id, user_id, clock).await?;
+        let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
+        check(standing, &claims, now).map_err(refused)?;
+        let expires_at = self.access_tokens.expiry(&claims);
+        let session_ends_at = standing.session.absolute_expires_at.timestamp();
+        let validated = Validated(Arc::new(Checked {
+            good_until: expires_at.min(session_ends_at),
+            claims,
+            answer,
+            encoded: OnceLock::new(),
+        }));
         self.cache
-            .remember(token, Verified::Token(claims.clone(), answer.clone()));
-        Ok((claims, answer))
+            .remember(token, Verified::Token(validated.clone()));
+        Ok(validated)
+    }
+
+    /// What [`Auth::validate`] would answer, if memory alone can say so and it is good news.
+    pub fn recall(&self, token: &str, now: DateTime<Utc>, clock: BootTime) -> Option<Validated> {
+        match self.cache.credential(token)? {
+            Verified::Token(validated) => {
+                self.still_good(&validated, now, clock).then_some(validated)
+            }
+            Verified::ServiceKey(_) => None,
+        }
+    }
+
+    /// The service behind a key, if memory knows the key. Ask [`Auth::still_admits`] what it is worth.
+    pub fn recall_service(&self, key: &str) -> Option<KnownService> {
+        match self.cache.credential(key)? {
+            Verified::ServiceKey(answer) => Some(KnownService(answer)),
+            Verified::Token(_) => None,
+        }
+    }
+
+    /// Whether memory alone can say that a service is good and has a scope.
+    pub fn still_admits(
+        &self,
+        service: &KnownService,
+        scope: Scope,
+        now: DateTime<Utc>,
+        clock: BootTime,
+    ) -> bool {
+        let KnownService(answer) = service;
+        self.cache.holds(answer, clock)
+            && answer.value.as_ref().is_some_and(|standing| {
+                check_service(standing, now).is_ok() && standing.account.scopes.contains(scope)
+            })
+    }
+
+    fn still_good(&self, validated: &Validated, now: DateTime<Utc>, clock: BootTime) -> bool {
+        let Checked {
+            good_until, answer, ..
+        } = &*validated.0;
+        now.timestamp() < *good_until && self.cache.holds(answer, clock)
     }
 
     async fn authenticate_service(&self, key: &str, now: DateTime<Utc>) -> Result<Principal> {

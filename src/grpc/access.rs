@@ -117,6 +117,11 @@ impl Rules {
         Ok(Self(Arc::new(rules)))
     }
 
+    /// The scope by which services may call an RPC.
+    pub(super) fn service_scope(&self, path: &str) -> Option<Scope> {
+        self.0.get(path)?.service
+    }
+
     /// The rule of an RPC; `None` when there is no such RPC.
     fn admission(&self, path: &str) -> Option<Admission> {
         let public = || {
@@ -223,7 +228,7 @@ impl AccessLayer {
 }
 
 /// The bearer credential of a request (RFC 6750 §2.1).
-fn bearer(headers: &http::HeaderMap) -> Result<&str> {
+pub(super) fn bearer(headers: &http::HeaderMap) -> Result<&str> {
     let refused = Error::Refused {
         credential: Credential::Authorization,
         fault: Fault::Invalid,

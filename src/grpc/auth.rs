@@ -4,14 +4,14 @@ use tonic::{Request, Response, Status};
 use super::{
     access::Caller,
     call::origin_of,
-    convert::{self, Fields, only, time},
+    convert::{self, Fields, only},
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
     error::{Credential, Error},
     model::{Role, Violation},
     proto::tollkeeper::auth::v1::{
-        self as pb, GetCurrentUserRequest, GetCurrentUserResponse, GetJwksRequest, GetJwksResponse,
+        GetCurrentUserRequest, GetCurrentUserResponse, GetJwksRequest, GetJwksResponse,
         LoginRequest, LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest,
         RefreshTokensResponse, RegisterRequest, RegisterResponse, ValidateTokenRequest,
         ValidateTokenResponse, auth_service_server::AuthService,
@@ -126,15 +126,8 @@ impl AuthService for Handler {
             None
         };
         Ok(Response::new(ValidateTokenResponse {
-            user_id: user.id.to_string(),
-            username: user.username.to_string(),
-            tier: user.tier.to_string(),
-            role: pb::Role::from(user.role).into(),
-            session_id: validated.session_id().to_string(),
-            issued_at: Some(time(validated.issued_at())),
-            expires_at: Some(time(validated.expires_at())),
-            cache_for: prost_types::Duration::try_from(validated.cache_for()).ok(),
             quota,
+            ..ValidateTokenResponse::from(&validated)
         }))
     }
 

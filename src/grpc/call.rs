@@ -10,16 +10,19 @@ use std::{
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response,
+    HeaderMap, Request, Response,
     header::{CONTENT_TYPE, USER_AGENT},
 };
 use tokio::sync::watch;
 use tonic::{Code, Status, body::Body, transport::server::TcpConnectInfo};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
-use uuid::Uuid;
 
-use super::{access::Caller, status};
+use super::{
+    access::Caller,
+    request_id::{self, REQUEST_ID},
+    status,
+};
 use crate::{
     auth::Principal,
     model::{Actor, Origin},
@@ -28,8 +31,6 @@ use crate::{
 /// How much sooner than the client asks a call ends. At the same instant, the transport's own timer
 /// would now and then be first, and answer CANCELLED without details.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(1);
-
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Methods called once per request of somebody else's traffic, or by tools: their successes are no
 /// news.
@@ -117,8 +118,9 @@ where
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let started = Instant::now();
         let method = request.uri().path().trim_start_matches('/').to_owned();
+        let id = request_id::of(request.headers());
         let context = CallContext {
-            request_id: request_id(request.headers()),
+            request_id: id.to_str().unwrap_or_default().to_owned(),
             address: request
                 .extensions()
                 .get::<TcpConnectInfo>()
@@ -143,9 +145,7 @@ where
                 None => status::not_grpc(),
             };
             let code = explain(&mut response, &request_id);
-            if let Ok(value) = HeaderValue::from_str(&request_id) {
-                response.headers_mut().insert(REQUEST_ID, value);
-            }
+            response.headers_mut().insert(REQUEST_ID, id);
             log(&method, code, started.elapsed());
             Ok(response)
         };
@@ -174,20 +174,9 @@ async fn guard<E>(
 }
 
 /// Whether a request speaks gRPC (gRPC over HTTP/2, `Content-Type`); the transport does not look.
-fn is_grpc(headers: &HeaderMap) -> bool {
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     let value = headers.get(CONTENT_TYPE);
     value.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
-}
-
-/// The caller's request id when it is sane, a new one otherwise.
-fn request_id(headers: &HeaderMap) -> String {
-    let sane =
-        |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
-    headers
-        .get(REQUEST_ID)
-        .and_then(|value| value.to_str().ok())
-        .filter(sane)
-        .map_or_else(|| Uuid::now_v7().to_string(), str::to_owned)
 }
 
 fn user_agent(headers: &HeaderMap) -> String {
@@ -252,6 +241,8 @@ fn log(method: &str, code: Code, took: Duration) {
 
 #[cfg(test)]
 mod tests {
+    use http::{HeaderName, HeaderValue};
+
     use super::*;
 
     fn headers(name: &'static str, value: &str) -> HeaderMap {
@@ -259,15 +250,6 @@ mod tests {
             HeaderName::from_static(name),
             HeaderValue::from_str(value).expect("ASCII"),
         )])
-    }
-
-    #[test]
-    fn request_ids_are_taken_when_sane() {
-        assert_eq!(request_id(&headers("x-request-id", "abc-123")), "abc-123");
-        for bad in ["", "with space", &"x".repeat(129)] {
-            assert_ne!(request_id(&headers("x-request-id", bad)), *bad);
-        }
-        assert_ne!(request_id(&HeaderMap::new()), request_id(&HeaderMap::new()));
     }
 
     #[test]

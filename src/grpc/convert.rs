@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
 
 use crate::{
-    auth::{IssuedTokens, PublicKey},
+    auth::{IssuedTokens, PublicKey, Validated},
     error::{Error, FieldViolation, Result, Violations},
     model::{
         Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, Person, QuotaStanding,
@@ -282,6 +282,24 @@ impl From<Role> for auth::v1::Role {
         match role {
             Role::User => Self::User,
             Role::Admin => Self::Admin,
+        }
+    }
+}
+
+/// Without quota, which is not part of what a token says.
+impl From<&Validated> for auth::v1::ValidateTokenResponse {
+    fn from(validated: &Validated) -> Self {
+        let user = validated.user();
+        Self {
+            user_id: user.id.to_string(),
+            username: user.username.to_string(),
+            tier: user.tier.to_string(),
+            role: auth::v1::Role::from(user.role).into(),
+            session_id: validated.session_id().to_string(),
+            issued_at: Some(time(validated.issued_at())),
+            expires_at: Some(time(validated.expires_at())),
+            cache_for: prost_types::Duration::try_from(validated.cache_for()).ok(),
+            quota: None,
         }
     }
 }

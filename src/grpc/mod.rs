@@ -9,6 +9,8 @@ mod auth;
 mod call;
 mod convert;
 pub mod health;
+mod memory;
+mod request_id;
 mod status;
 mod usage;
 
@@ -16,6 +18,7 @@ use tonic::service::{Routes, RoutesBuilder};
 
 pub use access::{AccessLayer, Rules, RulesError};
 pub use call::CallLayer;
+pub use memory::MemoryLayer;
 
 use crate::{
     auth::Auth,

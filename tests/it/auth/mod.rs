@@ -60,7 +60,7 @@ fn credential(status: &Status) -> String {
 fn visible(status: &Status) -> (Code, String, String, BTreeMap<String, String>, usize) {
     let info = status.get_details_error_info().expect("an ErrorInfo");
     let mut metadata: BTreeMap<_, _> = info.metadata.into_iter().collect();
-    assert_eq!(metadata.remove("request_id").map(|id| id.len()), Some(36));
+    assert_eq!(metadata.remove("request_id").map(|id| id.len()), Some(32));
     let size = status.details().len();
     (
         status.code(),

@@ -1,0 +1,345 @@
+//! The short way: what memory alone can answer is answered before the machinery for calls that wait.
+//!
+//! Internal services ask `ValidateToken` for every request of their own, so that call has a way of
+//! its own through the server: no task, no timer, no allocation but the answer's. It knows good news
+//! only. Whatever is not at once a known caller, a known token and a whole plain message goes on to
+//! the other layers as if it had not been looked at; they decide, refuse, explain and log.
+
+use std::{
+    ops::ControlFlow,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+};
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use http::{
+    HeaderMap, HeaderValue, Request, Response,
+    header::{AUTHORIZATION, CONTENT_TYPE},
+};
+use http_body::{Body as _, Frame};
+use prost::{
+    Message as _,
+    encoding::{self, WireType},
+};
+use tonic::{Status, body::Body};
+use tower::{Layer, Service, ServiceExt as _, util::Oneshot};
+use tracing::Level;
+
+use super::{
+    access::{Rules, bearer},
+    call::is_grpc,
+    request_id::{self, REQUEST_ID},
+};
+use crate::{
+    auth::{Auth, BootTime, KnownService, Validated},
+    model::Scope,
+    proto::tollkeeper::auth::v1::ValidateTokenResponse,
+};
+
+const VALIDATE_TOKEN: &str = "/tollkeeper.auth.v1.AuthService/ValidateToken";
+
+/// What precedes a message: whether it is compressed, and its length (gRPC over HTTP/2,
+/// `Length-Prefixed-Message`).
+const PREFIX_BYTES: usize = 5;
+
+/// See the module.
+#[derive(Clone)]
+pub struct MemoryLayer {
+    auth: Auth,
+    /// By which services may call.
+    scope: Option<Scope>,
+}
+
+impl MemoryLayer {
+    pub fn new(auth: Auth, rules: &Rules) -> Self {
+        Self {
+            auth,
+            scope: rules.service_scope(VALIDATE_TOKEN),
+        }
+    }
+}
+
+impl<S> Layer<S> for MemoryLayer {
+    type Service = MemoryService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        MemoryService(Arc::new(Shared {
+            layer: self.clone(),
+            caller: Mutex::default(),
+            inner,
+        }))
+    }
+}
+
+/// See [`MemoryLayer`]. Cloned for every call, so one pointer.
+pub struct MemoryService<S>(Arc<Shared<S>>);
+
+pub struct Shared<S> {
+    layer: MemoryLayer,
+    /// Who called last, by the header that said so: seldom another one calls next.
+    caller: Mutex<Option<(HeaderValue, KnownService)>>,
+    inner: S,
+}
+
+impl<S> Clone for MemoryService<S> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<S> Service<Request<Body>> for MemoryService<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone,
+    S::Future: Unpin,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = MemoryFuture<S>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        // A call that goes on waits for the inner service then.
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        MemoryFuture::Asked(self.0.clone(), Some(request))
+    }
+}
+
+/// A call under way.
+pub enum MemoryFuture<S: Service<Request<Body>>> {
+    Asked(Arc<Shared<S>>, Option<Request<Body>>),
+    Passed(Oneshot<S, Request<Body>>),
+}
+
+impl<S> Future for MemoryFuture<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone,
+    S::Future: Unpin,
+{
+    type Output = Result<Response<Body>, S::Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Self::Asked(shared, request) = &mut *self {
+            let request = request.take().expect("polled once in this state");
+            match shared.look(request, cx) {
+                ControlFlow::Break(response) => return Poll::Ready(Ok(response)),
+                ControlFlow::Continue(request) => {
+                    let passed = shared.inner.clone().oneshot(request);
+                    *self = Self::Passed(passed);
+                }
+            }
+        }
+        let Self::Passed(passed) = &mut *self else {
+            unreachable!("passed on above");
+        };
+        Pin::new(passed).poll(cx)
+    }
+}
+
+impl<S> Shared<S> {
+    /// The answer, or the request as it came.
+    fn look(
+        &self,
+        request: Request<Body>,
+        cx: &mut Context<'_>,
+    ) -> ControlFlow<Response<Body>, Request<Body>> {
+        // Where successes are logged, they take the way that logs.
+        if request.uri().path() != VALIDATE_TOKEN || tracing::enabled!(Level::DEBUG) {
+            return ControlFlow::Continue(request);
+        }
+        let auth = &self.layer.auth;
+        let (now, clock) = (Utc::now(), BootTime::now());
+        if !is_grpc(request.headers()) || !self.may_call(request.headers(), now, clock) {
+            return ControlFlow::Continue(request);
+        }
+        let (head, mut body) = request.into_parts();
+        // The message came with the headers or it does not matter here: nothing waits for it.
+        let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut body).poll_frame(cx) else {
+            return ControlFlow::Continue(Request::from_parts(head, body));
+        };
+        let frame = match frame.into_data() {
+            Ok(data) if body.is_end_stream() => {
+                let known = token_of(&data).and_then(|token| auth.recall(token, now, clock));
+                if let Some(validated) = known {
+                    return ControlFlow::Break(respond(&head.headers, &validated));
+                }
+                Frame::data(data)
+            }
+            Ok(data) => Frame::data(data),
+            Err(frame) => frame,
+        };
+        let body = Body::new(Unread {
+            frame: Some(frame),
+            rest: body,
+        });
+        ControlFlow::Continue(Request::from_parts(head, body))
+    }
+}
+
+impl<S> Shared<S> {
+    fn may_call(&self, headers: &HeaderMap, now: DateTime<Utc>, clock: BootTime) -> bool {
+        let (Ok(key), Some(header)) = (bearer(headers), headers.get(AUTHORIZATION)) else {
+            return false;
+        };
+        let MemoryLayer { auth, scope } = &self.layer;
+        let admits =
+            |known: &_| scope.is_some_and(|scope| auth.still_admits(known, scope, now, clock));
+        // A connection's calls are looked at by one thread: it is never locked for long.
+        let mut caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((called_with, known)) = &*caller
+            && called_with == header
+            && admits(known)
+        {
+            return true;
+        }
+        let known = auth.recall_service(key).filter(admits);
+        *caller = known.map(|known| (header.clone(), known));
+        caller.is_some()
+    }
+}
+
+/// The token of a `ValidateTokenRequest` that holds nothing else, from the bytes of a call.
+fn token_of(data: &[u8]) -> Option<&str> {
+    let (prefix, mut message) = data.split_at_checked(PREFIX_BYTES)?;
+    let len = u32::try_from(message.len()).ok()?.to_be_bytes();
+    let whole = prefix == [0, len[0], len[1], len[2], len[3]];
+    let (tag, wire_type) = encoding::decode_key(&mut message).ok()?;
+    let token_bytes = encoding::decode_varint(&mut message).ok()?;
+    let alone = (tag, wire_type) == (1, WireType::LengthDelimited)
+        && usize::try_from(token_bytes) == Ok(message.remaining());
+    std::str::from_utf8(message).ok().filter(|_| whole && alone)
+}
+
+fn respond(headers: &HeaderMap, validated: &Validated) -> Response<Body> {
+    let message = validated.encoded(encode).clone();
+    let mut response = Response::new(Body::new(Answer::Message(message)));
+    let headers_out = response.headers_mut();
+    headers_out.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers_out.insert(REQUEST_ID, request_id::of(headers));
+    response
+}
+
+/// The answer as it goes over the wire, its prefix included.
+fn encode(validated: &Validated) -> Bytes {
+    let message = ValidateTokenResponse::from(validated);
+    let len = message.encoded_len();
+    let mut bytes = BytesMut::with_capacity(PREFIX_BYTES + len);
+    bytes.put_u8(0);
+    bytes.put_u32(u32::try_from(len).expect("names and times"));
+    message.encode(&mut bytes).expect("it has room");
+    bytes.freeze()
+}
+
+/// A body of one message, with the trailers of a success.
+enum Answer {
+    Message(Bytes),
+    Trailers,
+    Ended,
+}
+
+impl http_body::Body for Answer {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = match &mut *self {
+            Self::Message(message) => {
+                let message = std::mem::take(message);
+                *self = Self::Trailers;
+                Frame::data(message)
+            }
+            Self::Trailers => {
+                *self = Self::Ended;
+                let mut trailers = HeaderMap::with_capacity(1);
+                trailers.insert("grpc-status", HeaderValue::from_static("0"));
+                Frame::trailers(trailers)
+            }
+            Self::Ended => return Poll::Ready(None),
+        };
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Ended)
+    }
+}
+
+/// A body whose first frame was looked at.
+struct Unread {
+    frame: Option<Frame<Bytes>>,
+    rest: Body,
+}
+
+impl http_body::Body for Unread {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match self.frame.take() {
+            Some(frame) => Poll::Ready(Some(Ok(frame))),
+            None => Pin::new(&mut self.rest).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.frame.is_none() && self.rest.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::tollkeeper::auth::v1::ValidateTokenRequest;
+
+    fn framed(request: &ValidateTokenRequest) -> Vec<u8> {
+        let message = request.encode_to_vec();
+        let len = u32::try_from(message.len()).expect("small");
+        [&[0], &len.to_be_bytes()[..], &message].concat()
+    }
+
+    fn request(token: &str, include_quota: bool) -> ValidateTokenRequest {
+        ValidateTokenRequest {
+            token: token.to_owned(),
+            include_quota,
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_a_token_and_nothing_else_is_read() {
+        for token in [
+            "x",
+            "ä",
+            &"y".repeat(127),
+            &"z".repeat(128),
+            &"z".repeat(20_000),
+        ] {
+            assert_eq!(token_of(&framed(&request(token, false))), Some(token));
+        }
+    }
+
+    #[test]
+    fn any_other_message_is_left_to_the_long_way() {
+        let good = framed(&request("token", false));
+        assert_eq!(token_of(&framed(&request("", false))), None);
+        assert_eq!(token_of(&framed(&request("token", true))), None);
+        for end in 0..good.len() {
+            assert_eq!(token_of(&good[..end]), None, "{end}");
+        }
+        assert_eq!(token_of(&[&good[..], b"x"].concat()), None);
+        // Compressed; another field; another type; not UTF-8; a length beyond the message.
+        for (index, byte) in [(0, 1), (5, 0x12), (5, 0x08), (7, 0xff), (6, 0x7f)] {
+            let mut bad = good.clone();
+            bad[index] = byte;
+            assert_eq!(token_of(&bad), None, "{index}");
+        }
+    }
+}
