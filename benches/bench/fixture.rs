@@ -99,6 +99,19 @@ impl Fixture {
         Server::service(&self.program, &settings, &log)
     }
 
+    pub(crate) fn database_url(&self) -> &str {
+        self.postgres.database_url()
+    }
+
+    /// The folder of the signing keys.
+    pub(crate) fn key_dir(&self) -> &str {
+        let found = self
+            .settings
+            .iter()
+            .find(|(name, _)| name == "TOLLKEEPER_AUTH_KEY_DIR");
+        found.map_or("", |(_, folder)| folder)
+    }
+
     /// Signs a new access token of a person's session, as the service would.
     pub(crate) fn token(&self, person: &Person) -> anyhow::Result<String> {
         self.signer.sign(person, TOKEN_SECS)

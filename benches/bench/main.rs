@@ -7,6 +7,7 @@
 mod echo;
 mod fixture;
 mod h2load;
+mod layers;
 mod load;
 mod login;
 mod process;
@@ -48,6 +49,11 @@ enum Command {
         /// Connections at most
         #[arg(long, default_value_t = 8)]
         connections: usize,
+    },
+    /// What each layer of the server adds to a call, in this process
+    Layers {
+        #[command(flatten)]
+        options: Options,
     },
     /// Logins against what the hash alone allows, and what they do to other calls
     Login {
@@ -129,6 +135,7 @@ fn main() -> anyhow::Result<()> {
             connections,
             options,
         }),
+        Command::Layers { options } => layers::run(&options),
         Command::Login { options } => login::run(&options),
         Command::Echo { shape } => serve_echo::serve(shape),
     }
