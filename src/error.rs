@@ -34,6 +34,14 @@ pub enum Error {
     UserNotFound,
     #[error("no such service account")]
     ServiceAccountNotFound,
+    #[error("no such API key")]
+    ApiKeyNotFound,
+    /// Rather than grow without bound.
+    #[error("there are {limit} live keys already, which is the most")]
+    TooManyKeys { limit: u32 },
+    /// An API key called what only its owner, logged in, may do.
+    #[error("an API key may not do this: log in")]
+    SessionRequired,
     #[error("an account with this e-mail address or username exists")]
     AccountExists,
     #[error("a service account of this name exists")]

@@ -39,6 +39,9 @@ const UNKNOWN_KEYS: usize = 4096;
 /// All services' answers share one stamp: they are few and seldom change.
 const SERVICES: &str = "services";
 
+/// Of what was no API key when it was asked for.
+const API_KEYS: &str = "api_keys";
+
 /// See the module.
 pub(super) struct CredentialCache {
     store: Store,
@@ -95,6 +98,7 @@ impl CredentialCache {
     pub(super) fn apply(&self, change: Change) {
         match change {
             Change::User(id) => self.stamps.outdate(id),
+            Change::NewApiKey => self.stamps.outdate(API_KEYS),
             Change::Services => self.stamps.outdate(SERVICES),
             Change::All => self.stamps.outdate_all(),
         }

@@ -61,6 +61,14 @@ impl From<Error> for Status {
             Error::ServiceAccountNotFound => {
                 status(Code::NotFound, Reason::ServiceAccountNotFound, message)
             }
+            Error::ApiKeyNotFound => status(Code::NotFound, Reason::ApiKeyNotFound, message),
+            Error::TooManyKeys { limit } => {
+                let details = info(Reason::TooManyKeys, [("limit", &*limit.to_string())]);
+                Self::with_error_details(Code::FailedPrecondition, message, details)
+            }
+            Error::SessionRequired => {
+                status(Code::PermissionDenied, Reason::SessionRequired, message)
+            }
             Error::AccountExists => status(Code::AlreadyExists, Reason::AccountExists, message),
             Error::ServiceAccountExists => {
                 status(Code::AlreadyExists, Reason::ServiceAccountExists, message)

@@ -70,6 +70,9 @@ pub enum AuditAction {
     RefreshTokenReused,
     ServiceAccountCreated,
     ServiceAccountDisabled,
+    ServiceKeyRotated,
+    ApiKeyCreated,
+    ApiKeyRevoked,
 }
 
 impl AuditAction {
@@ -85,6 +88,9 @@ impl AuditAction {
             Self::RefreshTokenReused => "session.refresh_token_reused",
             Self::ServiceAccountCreated => "service_account.created",
             Self::ServiceAccountDisabled => "service_account.disabled",
+            Self::ServiceKeyRotated => "service_account.key_rotated",
+            Self::ApiKeyCreated => "api_key.created",
+            Self::ApiKeyRevoked => "api_key.revoked",
         }
     }
 }
@@ -94,7 +100,7 @@ impl AuditAction {
 pub struct AuditEvent<'a> {
     pub action: AuditAction,
     pub origin: &'a Origin,
-    /// The user, session or service account acted on.
+    /// The user, session, API key or service account acted on.
     pub target: Uuid,
     pub details: Value,
 }

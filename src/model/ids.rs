@@ -56,6 +56,10 @@ id!(
     ServiceKeyId
 );
 id!(
+    /// A key that a user made for a program.
+    ApiKeyId
+);
+id!(
     /// A usage event, named by the client that reports it.
     EventId
 );

@@ -3,6 +3,7 @@
 //! Values here are valid by construction: parsing is the only way in from outside. This room knows
 //! no database, no protocol and no clock.
 
+mod api_key;
 mod audit;
 mod change;
 mod ids;
@@ -16,10 +17,13 @@ mod session;
 mod usage;
 mod user;
 
+pub use api_key::{ApiKey, ApiKeyScopes, ApiKeyStanding};
 pub use audit::{Actor, AuditAction, AuditEvent, Origin};
 pub use change::Change;
-pub use ids::{EventId, ServiceAccountId, ServiceKeyId, SessionId, UserId};
-pub use names::{Email, FullName, Identifier, ModelName, ServiceName, TierName, Username};
+pub use ids::{ApiKeyId, EventId, ServiceAccountId, ServiceKeyId, SessionId, UserId};
+pub use names::{
+    ApiKeyName, Email, FullName, Identifier, ModelName, ServiceName, TierName, Username,
+};
 pub use page::{Cursor, Page, PageRequest};
 pub use period::Period;
 pub use quota::{QuotaStanding, TierLimits, Tiers};

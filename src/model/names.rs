@@ -61,6 +61,12 @@ name!(
     check_service_name
 );
 name!(
+    /// The name of an API key, for its owner to tell it from others: 1 to 100 characters, without
+    /// control characters.
+    ApiKeyName,
+    check_api_key_name
+);
+name!(
     /// The name of a tier: 1 to 32 of `a-z 0-9 _ -`, beginning with a letter.
     TierName,
     check_tier_name
@@ -154,6 +160,16 @@ fn check_full_name(text: &str) -> Result<(), Violation> {
     }
 }
 
+fn check_api_key_name(text: &str) -> Result<(), Violation> {
+    if !(1..=100).contains(&text.chars().count()) {
+        Err("must be 1 to 100 characters".into())
+    } else if text.chars().any(char::is_control) {
+        Err("must not hold control characters".into())
+    } else {
+        Ok(())
+    }
+}
+
 fn check_tier_name(text: &str) -> Result<(), Violation> {
     let ok = (1..=32).contains(&text.len())
         && text.as_bytes()[0].is_ascii_lowercase()
@@ -208,6 +224,7 @@ mod tests {
                 text.parse::<Username>().map(|name| name.into_string()),
                 text.parse::<FullName>().map(|name| name.into_string()),
                 text.parse::<ServiceName>().map(|name| name.into_string()),
+                text.parse::<ApiKeyName>().map(|name| name.into_string()),
                 text.parse::<TierName>().map(|name| name.into_string()),
                 text.parse::<ModelName>().map(|name| name.into_string()),
             ]

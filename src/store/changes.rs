@@ -120,6 +120,7 @@ fn parse(payload: &str, listener: Uuid) -> Option<Notification> {
             let change = Change::User(id.parse::<UserId>().ok()?);
             Some(Notification::Changed(change))
         }
+        ("api_keys", None, None) => Some(Notification::Changed(Change::NewApiKey)),
         ("services", None, None) => Some(Notification::Changed(Change::Services)),
         ("all", None, None) => Some(Notification::Changed(Change::All)),
         _ => None,
@@ -148,6 +149,7 @@ mod tests {
             changed(Change::User(user))
         );
         assert_eq!(parse("services", me), changed(Change::Services));
+        assert_eq!(parse("api_keys", me), changed(Change::NewApiKey));
         assert_eq!(parse("all", me), changed(Change::All));
         for strange in [
             "",

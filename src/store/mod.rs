@@ -3,6 +3,7 @@
 //! Every public operation is one statement or one transaction, so a dropped future leaves all of it
 //! or nothing: the pool discards a connection whose transaction was cut short.
 
+mod api_keys;
 mod audit;
 mod changes;
 mod conn;
@@ -33,6 +34,7 @@ use tokio::{
 
 use conn::Conn;
 
+pub use api_keys::NewApiKey;
 pub use changes::{ChangeListener, Notification};
 pub use migrations::{MigrationStatus, Migrator};
 pub use service_accounts::{NewServiceAccount, ServiceStanding};

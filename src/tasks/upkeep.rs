@@ -18,7 +18,10 @@ const MONTHS_AHEAD: u32 = 3;
 const SESSION_RETENTION: TimeDelta = TimeDelta::days(30);
 const SWEEP_BATCH: i64 = 5_000;
 
-/// Makes partitions ahead and deletes sessions long ended; runs until dropped.
+/// API keys are listed for a while after their end.
+const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
+
+/// Makes partitions ahead and deletes sessions and API keys long ended; runs until dropped.
 pub async fn upkeep(store: Store) {
     let mut ticks = interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -49,20 +52,29 @@ async fn upkeep_once(store: &Store, now: DateTime<Utc>) -> Result<()> {
             "rows in a default partition: their month had no partition"
         );
     }
+    let before = now - SESSION_RETENTION;
+    sweep("sessions", || store.session_sweep(before, SWEEP_BATCH)).await?;
+    let before = now - API_KEY_RETENTION;
+    sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
+    debug!("upkeep done");
+    Ok(())
+}
+
+/// Deletes what ended long ago, batch by batch.
+async fn sweep<F>(what: &str, batch: impl Fn() -> F) -> Result<()>
+where
+    F: Future<Output = Result<usize>>,
+{
     let mut swept = 0;
     loop {
-        let batch = store
-            .session_sweep(now - SESSION_RETENTION, SWEEP_BATCH)
-            .await?;
-        swept += batch;
-        if batch == 0 {
-            break;
+        match batch().await? {
+            0 => break,
+            deleted => swept += deleted,
         }
     }
     if swept > 0 {
-        info!(swept, "deleted sessions long ended");
+        info!(swept, "deleted {what} long ended");
     }
-    debug!("upkeep done");
     Ok(())
 }
 
