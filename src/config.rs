@@ -105,6 +105,11 @@ pub struct AuthSettings {
     pub max_stale: Duration,
     /// Memory for what is known of credentials, bytes.
     pub cache_bytes: u64,
+    /// Live API keys that a user may have.
+    pub api_keys_per_user: u32,
+    /// Longest lifetime of an API key that expires; one may also never expire.
+    #[serde(with = "duration")]
+    pub api_key_max_ttl: Duration,
     /// Folder of PEM keys. Empty in dev mode: `keys` in `data_dir`.
     pub key_dir: PathBuf,
     /// Secret of HS256, at least 256 bits.
@@ -263,6 +268,8 @@ impl Default for AuthSettings {
             staleness_bound: Duration::from_secs(2),
             max_stale: Duration::from_secs(30),
             cache_bytes: 256 << 20,
+            api_keys_per_user: 50,
+            api_key_max_ttl: Duration::from_hours(365 * 24),
             key_dir: PathBuf::new(),
             jwt_secret: Secret::default(),
             master_key: Secret::default(),

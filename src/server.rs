@@ -180,6 +180,7 @@ impl Server {
         let mut background = JoinSet::new();
         background.spawn(tasks::upkeep(store.clone()));
         background.spawn(tasks::change_feed(store.clone(), auth.clone()));
+        background.spawn(tasks::api_key_uses(auth.clone()));
 
         let fault = tokio::select! {
             gone = workers.accept(&listener) => gone.err().map(ServerError::from),
@@ -208,6 +209,7 @@ impl Server {
         }
         // Only now: calls in flight still depend on the change feed.
         background.shutdown().await;
+        tasks::last_api_key_uses(&auth).await;
         store.close();
         info!("stopped");
         fault.map_or(Ok(()), Err)

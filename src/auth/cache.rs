@@ -1,7 +1,7 @@
 //! What is known of credentials, in memory.
 //!
-//! Credentials that were verified, by their whole text; behind them sessions with their users, and
-//! service keys, as last read from the database. Every answer carries a [`Stamp`]; the change feed
+//! Credentials that were verified, by their whole text; behind them sessions and API keys with their
+//! users, and service keys, as last read from the database. Every answer carries a [`Stamp`]; the change feed
 //! outdates stamps, so a hit costs no database and an outdated answer is read anew. While memory is
 //! trusted, a thousand misses of one session make one read.
 
@@ -11,24 +11,27 @@ use quick_cache::{Weighter, sync::Cache};
 use tokio::time::timeout;
 
 use super::{
+    api_key_uses::LastUse,
     freshness::{BootTime, Freshness, Trust},
     stamps::{Stamp, Stamps},
     validation::Validated,
 };
 use crate::{
     error::{Error, Result},
-    model::{Change, SessionId, SessionStanding, UserId},
+    model::{ApiKeyStanding, Change, SessionId, SessionStanding, UserId},
     store::{ServiceStanding, Store},
 };
 
-/// Eighths of the byte budget for the texts of credentials; the rest is for sessions.
-const CREDENTIALS_EIGHTHS: u64 = 5;
+/// Eighths of the byte budget for the texts of credentials and for API keys; the rest is for
+/// sessions.
+const CREDENTIALS_EIGHTHS: u64 = 4;
+const API_KEYS_EIGHTHS: u64 = 1;
 
 /// The text of an access token, about.
 const TOKEN_BYTES: u64 = 600;
 /// Beside a credential's text: its value, the map's own bookkeeping, the allocator's.
 const ENTRY_BYTES: u64 = 160;
-/// A session and its user with their texts.
+/// A session, or an API key without scopes, and its user with their texts.
 const STANDING_BYTES: u64 = 768;
 
 /// Service keys in use: people make them by hand, so there are few.
@@ -47,7 +50,9 @@ pub(super) struct CredentialCache {
     store: Store,
     credentials: Cache<Box<str>, Verified, ByLength>,
     standings: Answers<SessionId, SessionStanding>,
-    /// By the hash of a key.
+    /// By the hash of a key, as are the next ones.
+    api_keys: Answers<Vec<u8>, KnownApiKey>,
+    unknown_api_keys: Answers<Vec<u8>, KnownApiKey>,
     services: Answers<Vec<u8>, ServiceStanding>,
     unknown_keys: Answers<Vec<u8>, ServiceStanding>,
     stamps: Stamps,
@@ -59,8 +64,15 @@ type Answers<K, V> = Cache<K, Arc<Answer<V>>>;
 /// A credential whose text has been checked: only its state is open.
 #[derive(Clone)]
 pub(super) enum Verified {
-    Token(Validated),
+    /// An access token or an API key.
+    User(Validated),
     ServiceKey(Arc<Answer<ServiceStanding>>),
+}
+
+/// An API key, and when it was used since it was read.
+pub(super) struct KnownApiKey {
+    pub(super) standing: ApiKeyStanding,
+    pub(super) last_use: Arc<LastUse>,
 }
 
 /// What the database said, and when.
@@ -74,6 +86,7 @@ impl CredentialCache {
     /// A cache of about `bytes` at most.
     pub(super) fn new(store: Store, bytes: u64, freshness: Freshness) -> Self {
         let credentials = bytes / 8 * CREDENTIALS_EIGHTHS;
+        let api_keys = bytes / 8 * API_KEYS_EIGHTHS;
         let items = |bytes: u64, each: u64| {
             let items = (bytes / each).max(1);
             usize::try_from(items).unwrap_or(usize::MAX)
@@ -82,7 +95,9 @@ impl CredentialCache {
         Self {
             store,
             credentials: Cache::with_weighter(typical, credentials, ByLength),
-            standings: Cache::new(items(bytes - credentials, STANDING_BYTES)),
+            standings: Cache::new(items(bytes - credentials - api_keys, STANDING_BYTES)),
+            api_keys: Cache::new(items(api_keys, STANDING_BYTES)),
+            unknown_api_keys: Cache::new(UNKNOWN_KEYS),
             services: Cache::new(SERVICE_KEYS),
             unknown_keys: Cache::new(UNKNOWN_KEYS),
             stamps: Stamps::new(),
@@ -134,8 +149,33 @@ impl CredentialCache {
         user_id: UserId,
         now: BootTime,
     ) -> Result<Arc<Answer<SessionStanding>>> {
-        let read = || self.store.session_standing(id);
-        self.answer(&self.standings, id, user_id, read, now).await
+        let read = || self.read(user_id, || self.store.session_standing(id));
+        self.answer(&self.standings, id, read, now).await
+    }
+
+    /// The API key of a hash as it stands.
+    ///
+    /// # Errors
+    /// `Unavailable` when the database is needed and away.
+    pub(super) async fn api_key(
+        &self,
+        key_hash: Vec<u8>,
+        now: BootTime,
+    ) -> Result<Arc<Answer<KnownApiKey>>> {
+        if let Some(unknown) = self.unknown_api_keys.get(&key_hash)
+            && self.holds(&unknown, now)
+        {
+            return Ok(unknown);
+        }
+        let read = || self.read_api_key(&key_hash);
+        let answer = self
+            .answer(&self.api_keys, key_hash.clone(), read, now)
+            .await?;
+        if answer.value.is_none() {
+            self.api_keys.remove(&key_hash);
+            self.unknown_api_keys.insert(key_hash, answer.clone());
+        }
+        Ok(answer)
     }
 
     /// The service account of a key, by the key's hash, as it stands.
@@ -153,9 +193,9 @@ impl CredentialCache {
         {
             return Ok(unknown);
         }
-        let read = || self.store.service_by_key_hash(&key_hash);
+        let read = || self.read(SERVICES, || self.store.service_by_key_hash(&key_hash));
         let answer = self
-            .answer(&self.services, key_hash.clone(), SERVICES, read, now)
+            .answer(&self.services, key_hash.clone(), read, now)
             .await?;
         if answer.value.is_none() {
             self.services.remove(&key_hash);
@@ -166,27 +206,24 @@ impl CredentialCache {
 
     /// An answer from memory while that may be trusted, else by `read` from the database, else, when
     /// the database is away, from memory once more for as long as that is allowed.
-    async fn answer<K, V, G, F>(
+    async fn answer<K, V, F>(
         &self,
         cache: &Answers<K, V>,
         key: K,
-        group: G,
         read: impl Fn() -> F,
         now: BootTime,
     ) -> Result<Arc<Answer<V>>>
     where
         K: Clone + Eq + Hash,
-        G: Copy + Hash,
-        F: Future<Output = Result<Option<V>>>,
+        F: Future<Output = Result<Arc<Answer<V>>>>,
     {
         if self.freshness.trust(now) == Trust::Live {
             // A change that is heard of during the read outdates it: once more.
             for _ in 0..3 {
-                let read = self.read(group, &read);
                 // While the database is silent, those who wait for the same read would try one
                 // after the other: together they wait no longer than one.
                 let limit = self.freshness.staleness_bound();
-                let answer = timeout(limit, cache.get_or_insert_async(&key, read))
+                let answer = timeout(limit, cache.get_or_insert_async(&key, read()))
                     .await
                     .map_err(|silence| Error::Unavailable(silence.into()))??;
                 if self.stamps.is_current(answer.stamp) {
@@ -195,7 +232,7 @@ impl CredentialCache {
                 cache.remove_if(&key, |held| Arc::ptr_eq(held, &answer));
             }
         }
-        match self.read(group, &read).await {
+        match read().await {
             Ok(answer) => {
                 cache.insert(key, answer.clone());
                 Ok(answer)
@@ -211,18 +248,41 @@ impl CredentialCache {
         }
     }
 
-    async fn read<V, F>(&self, group: impl Hash, read: impl Fn() -> F) -> Result<Arc<Answer<V>>>
+    async fn read<V, F>(&self, group: impl Hash, read: impl FnOnce() -> F) -> Result<Arc<Answer<V>>>
     where
         F: Future<Output = Result<Option<V>>>,
     {
         // Before the read: a change that commits meanwhile must outdate what is read.
         let stamp = self.stamps.of(group);
-        // A silent database must not hold the answer that memory may still give.
-        let limit = self.freshness.staleness_bound();
-        let value = timeout(limit, read())
-            .await
-            .map_err(|silence| Error::Unavailable(silence.into()))??;
+        let value = self.in_time(read()).await?;
         Ok(Arc::new(Answer { value, stamp }))
+    }
+
+    /// As [`Self::read`], for a key whose user is not known before it is looked up.
+    async fn read_api_key(&self, key_hash: &[u8]) -> Result<Arc<Answer<KnownApiKey>>> {
+        let unknown = self.stamps.of(API_KEYS);
+        let of_user = |user_id| self.stamps.of(user_id);
+        let read = self.store.api_key_by_hash(key_hash, of_user);
+        Ok(Arc::new(match self.in_time(read).await? {
+            Some((stamp, standing)) => Answer {
+                value: Some(KnownApiKey {
+                    standing,
+                    last_use: Arc::default(),
+                }),
+                stamp,
+            },
+            None => Answer {
+                value: None,
+                stamp: unknown,
+            },
+        }))
+    }
+
+    /// A silent database must not hold the answer that memory may still give.
+    async fn in_time<T>(&self, read: impl Future<Output = Result<T>>) -> Result<T> {
+        timeout(self.freshness.staleness_bound(), read)
+            .await
+            .map_err(|silence| Error::Unavailable(silence.into()))?
     }
 }
 

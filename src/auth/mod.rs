@@ -4,16 +4,18 @@
 
 mod access_token;
 mod accounts;
+mod api_key_uses;
+mod api_keys;
 mod cache;
 mod freshness;
 mod hash_pool;
+mod key_text;
 mod keys;
 mod master_key;
 mod password;
 mod random;
 mod refresh_token;
 mod service_accounts;
-mod service_key;
 mod sessions;
 mod stamps;
 mod validation;
@@ -27,9 +29,11 @@ pub use master_key::MasterKey;
 pub use password::{ImportedHash, LoginPassword};
 pub use random::random_alphanumeric;
 pub use sessions::{IssuedTokens, LoggedIn, Refreshed};
-pub use validation::{KnownService, Principal, UserPrincipal, Validated};
+pub use validation::{KnownService, Principal, UserCredential, UserPrincipal, Validated};
 
 use access_token::AccessTokens;
+use api_key_uses::ApiKeyUses;
+use api_keys::ApiKeyLimits;
 use cache::CredentialCache;
 use password::Passwords;
 use refresh_token::RefreshTokens;
@@ -50,6 +54,8 @@ pub struct Auth {
     access_tokens: Arc<AccessTokens>,
     refresh_tokens: Arc<RefreshTokens>,
     lifetimes: Lifetimes,
+    api_key_limits: ApiKeyLimits,
+    api_key_uses: Arc<ApiKeyUses>,
 }
 
 /// How long things last.
@@ -85,6 +91,11 @@ impl Auth {
                 refresh_absolute: settings.refresh_absolute_ttl,
                 refresh_retry_window: settings.refresh_retry_window,
             },
+            api_key_limits: ApiKeyLimits {
+                per_user: settings.api_keys_per_user,
+                max_ttl: settings.api_key_max_ttl,
+            },
+            api_key_uses: Arc::default(),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use uuid::Uuid;
 
-use super::{Auth, service_key};
+use super::{Auth, key_text::SERVICE_KEY};
 use crate::{
     error::Result,
     model::{
@@ -22,8 +22,10 @@ impl Auth {
         scopes: ScopeSet,
         origin: &Origin,
     ) -> Result<(ServiceAccount, String)> {
-        let key = service_key::generate()?;
-        let key_hash = service_key::hash(&key).expect("a key just made is well formed");
+        let key = SERVICE_KEY.generate()?;
+        let key_hash = SERVICE_KEY
+            .hash(&key)
+            .expect("a key just made is well formed");
         let new = NewServiceAccount {
             name,
             scopes,

@@ -2,11 +2,12 @@
 
 use chrono::{DateTime, Utc};
 
-use super::{Auth, LoginPassword, UserPrincipal, refresh_token};
+use super::{Auth, LoginPassword, refresh_token};
 use crate::{
     error::{Credential, Error, Fault, Result},
     model::{
         Change, Identifier, Origin, RefreshRefusal, RefreshStep, SessionId, SessionStanding, User,
+        UserId,
     },
     store::{Credentials, NewSession},
 };
@@ -129,20 +130,19 @@ impl Auth {
         })
     }
 
-    /// Ends the session that the user acts through. Repeating it changes nothing.
+    /// Ends a session of a user. Repeating it changes nothing.
     ///
     /// # Errors
     /// `Unavailable`
     pub async fn logout(
         &self,
-        user: UserPrincipal,
+        session_id: SessionId,
+        user_id: UserId,
         origin: &Origin,
         now: DateTime<Utc>,
     ) -> Result<()> {
-        self.store
-            .session_revoke(user.session_id, origin, now)
-            .await?;
-        self.apply(Change::User(user.id));
+        self.store.session_revoke(session_id, origin, now).await?;
+        self.apply(Change::User(user_id));
         Ok(())
     }
 

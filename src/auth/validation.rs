@@ -15,12 +15,15 @@ use chrono::{DateTime, Utc};
 use super::{
     Auth, BootTime,
     access_token::Claims,
-    cache::{Answer, Verified},
-    service_key,
+    cache::{Answer, KnownApiKey, Verified},
+    key_text::{API_KEY, SERVICE_KEY},
 };
 use crate::{
     error::{Credential, Error, Fault, Result},
-    model::{Role, Scope, ScopeSet, ServiceAccountId, SessionId, SessionStanding, User, UserId},
+    model::{
+        ApiKey, ApiKeyId, ApiKeyStanding, Role, Scope, ScopeSet, ServiceAccountId, SessionId,
+        SessionStanding, User, UserId,
+    },
     store::ServiceStanding,
 };
 
@@ -34,47 +37,98 @@ pub enum Principal {
     },
 }
 
-/// A user acting through a session.
+/// A user who acts.
 #[derive(Clone, Copy, Debug)]
 pub struct UserPrincipal {
     pub id: UserId,
+    /// [`Role::User`] for any API key: what may leak must not carry an administrator's rights.
     pub role: Role,
-    pub session_id: SessionId,
+    pub credential: UserCredential,
 }
 
-/// A good access token and what it stands for now. Cheap to clone.
+/// By what a user acts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserCredential {
+    Session(SessionId),
+    ApiKey(ApiKeyId),
+}
+
+/// A good access token or API key and what it stands for now. Cheap to clone.
 #[derive(Clone)]
 pub struct Validated(Arc<Checked>);
+
+/// One allocation: the memory that a hit touches is what it costs.
+struct Checked {
+    /// Seconds since the epoch, exclusive: until then only a change can spoil it.
+    good_until: i64,
+    proof: Proof,
+    /// See [`Validated::encoded`].
+    encoded: OnceLock<Bytes>,
+}
+
+/// What was found good.
+enum Proof {
+    Token(Claims, Arc<Answer<SessionStanding>>),
+    ApiKey(Arc<Answer<KnownApiKey>>),
+}
 
 /// A service as its key was last resolved: perhaps outdated.
 #[derive(Clone)]
 pub struct KnownService(Arc<Answer<ServiceStanding>>);
 
-/// One allocation: the memory that a hit touches is what it costs.
-struct Checked {
-    /// Seconds since the epoch, exclusive: until then only a change can spoil the token.
-    good_until: i64,
-    claims: Claims,
-    answer: Arc<Answer<SessionStanding>>,
-    /// See [`Validated::encoded`].
-    encoded: OnceLock<Bytes>,
+impl<T> Answer<T> {
+    /// What was found; of an answer that a proof holds.
+    fn known(&self) -> &T {
+        self.value
+            .as_ref()
+            .expect("checked before the proof was made")
+    }
 }
 
 impl Validated {
     pub fn user(&self) -> &User {
-        &self.standing().user
+        match &self.0.proof {
+            Proof::Token(_, answer) => &answer.known().user,
+            Proof::ApiKey(answer) => &answer.known().standing.user,
+        }
     }
 
-    pub fn session_id(&self) -> SessionId {
-        self.0.claims.session_id()
+    /// What the user may do by this credential: see [`UserPrincipal::role`].
+    pub fn role(&self) -> Role {
+        match &self.0.proof {
+            Proof::Token(..) => self.user().role,
+            Proof::ApiKey(_) => Role::User,
+        }
+    }
+
+    pub fn credential(&self) -> UserCredential {
+        match &self.0.proof {
+            Proof::Token(claims, _) => UserCredential::Session(claims.session_id()),
+            Proof::ApiKey(answer) => UserCredential::ApiKey(answer.known().standing.key.id),
+        }
+    }
+
+    /// The API key that it is, if it is one.
+    pub fn api_key(&self) -> Option<&ApiKey> {
+        match &self.0.proof {
+            Proof::Token(..) => None,
+            Proof::ApiKey(answer) => Some(&answer.known().standing.key),
+        }
     }
 
     pub fn issued_at(&self) -> DateTime<Utc> {
-        self.0.claims.issued_at()
+        match &self.0.proof {
+            Proof::Token(claims, _) => claims.issued_at(),
+            Proof::ApiKey(answer) => answer.known().standing.key.created_at,
+        }
     }
 
-    pub fn expires_at(&self) -> DateTime<Utc> {
-        self.0.claims.expires_at()
+    /// `None`: never.
+    pub fn expires_at(&self) -> Option<DateTime<Utc>> {
+        match &self.0.proof {
+            Proof::Token(claims, _) => Some(claims.expires_at()),
+            Proof::ApiKey(answer) => answer.known().standing.key.expires_at,
+        }
     }
 
     /// How long the answer may be reused without missing a revocation for longer than promised.
@@ -88,23 +142,15 @@ impl Validated {
     pub fn encoded(&self, encode: impl FnOnce(&Self) -> Bytes) -> &Bytes {
         self.0.encoded.get_or_init(|| encode(self))
     }
-
-    fn standing(&self) -> &SessionStanding {
-        self.0
-            .answer
-            .value
-            .as_ref()
-            .expect("checked before it was made")
-    }
 }
 
 impl Auth {
-    /// Resolves the credential of a caller: an access token or a service key.
+    /// Resolves the credential of a caller: an access token, an API key or a service key.
     ///
     /// # Errors
     /// `Refused` · `Unavailable`
     pub async fn authenticate(&self, credential: &str, now: DateTime<Utc>) -> Result<Principal> {
-        if service_key::is_service_key(credential) {
+        if SERVICE_KEY.matches(credential) {
             return self.authenticate_service(credential, now).await;
         }
         let validated = self
@@ -112,14 +158,15 @@ impl Auth {
             .await?;
         Ok(Principal::User(UserPrincipal {
             id: validated.user().id,
-            role: validated.user().role,
-            session_id: validated.session_id(),
+            role: validated.role(),
+            credential: validated.credential(),
         }))
     }
 
-    /// Checks an access token: signature and times, then session and user as they stand now.
+    /// Checks an access token: signature and times, then session and user as they stand now. Or an
+    /// API key: its text, then key and user as they stand now.
     ///
-    /// `credential` is what an error calls it. A token seen before costs one look-up in memory.
+    /// `credential` is what an error calls it. One seen before costs one look-up in memory.
     ///
     /// # Errors
     /// `Refused` · `Unavailable`
@@ -131,53 +178,50 @@ impl Auth {
     ) -> Result<Validated> {
         let refused = |fault| Error::Refused { credential, fault };
         let clock = BootTime::now();
-        let claims = match self.cache.credential(token) {
-            Some(Verified::Token(validated)) => {
-                if self.still_good(&validated, now, clock) {
-                    return Ok(validated);
-                }
-                let claims = &validated.0.claims;
-                if let Err(expired) = self.access_tokens.check_expiry(claims, now) {
-                    self.cache.forget(token);
-                    return Err(refused(expired));
-                }
-                *claims
-            }
-            Some(Verified::ServiceKey(_)) => return Err(refused(Fault::Invalid)),
-            None => self.access_tokens.verify(token, now).map_err(refused)?,
+        if let Some(validated) = self.recall(token, now, clock) {
+            return Ok(validated);
+        }
+        let (proof, good_until) = if API_KEY.matches(token) {
+            self.prove_api_key(token, refused, now, clock).await?
+        } else {
+            self.prove_token(token, refused, now, clock).await?
         };
-        let (session_id, user_id) = (claims.session_id(), claims.user_id());
-        let answer = self.cache.standing(session_id, user_id, clock).await?;
-        let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
-        check(standing, &claims, now).map_err(refused)?;
-        let expires_at = self.access_tokens.expiry(&claims);
-        let session_ends_at = standing.session.absolute_expires_at.timestamp();
         let validated = Validated(Arc::new(Checked {
-            good_until: expires_at.min(session_ends_at),
-            claims,
-            answer,
+            good_until,
+            proof,
             encoded: OnceLock::new(),
         }));
         self.cache
-            .remember(token, Verified::Token(validated.clone()));
+            .remember(token, Verified::User(validated.clone()));
         Ok(validated)
     }
 
     /// What [`Auth::validate`] would answer, if memory alone can say so and it is good news.
     pub fn recall(&self, token: &str, now: DateTime<Utc>, clock: BootTime) -> Option<Validated> {
-        match self.cache.credential(token)? {
-            Verified::Token(validated) => {
-                self.still_good(&validated, now, clock).then_some(validated)
-            }
-            Verified::ServiceKey(_) => None,
+        let Verified::User(validated) = self.cache.credential(token)? else {
+            return None;
+        };
+        let Checked {
+            good_until, proof, ..
+        } = &*validated.0;
+        let holds = match proof {
+            Proof::Token(_, answer) => self.cache.holds(answer, clock),
+            Proof::ApiKey(answer) => self.cache.holds(answer, clock),
+        };
+        if now.timestamp() >= *good_until || !holds {
+            return None;
         }
+        if let Proof::ApiKey(answer) = proof {
+            self.note_use(answer.known(), now);
+        }
+        Some(validated)
     }
 
     /// The service behind a key, if memory knows the key. Ask [`Auth::still_admits`] what it is worth.
     pub fn recall_service(&self, key: &str) -> Option<KnownService> {
         match self.cache.credential(key)? {
             Verified::ServiceKey(answer) => Some(KnownService(answer)),
-            Verified::Token(_) => None,
+            Verified::User(_) => None,
         }
     }
 
@@ -196,11 +240,65 @@ impl Auth {
             })
     }
 
-    fn still_good(&self, validated: &Validated, now: DateTime<Utc>, clock: BootTime) -> bool {
-        let Checked {
-            good_until, answer, ..
-        } = &*validated.0;
-        now.timestamp() < *good_until && self.cache.holds(answer, clock)
+    /// Finds out what an access token stands for, and until when in seconds since the epoch.
+    async fn prove_token(
+        &self,
+        token: &str,
+        refused: impl Fn(Fault) -> Error,
+        now: DateTime<Utc>,
+        clock: BootTime,
+    ) -> Result<(Proof, i64)> {
+        let claims = match self.known_claims(token) {
+            Some(claims) => {
+                if let Err(expired) = self.access_tokens.check_expiry(&claims, now) {
+                    self.cache.forget(token);
+                    return Err(refused(expired));
+                }
+                claims
+            }
+            None => self.access_tokens.verify(token, now).map_err(&refused)?,
+        };
+        let (session_id, user_id) = (claims.session_id(), claims.user_id());
+        let answer = self.cache.standing(session_id, user_id, clock).await?;
+        let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
+        check(standing, &claims, now).map_err(refused)?;
+        let session_ends_at = standing.session.absolute_expires_at.timestamp();
+        let good_until = self.access_tokens.expiry(&claims).min(session_ends_at);
+        Ok((Proof::Token(claims, answer), good_until))
+    }
+
+    /// What a token says that was verified before: its signature need not be checked again.
+    fn known_claims(&self, token: &str) -> Option<Claims> {
+        let Verified::User(validated) = self.cache.credential(token)? else {
+            return None;
+        };
+        match &validated.0.proof {
+            Proof::Token(claims, _) => Some(*claims),
+            Proof::ApiKey(_) => None,
+        }
+    }
+
+    /// Finds out what an API key stands for, and until when in seconds since the epoch.
+    async fn prove_api_key(
+        &self,
+        key: &str,
+        refused: impl Fn(Fault) -> Error,
+        now: DateTime<Utc>,
+        clock: BootTime,
+    ) -> Result<(Proof, i64)> {
+        let hash = API_KEY.hash(key).ok_or(refused(Fault::Invalid))?;
+        let answer = self.cache.api_key(hash, clock).await?;
+        let known = answer.value.as_ref().ok_or(refused(Fault::Invalid))?;
+        check_api_key(&known.standing, now).map_err(refused)?;
+        self.note_use(known, now);
+        let expires_at = known.standing.key.expires_at;
+        let good_until = expires_at.map_or(i64::MAX, |at| at.timestamp());
+        Ok((Proof::ApiKey(answer), good_until))
+    }
+
+    fn note_use(&self, known: &KnownApiKey, now: DateTime<Utc>) {
+        let id = known.standing.key.id;
+        self.api_key_uses.note(id, &known.last_use, now);
     }
 
     async fn authenticate_service(&self, key: &str, now: DateTime<Utc>) -> Result<Principal> {
@@ -212,7 +310,7 @@ impl Auth {
         let answer = match self.cache.credential(key) {
             Some(Verified::ServiceKey(answer)) if self.cache.holds(&answer, clock) => answer,
             _ => {
-                let hash = service_key::hash(key).ok_or(refused(Fault::Invalid))?;
+                let hash = SERVICE_KEY.hash(key).ok_or(refused(Fault::Invalid))?;
                 let answer = self.cache.service(hash, clock).await?;
                 if answer.value.is_some() {
                     self.cache
@@ -238,6 +336,22 @@ fn check(standing: &SessionStanding, claims: &Claims, now: DateTime<Utc>) -> Res
     }
     if !session.is_live(now) || user.auth_epoch != claims.epoch() {
         return Err(Fault::SessionEnded);
+    }
+    if !user.is_active {
+        return Err(Fault::AccountDisabled);
+    }
+    Ok(())
+}
+
+/// A key outlives the sessions of its user, and a new password: only its own end and the kill switch
+/// count.
+fn check_api_key(standing: &ApiKeyStanding, now: DateTime<Utc>) -> Result<(), Fault> {
+    let ApiKeyStanding { key, user } = standing;
+    if key.revoked_at.is_some() {
+        return Err(Fault::Invalid);
+    }
+    if key.expires_at.is_some_and(|expires_at| expires_at <= now) {
+        return Err(Fault::Expired);
     }
     if !user.is_active {
         return Err(Fault::AccountDisabled);

@@ -35,6 +35,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         server.threads: 0, 1024;
         database.pool_size: 2, 1000;
         auth.cache_bytes: 1 << 20, 1 << 40;
+        auth.api_keys_per_user: 1, 10_000;
         password.min_length: 8, 64;
         password.argon2_memory_kib: 7 * 1024, 1 << 20;
         password.argon2_iterations: 1, 20;
@@ -55,6 +56,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.leeway: Duration::ZERO, 5 * minute;
         auth.staleness_bound: 10 * tick, minute;
         auth.max_stale: auth.staleness_bound, day;
+        auth.api_key_max_ttl: hour, 4000 * day;
         password.queue_timeout: tick, minute;
     }
     for (key, value) in [

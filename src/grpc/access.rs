@@ -15,9 +15,9 @@ use tower::{Layer, Service};
 
 use super::status;
 use crate::{
-    auth::{Auth, Principal, UserPrincipal},
+    auth::{Auth, Principal, UserCredential, UserPrincipal},
     error::{Credential, Error, Fault, Result},
-    model::{Role, Scope, UserId},
+    model::{Role, Scope, SessionId, UserId},
     proto::tollkeeper::access::v1::{CallerKind, Rule},
 };
 
@@ -49,6 +49,15 @@ impl Caller {
         match Self::of(request)? {
             Principal::User(user) => Ok(*user),
             Principal::Service { .. } => Err(Error::CallerNotAllowed),
+        }
+    }
+
+    /// The user who calls, and the session by which they do. An API key is refused.
+    pub(super) fn session_of<T>(request: &tonic::Request<T>) -> Result<(UserId, SessionId)> {
+        let user = Self::user_of(request)?;
+        match user.credential {
+            UserCredential::Session(session) => Ok((user.id, session)),
+            UserCredential::ApiKey(_) => Err(Error::SessionRequired),
         }
     }
 
@@ -342,7 +351,7 @@ mod descriptor {
 mod tests {
     use super::*;
     use crate::{
-        model::{ScopeSet, ServiceAccountId, SessionId},
+        model::{ScopeSet, ServiceAccountId},
         proto::DESCRIPTOR_SET,
     };
 
@@ -350,7 +359,7 @@ mod tests {
         Principal::User(UserPrincipal {
             id: UserId::new(),
             role,
-            session_id: SessionId::new(),
+            credential: UserCredential::Session(SessionId::new()),
         })
     }
 

@@ -94,9 +94,9 @@ impl AuthService for Handler {
         &self,
         request: Request<LogoutRequest>,
     ) -> Result<Response<LogoutResponse>, Status> {
-        let caller = Caller::user_of(&request)?;
+        let (user_id, session_id) = Caller::session_of(&request)?;
         self.auth
-            .logout(caller, &origin_of(&request), Utc::now())
+            .logout(session_id, user_id, &origin_of(&request), Utc::now())
             .await?;
         Ok(Response::new(LogoutResponse {}))
     }

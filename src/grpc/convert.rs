@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
 
 use crate::{
-    auth::{IssuedTokens, PublicKey, Validated},
+    auth::{IssuedTokens, PublicKey, UserCredential, Validated},
     error::{Error, FieldViolation, Result, Violations},
     model::{
         Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, Person, QuotaStanding,
@@ -294,10 +294,13 @@ impl From<&Validated> for auth::v1::ValidateTokenResponse {
             user_id: user.id.to_string(),
             username: user.username.to_string(),
             tier: user.tier.to_string(),
-            role: auth::v1::Role::from(user.role).into(),
-            session_id: validated.session_id().to_string(),
+            role: auth::v1::Role::from(validated.role()).into(),
+            session_id: match validated.credential() {
+                UserCredential::Session(id) => id.to_string(),
+                UserCredential::ApiKey(_) => String::new(),
+            },
             issued_at: Some(time(validated.issued_at())),
-            expires_at: Some(time(validated.expires_at())),
+            expires_at: validated.expires_at().map(time),
             cache_for: prost_types::Duration::try_from(validated.cache_for()).ok(),
             quota: None,
         }

@@ -1,7 +1,9 @@
 //! Background work. A task takes no input, is idempotent, and may run on every replica at once.
 
+mod api_key_uses;
 mod change_feed;
 mod upkeep;
 
+pub use api_key_uses::{api_key_uses, last_api_key_uses};
 pub use change_feed::change_feed;
 pub use upkeep::{make_partitions, upkeep};
