@@ -89,6 +89,8 @@ pub struct Rules(Arc<HashMap<String, Admission>>);
 struct Admission {
     public: bool,
     user: bool,
+    /// Users must have logged in.
+    session_only: bool,
     service: Option<Scope>,
     admin: bool,
 }
@@ -175,6 +177,10 @@ impl Admission {
                 CallerKind::Admin => admission.admin = true,
             }
         }
+        admission.session_only = rule.session_only;
+        if admission.session_only && !admission.user {
+            return Err(invalid("asks for a session and admits no user"));
+        }
         let names_service = rule.callers().any(|kind| kind == CallerKind::Service);
         if names_service != scope.is_some() {
             return Err(invalid("must name a scope exactly when it admits services"));
@@ -190,7 +196,10 @@ impl Admission {
         match principal {
             _ if self.public => Ok(()),
             Principal::User(user) => {
-                if self.user || (self.admin && user.role == Role::Admin) {
+                let is_api_key = matches!(user.credential, UserCredential::ApiKey(_));
+                if self.user && self.session_only && is_api_key {
+                    Err(Error::SessionRequired)
+                } else if self.user || (self.admin && user.role == Role::Admin) {
                     Ok(())
                 } else {
                     Err(Error::CallerNotAllowed)
@@ -351,7 +360,7 @@ mod descriptor {
 mod tests {
     use super::*;
     use crate::{
-        model::{ScopeSet, ServiceAccountId},
+        model::{ApiKeyId, ScopeSet, ServiceAccountId},
         proto::DESCRIPTOR_SET,
     };
 
@@ -392,6 +401,7 @@ mod tests {
         Some(Rule {
             callers,
             scope: scope.to_owned(),
+            session_only: false,
         })
     }
 
@@ -434,8 +444,15 @@ mod tests {
         let unknown = Some(Rule {
             callers: vec![99],
             scope: String::new(),
+            session_only: false,
         });
         assert!(Rules::from_descriptor_set(&set_with(unknown)).is_err());
+        let of_nobody = Some(Rule {
+            callers: vec![CallerKind::Admin.into()],
+            scope: String::new(),
+            session_only: true,
+        });
+        assert!(Rules::from_descriptor_set(&set_with(of_nobody)).is_err());
     }
 
     #[test]
@@ -472,6 +489,31 @@ mod tests {
             admin.admit(&service(&[Scope::Quota])),
             Err(Error::ScopeMissing(Scope::Admin))
         ));
+    }
+
+    #[test]
+    fn an_api_key_passes_as_a_user_where_no_session_is_asked_for() {
+        let key = Principal::User(UserPrincipal {
+            id: UserId::new(),
+            role: Role::User,
+            credential: UserCredential::ApiKey(ApiKeyId::new()),
+        });
+        let own = Admission {
+            user: true,
+            ..Admission::default()
+        };
+        assert!(own.admit(&key).is_ok());
+        let session = Admission {
+            session_only: true,
+            ..own
+        };
+        assert!(session.admit(&user(Role::User)).is_ok());
+        assert!(matches!(session.admit(&key), Err(Error::SessionRequired)));
+        let admin = Admission {
+            admin: true,
+            ..Admission::default()
+        };
+        assert!(matches!(admin.admit(&key), Err(Error::CallerNotAllowed)));
     }
 
     #[test]

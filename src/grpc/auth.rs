@@ -1,4 +1,5 @@
-use chrono::Utc;
+use chrono::{DateTime, Utc};
+use prost_types::Timestamp;
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -9,12 +10,13 @@ use super::{
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
     error::{Credential, Error},
-    model::{Role, Violation},
+    model::{ApiKeyScopes, Role, Violation},
     proto::tollkeeper::auth::v1::{
-        GetCurrentUserRequest, GetCurrentUserResponse, GetJwksRequest, GetJwksResponse,
-        LoginRequest, LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest,
-        RefreshTokensResponse, RegisterRequest, RegisterResponse, ValidateTokenRequest,
-        ValidateTokenResponse, auth_service_server::AuthService,
+        CreateApiKeyRequest, CreateApiKeyResponse, GetCurrentUserRequest, GetCurrentUserResponse,
+        GetJwksRequest, GetJwksResponse, ListApiKeysRequest, ListApiKeysResponse, LoginRequest,
+        LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest, RefreshTokensResponse,
+        RegisterRequest, RegisterResponse, RevokeApiKeyRequest, RevokeApiKeyResponse,
+        ValidateTokenRequest, ValidateTokenResponse, auth_service_server::AuthService,
     },
     usage::Usage,
 };
@@ -131,6 +133,61 @@ impl AuthService for Handler {
         }))
     }
 
+    async fn create_api_key(
+        &self,
+        request: Request<CreateApiKeyRequest>,
+    ) -> Result<Response<CreateApiKeyResponse>, Status> {
+        let (user_id, _) = Caller::session_of(&request)?;
+        let (message, now) = (request.get_ref(), Utc::now());
+        let mut fields = Fields::default();
+        let name = fields.parse("name", &message.name);
+        let scopes = fields.take("scopes", ApiKeyScopes::parse(&message.scopes));
+        let expires_at = fields.take("expires_at", self.key_expiry(message.expires_at, now));
+        let ((name, scopes), expires_at) = fields.finish(name.zip(scopes).zip(expires_at))?;
+        let (key, text) = self
+            .auth
+            .create_api_key(user_id, name, scopes, expires_at, &origin_of(&request), now)
+            .await?;
+        Ok(Response::new(CreateApiKeyResponse {
+            api_key: Some(key.into()),
+            key: text,
+        }))
+    }
+
+    async fn list_api_keys(
+        &self,
+        request: Request<ListApiKeysRequest>,
+    ) -> Result<Response<ListApiKeysResponse>, Status> {
+        let (user_id, _) = Caller::session_of(&request)?;
+        let request = request.into_inner();
+        let list = format!("api keys {user_id} {}", request.show_ended);
+        let page = only(|fields| fields.page(request.page_size, &request.page_token, &list))?;
+        let page = self
+            .auth
+            .api_keys(user_id, request.show_ended, &page, Utc::now())
+            .await?
+            .map(Into::into);
+        Ok(Response::new(ListApiKeysResponse {
+            api_keys: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn revoke_api_key(
+        &self,
+        request: Request<RevokeApiKeyRequest>,
+    ) -> Result<Response<RevokeApiKeyResponse>, Status> {
+        let (user_id, _) = Caller::session_of(&request)?;
+        let id = only(|fields| fields.parse("api_key_id", &request.get_ref().api_key_id))?;
+        let key = self
+            .auth
+            .revoke_api_key(id, user_id, &origin_of(&request), Utc::now())
+            .await?;
+        Ok(Response::new(RevokeApiKeyResponse {
+            api_key: Some(key.into()),
+        }))
+    }
+
     async fn get_jwks(
         &self,
         _request: Request<GetJwksRequest>,
@@ -142,6 +199,22 @@ impl AuthService for Handler {
             keys: keys.iter().map(Into::into).collect(),
             json,
         }))
+    }
+}
+
+impl Handler {
+    /// Reads when an API key is to expire; unset means never.
+    fn key_expiry(
+        &self,
+        value: Option<Timestamp>,
+        now: DateTime<Utc>,
+    ) -> Result<Option<DateTime<Utc>>, Violation> {
+        let Some(value) = value else {
+            return Ok(None);
+        };
+        let expires_at = convert::timestamp(Some(value))?;
+        self.auth.check_api_key_expiry(expires_at, now)?;
+        Ok(Some(expires_at))
     }
 }
 

@@ -7,9 +7,9 @@ use crate::{
     auth::{IssuedTokens, PublicKey, UserCredential, Validated},
     error::{Error, FieldViolation, Result, Violations},
     model::{
-        Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, Person, QuotaStanding,
-        Role, ServiceAccount, TierLimits, TierName, Tiers, TokenCounts, UsageEvent, UsageRecord,
-        UsageTotals, User, UserId, Violation,
+        ApiKey, Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, Person,
+        QuotaStanding, Role, ServiceAccount, TierLimits, TierName, Tiers, TokenCounts, UsageEvent,
+        UsageRecord, UsageTotals, User, UserId, Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
     usage::check_occurred_at,
@@ -277,6 +277,20 @@ impl From<User> for auth::v1::User {
     }
 }
 
+impl From<ApiKey> for auth::v1::ApiKey {
+    fn from(key: ApiKey) -> Self {
+        Self {
+            id: key.id.to_string(),
+            name: key.name.into_string(),
+            scopes: key.scopes.names(),
+            created_at: Some(time(key.created_at)),
+            expires_at: key.expires_at.map(time),
+            revoked_at: key.revoked_at.map(time),
+            last_used_at: key.last_used_at.map(time),
+        }
+    }
+}
+
 impl From<Role> for auth::v1::Role {
     fn from(role: Role) -> Self {
         match role {
@@ -289,7 +303,7 @@ impl From<Role> for auth::v1::Role {
 /// Without quota, which is not part of what a token says.
 impl From<&Validated> for auth::v1::ValidateTokenResponse {
     fn from(validated: &Validated) -> Self {
-        let user = validated.user();
+        let (user, key) = (validated.user(), validated.api_key());
         Self {
             user_id: user.id.to_string(),
             username: user.username.to_string(),
@@ -303,6 +317,8 @@ impl From<&Validated> for auth::v1::ValidateTokenResponse {
             expires_at: validated.expires_at().map(time),
             cache_for: prost_types::Duration::try_from(validated.cache_for()).ok(),
             quota: None,
+            scopes: key.map(|key| key.scopes.names()).unwrap_or_default(),
+            api_key_id: key.map(|key| key.id.to_string()).unwrap_or_default(),
         }
     }
 }

@@ -1,4 +1,4 @@
-use std::{collections::BTreeSet, fmt};
+use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
 
@@ -49,18 +49,8 @@ impl ApiKeyScopes {
         Ok(Self(names.iter().cloned().collect()))
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(String::as_str)
-    }
-
     pub fn names(&self) -> Vec<String> {
         self.0.iter().cloned().collect()
-    }
-}
-
-impl fmt::Display for ApiKeyScopes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.names().join(" "))
     }
 }
 

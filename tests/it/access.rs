@@ -22,6 +22,8 @@ enum Caller {
     DisabledUser(String),
     LoggedOut(String),
     DisabledService(String),
+    /// Of a user, or of an administrator: that makes no difference.
+    ApiKey(String),
     User,
     AdminUser,
     Service {
@@ -109,6 +111,18 @@ async fn two_credentials_in_one_call_are_refused() {
     assert_eq!(reason(&status), "CREDENTIAL_INVALID");
 }
 
+#[test]
+fn rpcs_that_manage_credentials_or_sessions_ask_for_a_session() {
+    let asking: Vec<String> = descriptor::rpcs()
+        .into_iter()
+        .filter(|rpc| rpc.rule.session_only)
+        .map(|rpc| rpc.path.rsplit('/').next().unwrap().to_owned())
+        .collect();
+    for method in ["Logout", "CreateApiKey", "ListApiKeys", "RevokeApiKey"] {
+        assert!(asking.iter().any(|asking| asking == method), "{method}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_path_is_unimplemented_for_every_caller() {
     let app = TestApp::spawn().await;
@@ -155,19 +169,22 @@ async fn reflection_is_off_where_the_setting_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plain_user_may_not_name_another() {
+async fn neither_a_plain_user_nor_an_administrators_api_key_may_name_another() {
     let app = TestApp::spawn().await;
     let (me, other) = (app.user().create().await, app.user().create().await);
+    let admin = app.user().admin().create().await;
     let token = app.login(&me).await.access_token;
-    for rpc in rpcs_that_name_a_user() {
-        let named = naming(&rpc, &other.id);
-        let status = Raw::call(&app.channel, &rpc.path, named, Some(&token)).await;
+    let key = app.api_key(&admin, &["admin"]).await.text;
+    let rpcs = rpcs_that_name_a_user();
+    for (rpc, credential) in rpcs.iter().flat_map(|rpc| [(rpc, &token), (rpc, &key)]) {
+        let named = naming(rpc, &other.id);
+        let status = Raw::call(&app.channel, &rpc.path, named, Some(credential)).await;
         let status = status.expect_err(&rpc.path);
         assert_eq!(status.code(), Code::PermissionDenied, "{}", rpc.path);
         assert_eq!(reason(&status), "CALLER_NOT_ALLOWED", "{}", rpc.path);
         // Nor is it said whether the other exists.
-        let nobody = naming(&rpc, "01890a5d-ac96-774b-bcce-b302099a8057");
-        let answer = Raw::call(&app.channel, &rpc.path, nobody, Some(&token)).await;
+        let nobody = naming(rpc, "01890a5d-ac96-774b-bcce-b302099a8057");
+        let answer = Raw::call(&app.channel, &rpc.path, nobody, Some(credential)).await;
         assert_eq!(answer.unwrap_err().code(), Code::PermissionDenied);
     }
 }
@@ -220,6 +237,7 @@ impl Caller {
             Self::Nobody => None,
             Self::Wrong(value) => Some(value.clone()),
             Self::DisabledUser(credential)
+            | Self::ApiKey(credential)
             | Self::LoggedOut(credential)
             | Self::DisabledService(credential)
             | Self::Service {
@@ -243,7 +261,10 @@ impl Caller {
             Self::Wrong(_) => refused("CREDENTIAL_INVALID"),
             Self::DisabledUser(_) | Self::DisabledService(_) => refused("ACCOUNT_DISABLED"),
             Self::LoggedOut(_) => refused("SESSION_ENDED"),
-            Self::User => admitted(rule.user),
+            Self::ApiKey(_) if rule.session_only => {
+                Verdict::Refused(Code::PermissionDenied, "SESSION_REQUIRED")
+            }
+            Self::ApiKey(_) | Self::User => admitted(rule.user),
             Self::AdminUser => admitted(rule.user || rule.admin),
             Self::Service { .. } if !rule.service && !rule.admin => admitted(false),
             Self::Service { scopes, .. } => {
@@ -266,7 +287,12 @@ async fn standing_callers(app: &TestApp) -> Vec<Caller> {
     let good = app.service_key.as_str();
     let mut unknown_key = good.to_owned();
     unknown_key.replace_range(10..11, if &good[10..11] == "x" { "y" } else { "x" });
+    let user = app.user().create().await;
+    let revoked = app.api_key(&user, &[]).await;
+    app.revoke_api_key(&user, &revoked.id).await;
     let wrong = [
+        bearer(&revoked.text),
+        bearer(&revoked.text[..52]),
         bearer("garbage"),
         bearer(""),
         bearer(old),
@@ -280,8 +306,17 @@ async fn standing_callers(app: &TestApp) -> Vec<Caller> {
 
     let disabled = app.user().admin().create().await;
     let token = app.login(&disabled).await.access_token;
+    let key = app.api_key(&disabled, &[]).await;
     app.disable(&disabled.id).await;
     callers.push(Caller::DisabledUser(token));
+    callers.push(Caller::DisabledUser(key.text));
+
+    let admin = app.user().admin().create().await;
+    for owner in [&user, &admin] {
+        // Scopes of an API key mean nothing here, whatever they are called.
+        let key = app.api_key(owner, &all_scopes()).await;
+        callers.push(Caller::ApiKey(key.text));
+    }
 
     let gone = app.user().admin().create().await;
     let token = app.login(&gone).await.access_token;
@@ -354,6 +389,7 @@ fn verdict(answer: &Result<(), Status>) -> Result<Verdict, String> {
         (Code::Unauthenticated, "ACCOUNT_DISABLED"),
         (Code::PermissionDenied, "CALLER_NOT_ALLOWED"),
         (Code::PermissionDenied, "SCOPE_MISSING"),
+        (Code::PermissionDenied, "SESSION_REQUIRED"),
     ];
     let refusal = refusals
         .iter()

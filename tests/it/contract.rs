@@ -18,7 +18,8 @@ use crate::{
 };
 
 /// Fields that no value makes wrong, and why.
-const ANY_VALUE: [(&str, &str, &str); 2] = [
+const ANY_VALUE: [(&str, &str, &str); 3] = [
+    ("auth.v1.AuthService/ListApiKeys", "show_ended", "a bool"),
     (
         "auth.v1.AuthService/ValidateToken",
         "include_quota",
@@ -99,8 +100,13 @@ async fn all_wrong_fields_of_a_request_are_named_at_once() {
 /// Sends a message to an RPC of ours as a caller whom it admits.
 async fn send(app: &TestApp, rpc: &str, message: Bytes) -> Result<Bytes, Status> {
     let path = format!("/tollkeeper.{rpc}");
-    let credential = Some(app.service_key.as_str());
-    let answer = Raw::call(&app.channel, &path, message, credential).await?;
+    let is_for_users = |rpc: &descriptor::Rpc| rpc.rule.user && !rpc.rule.service;
+    let rpcs = descriptor::rpcs();
+    let credential = match rpcs.iter().find(|rpc| rpc.path == path) {
+        Some(rpc) if is_for_users(rpc) => app.admin_token().await,
+        _ => app.service_key.clone(),
+    };
+    let answer = Raw::call(&app.channel, &path, message, Some(&credential)).await?;
     Ok(answer.into_inner())
 }
 

@@ -24,6 +24,7 @@ pub(crate) struct Rule {
     pub(crate) user: bool,
     pub(crate) service: bool,
     pub(crate) admin: bool,
+    pub(crate) session_only: bool,
     pub(crate) scope: String,
 }
 
@@ -135,6 +136,7 @@ impl From<mirror::Rule> for Rule {
             user: names(2),
             service: names(3),
             admin: names(4),
+            session_only: rule.session_only,
             scope: rule.scope,
         }
     }
@@ -189,5 +191,7 @@ mod mirror {
         pub(super) callers: Vec<i32>,
         #[prost(string, tag = "2")]
         pub(super) scope: String,
+        #[prost(bool, tag = "3")]
+        pub(super) session_only: bool,
     }
 }

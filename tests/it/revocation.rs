@@ -54,6 +54,19 @@ async fn what_one_replica_revokes_the_others_refuse() {
             app.disable(&user.id).await;
         }
         lags.push(lag(async || validate_through(&channel, key, &token).await.is_err()).await);
+
+        let owner = app.user().create().await;
+        let api_key = app.api_key(&owner, &[]).await;
+        validate_through(&channel, key, &api_key.text)
+            .await
+            .unwrap();
+        if round % 2 == 0 {
+            app.revoke_api_key(&owner, &api_key.id).await;
+        } else {
+            app.disable(&owner.id).await;
+        }
+        let api_key = api_key.text;
+        lags.push(lag(async || validate_through(&channel, key, &api_key).await.is_err()).await);
     }
     lags.sort();
     let trusts_memory = replica.auth.freshness().trust(BootTime::now()) == Trust::Live;

@@ -5,7 +5,10 @@ use tollkeeper::proto::tollkeeper::{
         CreateServiceAccountRequest, DisableServiceAccountRequest, DisableUserRequest,
         EnableUserRequest, SetUserTierRequest,
     },
-    auth::v1::{LoginRequest, LogoutRequest, RefreshTokensRequest, RegisterRequest},
+    auth::v1::{
+        CreateApiKeyRequest, LoginRequest, LogoutRequest, RefreshTokensRequest, RegisterRequest,
+        RevokeApiKeyRequest,
+    },
 };
 use tonic::{Code, Request};
 
@@ -233,6 +236,39 @@ async fn what_a_service_does_is_written_in_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_making_and_the_end_of_an_api_key_are_written_as_the_users_own_acts() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    let message = CreateApiKeyRequest {
+        name: "my laptop".to_owned(),
+        scopes: vec!["read".to_owned()],
+        expires_at: None,
+    };
+    let mut auth = app.auth(&token);
+    let answer = auth.create_api_key(with_id("made", message)).await;
+    let key = answer.unwrap().into_inner().api_key.unwrap();
+    let api_key_id = key.id.clone();
+    for _ in 0..2 {
+        let message = RevokeApiKeyRequest {
+            api_key_id: api_key_id.clone(),
+        };
+        let answer = auth.revoke_api_key(with_id("ended", message)).await;
+        answer.unwrap();
+    }
+    let actor = ("user".to_owned(), Some(user.id.clone()));
+    let made = event(&app, "made", "api_key.created").await;
+    assert_eq!((&made.actor, made.target), (&actor, key.id.clone()));
+    assert_eq!(made.details["scopes"], serde_json::json!(["read"]));
+    let ended = event(&app, "ended", "api_key.revoked").await;
+    assert_eq!((&ended.actor, ended.target), (&actor, key.id));
+    for details in [made.details, ended.details] {
+        assert_eq!(details["user_id"], serde_json::json!(user.id));
+        assert_eq!(details["name"], serde_json::json!("my laptop"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_act_that_changes_nothing_is_not_written() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
@@ -263,6 +299,7 @@ async fn no_act_is_done_that_cannot_be_written() {
     const STATE: &str = "SELECT md5(concat( \
         (SELECT json_agg(u ORDER BY id) FROM users u), \
         (SELECT json_agg(s ORDER BY id) FROM sessions s), \
+        (SELECT json_agg(k ORDER BY id) FROM api_keys k), \
         (SELECT json_agg(a ORDER BY id) FROM service_accounts a), \
         (SELECT json_agg(k ORDER BY id) FROM service_keys k)))";
     let app = TestApp::spawn().await;
@@ -270,6 +307,7 @@ async fn no_act_is_done_that_cannot_be_written() {
     app.disable(&off.id).await;
     let (service_account_id, _) = app.service("gateway", &["quota"]).await;
     let first = app.login(&user).await;
+    let api_key_id = app.api_key(&user, &[]).await.id;
     let second = refreshed(&app, &first.refresh_token).await;
     refresh(&app, &second.refresh_token).await.unwrap();
     app.sql("ALTER TABLE audit_events ADD CONSTRAINT full_trail CHECK (false) NOT VALID")
@@ -296,7 +334,15 @@ async fn no_act_is_done_that_cannot_be_written() {
         user_id: user_id.clone(),
         tier: "starter".to_owned(),
     };
+    let key = CreateApiKeyRequest {
+        name: "another".to_owned(),
+        ..CreateApiKeyRequest::default()
+    };
     let outcomes = [
+        auth.create_api_key(key).await.map(drop),
+        auth.revoke_api_key(RevokeApiKeyRequest { api_key_id })
+            .await
+            .map(drop),
         auth.register(register).await.map(drop),
         auth.login(login_of(&user, PASSWORD)).await.map(drop),
         auth.logout(LogoutRequest {}).await.map(drop),
@@ -330,6 +376,8 @@ async fn the_trail_holds_no_secret_and_no_address() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
     let (_, key) = app.service("gateway", &["quota"]).await;
+    let api_key = app.api_key(&user, &[]).await;
+    app.revoke_api_key(&user, &api_key.id).await;
     let first = app.login(&user).await;
     let second = refreshed(&app, &first.refresh_token).await;
     refresh(&app, &second.refresh_token).await.unwrap();
@@ -346,6 +394,8 @@ async fn the_trail_holds_no_secret_and_no_address() {
             "@",
             "$argon2",
             "tks_",
+            "tka_",
+            &api_key.text[4..40],
             "tkr_",
             "eyJ",
             PASSWORD,

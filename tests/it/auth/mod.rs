@@ -1,6 +1,7 @@
 //! Accounts, logins, sessions, keys and the trail they leave: `AuthService` and `AdminService`.
 
 mod accounts;
+mod api_keys;
 mod audit;
 mod keys;
 mod login;

@@ -9,6 +9,7 @@ use tollkeeper::proto::tollkeeper::{
         ListServiceAccountsResponse, ListUsersRequest, ListUsersResponse,
     },
     auth::v1::{
+        CreateApiKeyRequest, CreateApiKeyResponse, ListApiKeysRequest, ListApiKeysResponse,
         LoginRequest, LoginResponse, RegisterRequest, RegisterResponse, ValidateTokenRequest,
         ValidateTokenResponse,
     },
@@ -22,8 +23,9 @@ use tonic::{Code, Status};
 use super::{
     ask, violations,
     wrong::{
-        CHECK, CREATE_SERVICE, CREATE_USER, DAY, DIMENSIONS, DISABLE, LOGIN, RECORD, RECORDS,
-        REGISTER, SERVICES, USERS, VALIDATE, ago, create_user, event, register,
+        CHECK, CREATE_KEY, CREATE_SERVICE, CREATE_USER, DAY, DIMENSIONS, DISABLE, KEYS, LOGIN,
+        RECORD, RECORDS, REGISTER, SERVICES, USERS, VALIDATE, ago, create_api_key, create_user,
+        event, register,
     },
 };
 use crate::harness::{PASSWORD, TestApp, TestUser, reason};
@@ -295,6 +297,62 @@ async fn a_page_of_service_accounts_is_50_by_default_and_1000_at_most() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_api_key_has_a_name_of_1_to_100_characters_and_32_scopes_of_64() {
+    let app = TestApp::spawn().await;
+    for (length, fits) in [(0, false), (1, true), (100, true), (101, false)] {
+        let answer = try_create_key(&app, |r| r.name = "é".repeat(length)).await;
+        decide(answer, fits, "name");
+    }
+    let scopes = |count: usize, length: usize| -> Vec<String> {
+        (0..count).map(|n| format!("{n:~>length$}")).collect()
+    };
+    for (scopes, fits) in [
+        (vec![], true),
+        (scopes(32, 64), true),
+        (scopes(33, 64), false),
+        (scopes(1, 65), false),
+    ] {
+        let answer = try_create_key(&app, |r| r.scopes = scopes).await;
+        decide(answer, fits, "scopes");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_key_expires_within_a_year_or_never() {
+    let app = TestApp::spawn().await;
+    for (secs_ahead, fits) in [
+        (-1, false),
+        (60, true),
+        (365 * DAY - 60, true),
+        (365 * DAY + 60, false),
+    ] {
+        let answer = try_create_key(&app, |r| r.expires_at = Some(ago(-secs_ahead))).await;
+        decide(answer, fits, "expires_at");
+    }
+    try_create_key(&app, |r| r.expires_at = None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_api_keys_is_50_by_default_and_1000_at_most() {
+    let app = TestApp::spawn().await;
+    app.sql(
+        "INSERT INTO api_keys (id, user_id, name, key_hash, scopes)
+         SELECT gen_random_uuid(), id, 'key ' || n, n::text::bytea, '{}'
+         FROM users, generate_series(1, 1001) n WHERE username = 'admin'",
+    )
+    .await;
+    for (page_size, items) in [(0, 50), (1, 1), (1000, 1000), (1001, 1000)] {
+        let request = ListApiKeysRequest {
+            page_size,
+            ..ListApiKeysRequest::default()
+        };
+        let page: ListApiKeysResponse = ask(&app, KEYS, request).await.unwrap();
+        assert_eq!(page.api_keys.len(), items, "{page_size}");
+        assert_ne!(page.next_page_token, "", "{page_size}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_page_token_of_another_list_is_refused() {
     let app = TestApp::spawn().await;
     let users = [app.user().create().await, app.user().create().await];
@@ -324,6 +382,15 @@ async fn try_register(
     let mut request = register();
     change(&mut request);
     ask(app, REGISTER, request).await
+}
+
+async fn try_create_key(
+    app: &TestApp,
+    change: impl FnOnce(&mut CreateApiKeyRequest),
+) -> Result<CreateApiKeyResponse, Status> {
+    let mut request = create_api_key();
+    change(&mut request);
+    ask(app, CREATE_KEY, request).await
 }
 
 async fn record(

@@ -11,8 +11,8 @@ use tollkeeper::proto::tollkeeper::{
         GetUserRequest, ListUsersRequest,
     },
     auth::v1::{
-        GetCurrentUserRequest, LogoutRequest, RefreshTokensRequest, RegisterRequest,
-        ValidateTokenRequest,
+        GetCurrentUserRequest, ListApiKeysRequest, LogoutRequest, RefreshTokensRequest,
+        RegisterRequest, RevokeApiKeyRequest, ValidateTokenRequest,
     },
     usage::v1::{ListTiersRequest, RecordUsageRequest, TokenCounts, UsageEvent},
 };
@@ -21,7 +21,7 @@ use tonic_types::StatusExt as _;
 
 use super::{
     send,
-    wrong::{LOGIN, REGISTER, event, register},
+    wrong::{LOGIN, REGISTER, create_api_key, event, register},
 };
 use crate::{
     descriptor,
@@ -49,6 +49,7 @@ async fn every_reason_of_the_contract_is_given_with_a_code_that_it_names() {
     errors.extend(of_requests(&app).await);
     errors.push(internal(&app).await);
     errors.push(expired().await);
+    errors.push(too_many_keys().await);
     errors.push(too_late().await);
     errors.push(overloaded().await);
     errors.push(database_away(&app).await);
@@ -159,7 +160,12 @@ async fn of_callers(app: &TestApp) -> Vec<Status> {
         include_quota: false,
     };
     let list = ListUsersRequest::default();
+    let api_key = app.api_key(&user, &[]).await.text;
     vec![
+        app.auth(&api_key)
+            .list_api_keys(ListApiKeysRequest::default())
+            .await
+            .unwrap_err(),
         app.admin(&token).list_users(list).await.unwrap_err(),
         app.auth(&key).validate_token(request).await.unwrap_err(),
         app.usage(&key)
@@ -180,6 +186,12 @@ async fn of_things(app: &TestApp) -> Vec<Status> {
         service_account_id: NOBODY.to_owned(),
     };
     let answer = app.admin(key).disable_service_account(request).await;
+    errors.push(answer.unwrap_err());
+    let request = RevokeApiKeyRequest {
+        api_key_id: NOBODY.to_owned(),
+    };
+    let token = app.login(&user).await.access_token;
+    let answer = app.auth(&token).revoke_api_key(request).await;
     errors.push(answer.unwrap_err());
     let request = RegisterRequest {
         email: user.email.to_uppercase(),
@@ -250,6 +262,14 @@ async fn expired() -> Status {
         .list_users(ListUsersRequest::default())
         .await
         .unwrap_err()
+}
+
+async fn too_many_keys() -> Status {
+    let app = TestApp::spawn_with(|settings| settings.auth.api_keys_per_user = 1).await;
+    let token = app.admin_token().await;
+    let mut auth = app.auth(&token);
+    auth.create_api_key(create_api_key()).await.unwrap();
+    auth.create_api_key(create_api_key()).await.unwrap_err()
 }
 
 async fn too_late() -> Status {

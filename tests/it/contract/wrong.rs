@@ -12,7 +12,10 @@ use tollkeeper::proto::tollkeeper::{
         ListUsersRequest, LookupUserRequest, SetUserTierRequest, create_user_request::Credential,
         lookup_user_request::By,
     },
-    auth::v1::{LoginRequest, RefreshTokensRequest, RegisterRequest, ValidateTokenRequest},
+    auth::v1::{
+        CreateApiKeyRequest, ListApiKeysRequest, LoginRequest, RefreshTokensRequest,
+        RegisterRequest, RevokeApiKeyRequest, ValidateTokenRequest,
+    },
     usage::v1::{
         CheckQuotaRequest, GetMonthlyUsageRequest, ListUsageRecordsRequest, RecordUsageRequest,
         TokenCounts, UsageEvent,
@@ -37,6 +40,9 @@ pub(super) const REGISTER: &str = "auth.v1.AuthService/Register";
 pub(super) const LOGIN: &str = "auth.v1.AuthService/Login";
 pub(super) const REFRESH: &str = "auth.v1.AuthService/RefreshTokens";
 pub(super) const VALIDATE: &str = "auth.v1.AuthService/ValidateToken";
+pub(super) const CREATE_KEY: &str = "auth.v1.AuthService/CreateApiKey";
+pub(super) const KEYS: &str = "auth.v1.AuthService/ListApiKeys";
+pub(super) const REVOKE_KEY: &str = "auth.v1.AuthService/RevokeApiKey";
 pub(super) const RECORD: &str = "usage.v1.UsageService/RecordUsage";
 pub(super) const CHECK: &str = "usage.v1.UsageService/CheckQuota";
 pub(super) const MONTH: &str = "usage.v1.UsageService/GetMonthlyUsage";
@@ -138,6 +144,57 @@ fn auth(t: &mut Table) {
     t.texts(VALIDATE, "token", &[""], |token| ValidateTokenRequest {
         token,
         include_quota: true,
+    });
+    api_keys(t);
+}
+
+fn api_keys(t: &mut Table) {
+    let names = &["", "line\nbreak", "nul\u{0}nul", &"é".repeat(101)];
+    t.texts(CREATE_KEY, "name", names, |name| CreateApiKeyRequest {
+        name,
+        ..create_api_key()
+    });
+    let long = "s".repeat(65);
+    for scope in ["", "two words", "quo\"te", "back\\slash", "größe", &long] {
+        let scopes = vec!["read".to_owned(), scope.to_owned()];
+        let message = CreateApiKeyRequest {
+            scopes,
+            ..create_api_key()
+        };
+        t.row(CREATE_KEY, "scopes", scope, message);
+    }
+    let many = CreateApiKeyRequest {
+        scopes: (0..33).map(|n| format!("scope-{n}")).collect(),
+        ..create_api_key()
+    };
+    t.row(CREATE_KEY, "scopes", "scope-32", many);
+    let at = |seconds, nanos| Timestamp { seconds, nanos };
+    for (value, expires_at) in [
+        ("the epoch", at(0, 0)),
+        ("a moment ago", ago(1)),
+        ("in a year and a day", ago(-366 * DAY)),
+        ("past the year 9999", at(i64::MAX, 0)),
+        ("negative nanos", at(ago(-DAY).seconds, -1)),
+    ] {
+        let message = CreateApiKeyRequest {
+            expires_at: Some(expires_at),
+            ..create_api_key()
+        };
+        t.row(CREATE_KEY, "expires_at", value, message);
+    }
+    let list = ListApiKeysRequest::default();
+    t.sizes(KEYS, |page_size| ListApiKeysRequest {
+        page_size,
+        ..list.clone()
+    });
+    t.texts(KEYS, "page_token", PAGE_TOKENS, |page_token| {
+        ListApiKeysRequest {
+            page_token,
+            ..list.clone()
+        }
+    });
+    t.texts(REVOKE_KEY, "api_key_id", IDS, |api_key_id| {
+        RevokeApiKeyRequest { api_key_id }
     });
 }
 
@@ -486,7 +543,19 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         user_id: bad(),
         tokens: -1,
     };
+    let key = CreateApiKeyRequest {
+        name: String::new(),
+        scopes: vec![String::new()],
+        expires_at: Some(old),
+    };
+    let keys = ListApiKeysRequest {
+        page_size: -1,
+        page_token: bad(),
+        show_ended: true,
+    };
     vec![
+        (CREATE_KEY, &["name", "scopes", "expires_at"], encode(&key)),
+        (KEYS, &["page_size", "page_token"], encode(&keys)),
         (REGISTER, people, encode(&register)),
         (
             CREATE_USER,
@@ -583,6 +652,15 @@ pub(super) fn create_user() -> CreateUserRequest {
         email: format!("{name}@example.com"),
         username: name,
         ..CreateUserRequest::default()
+    }
+}
+
+/// An API key that a user may make.
+pub(super) fn create_api_key() -> CreateApiKeyRequest {
+    CreateApiKeyRequest {
+        name: "a key".to_owned(),
+        scopes: vec!["read".to_owned()],
+        expires_at: None,
     }
 }
 

@@ -5,7 +5,9 @@ use tollkeeper::proto::tollkeeper::{
         CreateServiceAccountRequest, CreateUserRequest, DisableUserRequest, EnableUserRequest,
         SetUserTierRequest, create_user_request::Credential,
     },
-    auth::v1::{LogoutRequest, Role, Tokens, User},
+    auth::v1::{
+        ApiKey, CreateApiKeyRequest, LogoutRequest, RevokeApiKeyRequest, Role, Tokens, User,
+    },
 };
 
 use super::{TestApp, login_through};
@@ -25,6 +27,13 @@ pub(crate) struct TestUser {
     pub(crate) id: String,
     pub(crate) email: String,
     pub(crate) username: String,
+}
+
+/// An API key that was created.
+#[derive(Clone, Debug)]
+pub(crate) struct TestApiKey {
+    pub(crate) id: String,
+    pub(crate) text: String,
 }
 
 impl TestApp {
@@ -89,6 +98,31 @@ impl TestApp {
         };
         let answer = self.admin(&self.service_key).set_user_tier(request).await;
         answer.expect("set").into_inner().user.expect("a user")
+    }
+
+    /// A new API key that never expires.
+    pub(crate) async fn api_key(&self, user: &TestUser, scopes: &[&str]) -> TestApiKey {
+        let token = self.login(user).await.access_token;
+        let request = CreateApiKeyRequest {
+            name: "of a test".to_owned(),
+            scopes: scopes.iter().map(|&scope| scope.to_owned()).collect(),
+            expires_at: None,
+        };
+        let created = self.auth(&token).create_api_key(request).await;
+        let created = created.expect("created").into_inner();
+        TestApiKey {
+            id: created.api_key.expect("a key").id,
+            text: created.key,
+        }
+    }
+
+    pub(crate) async fn revoke_api_key(&self, user: &TestUser, id: &str) -> ApiKey {
+        let token = self.login(user).await.access_token;
+        let api_key_id = id.to_owned();
+        let request = RevokeApiKeyRequest { api_key_id };
+        let answer = self.auth(&token).revoke_api_key(request).await;
+        let key = answer.expect("revoked").into_inner().api_key;
+        key.expect("a key")
     }
 
     /// An access token of the administrator.
