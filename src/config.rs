@@ -27,6 +27,7 @@ pub struct Settings {
     pub password: PasswordSettings,
     pub usage: UsageSettings,
     pub log: LogSettings,
+    pub ops: OpsSettings,
 }
 
 /// The gRPC listener and its bounds.
@@ -187,6 +188,15 @@ pub enum LogFormat {
     Human,
 }
 
+/// For machines that watch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OpsSettings {
+    /// Address and port of metrics and probes over HTTP; empty: none.
+    #[serde(with = "address")]
+    pub listen: Option<SocketAddr>,
+}
+
 /// A value that is never printed. Empty means unset.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -223,6 +233,7 @@ impl Default for Settings {
             password: PasswordSettings::default(),
             usage: UsageSettings::default(),
             log: LogSettings::default(),
+            ops: OpsSettings::default(),
         }
     }
 }
@@ -302,6 +313,14 @@ impl Default for LogSettings {
     }
 }
 
+impl Default for OpsSettings {
+    fn default() -> Self {
+        Self {
+            listen: Some(SocketAddr::from(([127, 0, 0, 1], 9464))),
+        }
+    }
+}
+
 /// A number of threads as configured; 0 means one per core.
 pub(crate) fn or_cores(threads: usize) -> usize {
     match threads {
@@ -324,6 +343,32 @@ fn default_data_dir() -> PathBuf {
 }
 
 /// Durations as people write them: `30m`, `7days`, `250ms`.
+/// An address, or none as an empty text.
+mod address {
+    use std::net::SocketAddr;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(
+        value: &Option<SocketAddr>,
+        out: S,
+    ) -> Result<S::Ok, S::Error> {
+        let text = value.map(|address| address.to_string());
+        out.serialize_str(&text.unwrap_or_default())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<SocketAddr>, D::Error> {
+        let text = String::deserialize(from)?;
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let parsed = text.parse().map(Some);
+        parsed.map_err(|_| de::Error::custom("not an address such as 127.0.0.1:9464, or empty"))
+    }
+}
+
 mod duration {
     use std::time::Duration;
 

@@ -15,6 +15,7 @@
 //! | [`usage`] | the ledger, the quota, the tiers |
 //! | [`proto`] | generated code |
 //! | [`grpc`] | the edge: handlers, access, errors as statuses, health |
+//! | [`ops`] | metrics and probes over HTTP |
 //! | [`tasks`] | background work |
 //! | [`server`] | the composition root |
 //! | [`embedded`] | the private Postgres of the zero-configuration start |
@@ -30,6 +31,7 @@ pub mod embedded;
 pub mod error;
 pub mod grpc;
 pub mod model;
+pub mod ops;
 pub mod proto;
 pub mod server;
 pub mod store;

@@ -6,6 +6,7 @@ mod workers;
 use std::{future::Future, io, net::SocketAddr, time::Duration};
 
 use chrono::Utc;
+use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -19,10 +20,14 @@ pub use connection::Connection;
 pub use workers::{Incoming, WorkerGone, Workers};
 
 use crate::{
-    auth::{Auth, KeyRing, MasterKey},
+    auth::{Auth, BootTime, KeyRing, MasterKey},
     config::{self, ServerSettings, Settings},
     error::Error,
-    grpc::{self, AccessLayer, CallLayer, MemoryLayer, Rules, RulesError, health},
+    grpc::{
+        self, AccessLayer, CallLayer, CallMetrics, MemoryLayer, Rules, RulesError,
+        health::{self, Readiness},
+    },
+    ops,
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
     tasks,
@@ -37,6 +42,11 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub enum ServerError {
     #[error("cannot listen on {address}")]
     Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error("cannot listen on {address} (setting ops.listen; empty: not at all)")]
+    ListenForOps {
         address: SocketAddr,
         source: io::Error,
     },
@@ -62,6 +72,7 @@ pub enum ServerError {
 pub struct Server {
     settings: ServerSettings,
     listener: TcpListener,
+    ops: Option<TcpListener>,
     rules: Rules,
     auth: Auth,
     usage: Usage,
@@ -84,6 +95,10 @@ impl Server {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|source| ServerError::Listen { address, source })?;
+        let ops = match settings.ops.listen {
+            Some(address) => listen_for_ops(address, settings.dev).await?,
+            None => None,
+        };
         migrate(settings.database.url.expose())
             .await
             .map_err(ServerError::Migrate)?;
@@ -100,6 +115,7 @@ impl Server {
         Ok(Self {
             settings: settings.server.clone(),
             listener,
+            ops,
             rules,
             auth,
             usage,
@@ -113,6 +129,11 @@ impl Server {
     /// When the socket has none.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+
+    /// The address of the operations port, if there is one.
+    pub fn ops_addr(&self) -> Option<SocketAddr> {
+        self.ops.as_ref()?.local_addr().ok()
     }
 
     pub fn auth(&self) -> &Auth {
@@ -136,13 +157,15 @@ impl Server {
         let Self {
             settings,
             listener,
+            ops,
             rules,
             auth,
             usage,
             store,
         } = self;
         let reporter = HealthReporter::new();
-        health::report(&reporter, false).await;
+        let (readiness, readiness_known) = watch::channel(Readiness::Starting);
+        health::report(&reporter, &readiness, Readiness::Starting).await;
         let routes = grpc::routes(
             auth.clone(),
             usage,
@@ -151,9 +174,10 @@ impl Server {
             settings.max_request_bytes,
         )?;
         let (cut, cut_asked) = watch::channel(false);
+        let metrics = CallMetrics::new(&rules);
         let serve = {
-            let settings = settings.clone();
-            let memory = MemoryLayer::new(auth.clone(), &rules);
+            let (settings, metrics) = (settings.clone(), metrics.clone());
+            let memory = MemoryLayer::new(auth.clone(), &rules, &metrics);
             let access = AccessLayer::new(auth.clone(), rules);
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
                 tonic::transport::Server::builder()
@@ -161,7 +185,11 @@ impl Server {
                     .http2_keepalive_interval(Some(Duration::from_secs(30)))
                     .http2_keepalive_timeout(Some(Duration::from_secs(10)))
                     .layer(memory.clone())
-                    .layer(CallLayer::new(settings.max_deadline, cut_asked.clone()))
+                    .layer(CallLayer::new(
+                        metrics.clone(),
+                        settings.max_deadline,
+                        cut_asked.clone(),
+                    ))
                     .layer(access.clone())
                     .add_routes(routes.clone())
                     .serve_with_incoming_shutdown(incoming, asked_to(stop))
@@ -171,11 +199,31 @@ impl Server {
         let mut workers = Workers::start(threads, settings.max_connections, serve)
             .map_err(ServerError::Threads)?;
 
+        // Watches to the very end.
+        let mut watching = JoinSet::new();
+        if let Some(listener) = ops {
+            let mut registry = Registry::with_prefix("tollkeeper");
+            metrics.register(&mut registry);
+            registry.register_collector(Box::new(ops::Rooms {
+                auth: auth.clone(),
+                store: store.clone(),
+                connections: workers.loads(),
+            }));
+            let readiness = readiness_known;
+            let served = ops::Ops {
+                registry,
+                readiness,
+            };
+            watching.spawn(ops::serve(listener, served));
+        }
+
         let mut health = JoinSet::new();
-        let pinged = store.clone();
+        let (pinged, asked) = (store.clone(), auth.clone());
         health.spawn(health::follow(
             async move || pinged.ping().await,
+            move || asked.freshness().trust(BootTime::now()),
             reporter.clone(),
+            readiness.clone(),
         ));
         let mut background = JoinSet::new();
         background.spawn(tasks::upkeep(store.clone()));
@@ -194,7 +242,7 @@ impl Server {
         }
         info!("shutting down");
         health.shutdown().await;
-        health::report(&reporter, false).await;
+        health::report(&reporter, &readiness, Readiness::Draining).await;
         // Load balancers may send more until they have noticed.
         tokio::select! {
             gone = workers.accept(&listener) => gone?,
@@ -219,6 +267,21 @@ impl Server {
 /// Waits for the signal, or for the end of whoever would give it.
 async fn asked_to(mut stop: watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// Listens for those who watch. In dev mode a second service on the machine does without.
+async fn listen_for_ops(
+    address: SocketAddr,
+    dev: bool,
+) -> Result<Option<TcpListener>, ServerError> {
+    match TcpListener::bind(address).await {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if dev => {
+            warn!(%address, %error, "no metrics and probes (setting ops.listen)");
+            Ok(None)
+        }
+        Err(source) => Err(ServerError::ListenForOps { address, source }),
+    }
 }
 
 /// Brings the schema up to date; of many replicas starting together, one does it.

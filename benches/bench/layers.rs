@@ -20,7 +20,7 @@ use tokio::{sync::watch, time::sleep};
 use tollkeeper::{
     auth::{BootTime, KeyRing, MasterKey, Trust},
     config::{DatabaseSettings, Secret, Settings, SigningAlgorithm},
-    grpc::{AccessLayer, CallLayer, MemoryLayer, Rules, routes},
+    grpc::{AccessLayer, CallLayer, CallMetrics, MemoryLayer, Rules, routes},
     proto::{DESCRIPTOR_SET, tollkeeper::auth::v1::ValidateTokenRequest},
     server::Server,
     tasks,
@@ -136,6 +136,7 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
         ..Settings::default()
     };
     settings.server.listen = "127.0.0.1:0".parse()?;
+    settings.ops.listen = None;
     let keys = KeyRing::from_folder(Path::new(fixture.key_dir()), SigningAlgorithm::EdDsa)?;
     let server = Server::bind(&settings, keys, &MasterKey::new(&[7; 32])).await?;
     let (auth, usage) = (server.auth().clone(), server.usage().clone());
@@ -152,9 +153,10 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
     let max_bytes = settings.server.max_request_bytes;
     let routes = routes(auth.clone(), usage, health, false, max_bytes)?;
     let (_, cut) = watch::channel(false);
-    let memory = MemoryLayer::new(auth.clone(), &rules);
+    let metrics = CallMetrics::new(&rules);
+    let memory = MemoryLayer::new(auth.clone(), &rules, &metrics);
     let access = AccessLayer::new(auth, rules).layer(routes.clone());
-    let call = CallLayer::new(Duration::from_secs(30), cut).layer(access.clone());
+    let call = CallLayer::new(metrics, Duration::from_secs(30), cut).layer(access.clone());
     let row = |part, title, stack, logs| Row {
         part,
         title,
@@ -178,7 +180,7 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
         ),
         row(
             "call",
-            "+ request id, deadline, panic guard, error details",
+            "+ request id, metrics, deadline, panic guard, error details",
             boxed(call.clone()),
             false,
         ),

@@ -51,6 +51,7 @@ impl Server {
             .args(["--pdeathsig", "TERM", "--"])
             .arg(program)
             .args(["serve", "--listen", "127.0.0.1:0"])
+            .args(["--set", "ops.listen=127.0.0.1:0"])
             .env_clear()
             .envs(settings.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use super::{
     api_key_uses::LastUse,
+    counters::Counters,
     freshness::{BootTime, Freshness, Trust},
     stamps::{Stamp, Stamps},
     validation::Validated,
@@ -57,6 +58,7 @@ pub(super) struct CredentialCache {
     unknown_keys: Answers<Vec<u8>, ServiceStanding>,
     stamps: Stamps,
     freshness: Freshness,
+    counters: Counters,
 }
 
 type Answers<K, V> = Cache<K, Arc<Answer<V>>>;
@@ -73,6 +75,15 @@ pub(super) enum Verified {
 pub(super) struct KnownApiKey {
     pub(super) standing: ApiKeyStanding,
     pub(super) last_use: Arc<LastUse>,
+}
+
+/// How much is remembered.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    pub entries: u64,
+    /// Estimated.
+    pub bytes: u64,
+    pub bytes_limit: u64,
 }
 
 /// What the database said, and when.
@@ -102,6 +113,7 @@ impl CredentialCache {
             unknown_keys: Cache::new(UNKNOWN_KEYS),
             stamps: Stamps::new(),
             freshness,
+            counters: Counters::default(),
         }
     }
 
@@ -109,13 +121,43 @@ impl CredentialCache {
         &self.freshness
     }
 
+    pub(super) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(super) fn memory(&self) -> Memory {
+        Memory {
+            entries: self.credentials.len() as u64,
+            bytes: self.credentials.weight(),
+            bytes_limit: self.credentials.capacity(),
+        }
+    }
+
     /// Outdates what `change` contradicts.
     pub(super) fn apply(&self, change: Change) {
+        let Counters {
+            user_changes,
+            service_changes,
+            flushes,
+            ..
+        } = &self.counters;
         match change {
-            Change::User(id) => self.stamps.outdate(id),
-            Change::NewApiKey => self.stamps.outdate(API_KEYS),
-            Change::Services => self.stamps.outdate(SERVICES),
-            Change::All => self.stamps.outdate_all(),
+            Change::User(id) => {
+                user_changes.add_one();
+                self.stamps.outdate(id);
+            }
+            Change::NewApiKey => {
+                user_changes.add_one();
+                self.stamps.outdate(API_KEYS);
+            }
+            Change::Services => {
+                service_changes.add_one();
+                self.stamps.outdate(SERVICES);
+            }
+            Change::All => {
+                flushes.add_one();
+                self.stamps.outdate_all();
+            }
         }
     }
 
@@ -242,7 +284,9 @@ impl CredentialCache {
                 let held = cache
                     .get(&key)
                     .filter(|held| self.stamps.is_current(held.stamp));
-                held.filter(|_| trusted).ok_or(error)
+                let held = held.filter(|_| trusted).ok_or(error)?;
+                self.counters.outage_answers.add_one();
+                Ok(held)
             }
             Err(error) => Err(error),
         }
@@ -280,6 +324,7 @@ impl CredentialCache {
 
     /// A silent database must not hold the answer that memory may still give.
     async fn in_time<T>(&self, read: impl Future<Output = Result<T>>) -> Result<T> {
+        self.counters.reads.add_one();
         timeout(self.freshness.staleness_bound(), read)
             .await
             .map_err(|silence| Error::Unavailable(silence.into()))?

@@ -68,14 +68,18 @@ impl Freshness {
     }
 
     pub fn trust(&self, now: BootTime) -> Trust {
-        let confirmed = self.confirmed.load(Ordering::Acquire);
-        let silence = now.since(confirmed);
-        if confirmed == 0 || silence > self.max_stale {
-            Trust::Lost
-        } else if silence > self.staleness_bound {
-            Trust::Stale
-        } else {
-            Trust::Live
+        match self.silence(now) {
+            Some(silence) if silence <= self.staleness_bound => Trust::Live,
+            Some(silence) if silence <= self.max_stale => Trust::Stale,
+            Some(_) | None => Trust::Lost,
+        }
+    }
+
+    /// How long ago the newest heartbeat that came back was sent; `None` while none has.
+    pub fn silence(&self, now: BootTime) -> Option<Duration> {
+        match self.confirmed.load(Ordering::Acquire) {
+            0 => None,
+            confirmed => Some(now.since(confirmed)),
         }
     }
 }

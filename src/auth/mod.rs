@@ -7,6 +7,7 @@ mod accounts;
 mod api_key_uses;
 mod api_keys;
 mod cache;
+mod counters;
 mod freshness;
 mod hash_pool;
 mod key_text;
@@ -23,6 +24,8 @@ mod validation;
 use std::{sync::Arc, time::Duration};
 
 pub use accounts::{InitialCredential, NewAccount};
+pub use cache::Memory;
+pub use counters::{Count, Counters};
 pub use freshness::{BootTime, Freshness, Trust};
 pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
 pub use master_key::MasterKey;
@@ -107,6 +110,16 @@ impl Auth {
     /// Up to when changes are known.
     pub fn freshness(&self) -> &Freshness {
         self.cache.freshness()
+    }
+
+    /// What was done, counted.
+    pub fn counters(&self) -> &Counters {
+        self.cache.counters()
+    }
+
+    /// How much is remembered of credentials.
+    pub fn memory(&self) -> Memory {
+        self.cache.memory()
     }
 
     /// The public keys that verify access tokens.

@@ -181,6 +181,7 @@ impl Auth {
         if let Some(validated) = self.recall(token, now, clock) {
             return Ok(validated);
         }
+        self.cache.counters().misses.add_one();
         let (proof, good_until) = if API_KEY.matches(token) {
             self.prove_api_key(token, refused, now, clock).await?
         } else {
@@ -214,6 +215,7 @@ impl Auth {
         if let Proof::ApiKey(answer) = proof {
             self.note_use(answer.known(), now);
         }
+        self.cache.counters().hits.add_one();
         Some(validated)
     }
 

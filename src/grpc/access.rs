@@ -128,6 +128,11 @@ impl Rules {
         Ok(Self(Arc::new(rules)))
     }
 
+    /// The paths of all RPCs that have a rule.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// The scope by which services may call an RPC.
     pub(super) fn service_scope(&self, path: &str) -> Option<Scope> {
         self.0.get(path)?.service

@@ -20,6 +20,7 @@ use tracing::Instrument as _;
 
 use super::{
     access::Caller,
+    metrics::CallMetrics,
     request_id::{self, REQUEST_ID},
     status,
 };
@@ -70,16 +71,21 @@ pub(super) fn origin_of<T>(request: &tonic::Request<T>) -> Origin {
 }
 
 /// See the module.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct CallLayer {
+    metrics: CallMetrics,
     max_deadline: Duration,
     cut: watch::Receiver<bool>,
 }
 
 impl CallLayer {
     /// Calls are answered `SHUTTING_DOWN` once `cut` turns true.
-    pub fn new(max_deadline: Duration, cut: watch::Receiver<bool>) -> Self {
-        Self { max_deadline, cut }
+    pub fn new(metrics: CallMetrics, max_deadline: Duration, cut: watch::Receiver<bool>) -> Self {
+        Self {
+            metrics,
+            max_deadline,
+            cut,
+        }
     }
 }
 
@@ -95,7 +101,7 @@ impl<S> Layer<S> for CallLayer {
 }
 
 /// See [`CallLayer`].
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct CallService<S> {
     layer: CallLayer,
     inner: S,
@@ -117,6 +123,7 @@ where
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let started = Instant::now();
+        let metrics = self.layer.metrics.of(request.uri().path()).clone();
         let method = request.uri().path().trim_start_matches('/').to_owned();
         let id = request_id::of(request.headers());
         let context = CallContext {
@@ -146,7 +153,9 @@ where
             };
             let code = explain(&mut response, &request_id);
             response.headers_mut().insert(REQUEST_ID, id);
-            log(&method, code, started.elapsed());
+            let took = started.elapsed();
+            metrics.record(code, took);
+            log(&method, code, took);
             Ok(response)
         };
         Box::pin(call.instrument(span))

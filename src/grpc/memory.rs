@@ -10,6 +10,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
+    time::Instant,
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
@@ -23,13 +24,14 @@ use prost::{
     Message as _,
     encoding::{self, WireType},
 };
-use tonic::{Status, body::Body};
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service, ServiceExt as _, util::Oneshot};
 use tracing::Level;
 
 use super::{
     access::{Rules, bearer},
     call::is_grpc,
+    metrics::{CallMetrics, RpcMetrics},
     request_id::{self, REQUEST_ID},
 };
 use crate::{
@@ -50,13 +52,15 @@ pub struct MemoryLayer {
     auth: Auth,
     /// By which services may call.
     scope: Option<Scope>,
+    metrics: Arc<RpcMetrics>,
 }
 
 impl MemoryLayer {
-    pub fn new(auth: Auth, rules: &Rules) -> Self {
+    pub fn new(auth: Auth, rules: &Rules, metrics: &CallMetrics) -> Self {
         Self {
             auth,
             scope: rules.service_scope(VALIDATE_TOKEN),
+            metrics: metrics.of(VALIDATE_TOKEN).clone(),
         }
     }
 }
@@ -151,7 +155,7 @@ impl<S> Shared<S> {
             return ControlFlow::Continue(request);
         }
         let auth = &self.layer.auth;
-        let (now, clock) = (Utc::now(), BootTime::now());
+        let (started, now, clock) = (Instant::now(), Utc::now(), BootTime::now());
         if !is_grpc(request.headers()) || !self.may_call(request.headers(), now, clock) {
             return ControlFlow::Continue(request);
         }
@@ -164,7 +168,9 @@ impl<S> Shared<S> {
             Ok(data) if body.is_end_stream() => {
                 let known = token_of(&data).and_then(|token| auth.recall(token, now, clock));
                 if let Some(validated) = known {
-                    return ControlFlow::Break(respond(&head.headers, &validated));
+                    let response = respond(&head.headers, &validated);
+                    self.layer.metrics.record(Code::Ok, started.elapsed());
+                    return ControlFlow::Break(response);
                 }
                 Frame::data(data)
             }
@@ -184,7 +190,7 @@ impl<S> Shared<S> {
         let (Ok(key), Some(header)) = (bearer(headers), headers.get(AUTHORIZATION)) else {
             return false;
         };
-        let MemoryLayer { auth, scope } = &self.layer;
+        let MemoryLayer { auth, scope, .. } = &self.layer;
         let admits =
             |known: &_| scope.is_some_and(|scope| auth.still_admits(known, scope, now, clock));
         // A connection's calls are looked at by one thread: it is never locked for long.

@@ -10,6 +10,7 @@ mod call;
 mod convert;
 pub mod health;
 mod memory;
+mod metrics;
 mod request_id;
 mod status;
 mod usage;
@@ -19,6 +20,7 @@ use tonic::service::{Routes, RoutesBuilder};
 pub use access::{AccessLayer, Rules, RulesError};
 pub use call::CallLayer;
 pub use memory::MemoryLayer;
+pub use metrics::CallMetrics;
 
 use crate::{
     auth::Auth,

@@ -74,6 +74,21 @@ impl Workers {
         })
     }
 
+    /// Reads how many connections each worker has open.
+    pub fn loads(&self) -> Box<dyn Fn() -> Vec<usize> + Send + Sync> {
+        let loads: Vec<_> = self
+            .workers
+            .iter()
+            .map(|worker| worker.load.clone())
+            .collect();
+        Box::new(move || {
+            loads
+                .iter()
+                .map(|load| load.load(Ordering::Relaxed))
+                .collect()
+        })
+    }
+
     /// Accepts connections and gives each to the worker with the fewest; runs until dropped.
     ///
     /// At the bound it stops accepting: clients wait in the listener's backlog.

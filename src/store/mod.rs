@@ -19,7 +19,7 @@ mod users;
 
 use std::{sync::Arc, time::Duration};
 
-use deadpool::Runtime;
+use deadpool::{Runtime, Status};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
@@ -135,6 +135,11 @@ impl Store {
         conn.batch_execute("SELECT 1").await?;
         *held = Some(conn);
         Ok(())
+    }
+
+    /// How the pool stands.
+    pub fn pool_status(&self) -> Status {
+        self.pool.status()
     }
 
     /// Closes every connection that is idle and refuses new work.

@@ -10,6 +10,7 @@ mod auth;
 mod contract;
 mod descriptor;
 mod harness;
+mod ops;
 mod outage;
 mod process;
 mod revocation;

@@ -6,7 +6,7 @@ use std::{
 };
 
 /// Every room and the rooms that it may name; `*` is all of them.
-const ROOMS: [(&str, &[&str]); 16] = [
+const ROOMS: [(&str, &[&str]); 17] = [
     ("auth", &["store", "model", "error", "config"]),
     ("cli", &["*"]),
     ("client", &["proto"]),
@@ -20,6 +20,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
     ("lib", &[]),
     ("main", &["cli"]),
     ("model", &[]),
+    ("ops", &["auth", "store", "grpc"]),
     ("proto", &[]),
     ("server", &["*"]),
     ("store", &["model", "error", "config"]),

@@ -189,6 +189,7 @@ async fn ten_servers_started_at_once_on_an_empty_database_all_come_up() {
         ..Settings::default()
     };
     settings.server.listen.set_port(0);
+    settings.ops.listen = None;
     settings.database.url = tollkeeper::config::Secret::new(url.clone());
     settings.database.pool_size = 2;
     let keys = tempfile::tempdir().unwrap();

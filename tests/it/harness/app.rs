@@ -18,6 +18,8 @@ const TEMPLATE: &str = "tollkeeper_template";
 /// A server in this process, on a port and a database of its own. Ends with the test.
 pub(crate) struct TestApp {
     pub(crate) address: SocketAddr,
+    /// Of the operations port.
+    pub(crate) ops_address: SocketAddr,
     pub(crate) database_url: String,
     /// A key of a service account with every scope.
     pub(crate) service_key: String,
@@ -53,6 +55,10 @@ impl TestApp {
         RunningServer::start(&self.settings)
             .await
             .expect("the replica starts")
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Stops the server and waits for the end, as SIGTERM would.
@@ -109,6 +115,7 @@ impl TestApp {
             .expect("created");
         Self {
             address: server.address,
+            ops_address: server.ops_address.expect("no test turns it off"),
             database_url: settings.database.url.expose().to_owned(),
             service_key,
             admin_email,
@@ -123,6 +130,7 @@ impl TestApp {
 /// A server in this process. Dropping it stops it.
 pub(crate) struct RunningServer {
     pub(crate) address: SocketAddr,
+    pub(crate) ops_address: Option<SocketAddr>,
     pub(crate) auth: tollkeeper::auth::Auth,
     shutdown: Option<oneshot::Sender<()>>,
     ended: JoinHandle<Result<(), ServerError>>,
@@ -133,6 +141,7 @@ impl RunningServer {
         let (keys, master_key) = keys(settings);
         let server = Server::bind(settings, keys, &master_key).await?;
         let address = server.local_addr().expect("bound");
+        let ops_address = server.ops_addr();
         let auth = server.auth().clone();
         let (shutdown, asked) = oneshot::channel::<()>();
         let ended = tokio::spawn(server.run(async {
@@ -140,6 +149,7 @@ impl RunningServer {
         }));
         Ok(Self {
             address,
+            ops_address,
             auth,
             shutdown: Some(shutdown),
             ended,
@@ -166,6 +176,7 @@ fn settings(database_url: String) -> Settings {
         ..Settings::default()
     };
     settings.server.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    settings.ops.listen = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
     settings.database.url = Secret::new(database_url);
     settings.database.pool_size = 8;
     settings.password = PasswordSettings {

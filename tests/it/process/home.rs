@@ -78,6 +78,7 @@ impl Home {
             .current_dir(self.path())
             .env("TOLLKEEPER_DATA_DIR", self.data_dir())
             .env("TOLLKEEPER_SERVER_LISTEN", "127.0.0.1:0")
+            .env("TOLLKEEPER_OPS_LISTEN", "127.0.0.1:0")
             .env("TOLLKEEPER_PASSWORD_ARGON2_MEMORY_KIB", "7168")
             .env("TOLLKEEPER_PASSWORD_ARGON2_ITERATIONS", "1");
         if let Some(url) = &self.database {

@@ -1,0 +1,192 @@
+//! What the rooms say of themselves when they are asked.
+
+use std::fmt;
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+};
+
+use crate::{
+    auth::{Auth, BootTime, Trust},
+    store::Store,
+};
+
+/// Reads the rooms at every scrape, so that nothing has to be kept in step.
+pub struct Rooms {
+    pub auth: Auth,
+    pub store: Store,
+    /// Open connections of each thread that serves.
+    pub connections: Box<dyn Fn() -> Vec<usize> + Send + Sync>,
+}
+
+impl fmt::Debug for Rooms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rooms").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Rooms {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let counters = self.auth.counters();
+        let memory = self.auth.memory();
+        let freshness = self.auth.freshness();
+        let now = BootTime::now();
+        let trust = freshness.trust(now);
+        let pool = self.store.pool_status();
+        let mut out = Out(&mut encoder);
+
+        out.counters(
+            "credential_lookups",
+            "Access tokens and API keys asked about: those that memory alone found good, and the others",
+            "result",
+            &[("hit", counters.hits.get()), ("miss", counters.misses.get())],
+        )?;
+        out.counter(
+            "credential_reads",
+            "Sessions, API keys and service keys read from the database",
+            counters.reads.get(),
+        )?;
+        out.counter(
+            "outage_answers",
+            "Answers from memory because the database was away",
+            counters.outage_answers.get(),
+        )?;
+        out.gauge(
+            "credential_entries",
+            "Credentials in memory",
+            memory.entries,
+        )?;
+        out.gauge(
+            "credential_bytes",
+            "Memory of credentials, estimated",
+            memory.bytes,
+        )?;
+        out.gauge(
+            "credential_bytes_limit",
+            "Most that it may be",
+            memory.bytes_limit,
+        )?;
+        out.counters(
+            "changes",
+            "Changes heard of, of this replica and of others",
+            "kind",
+            &[
+                ("user", counters.user_changes.get()),
+                ("service", counters.service_changes.get()),
+                ("flush", counters.flushes.get()),
+            ],
+        )?;
+        let is = |state| u64::from(trust == state);
+        out.gauges(
+            "change_feed_state",
+            "1 for the present state: live (answers from memory), stale (from the database), lost (not even from memory in an outage)",
+            "state",
+            &[
+                ("live", is(Trust::Live)),
+                ("stale", is(Trust::Stale)),
+                ("lost", is(Trust::Lost)),
+            ],
+        )?;
+        out.seconds(
+            "change_feed_age_seconds",
+            "Since the newest heartbeat that came back was sent",
+            freshness
+                .silence(now)
+                .map_or(f64::INFINITY, |silence| silence.as_secs_f64()),
+        )?;
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        out.gauges(
+            "pool_connections",
+            "Connections to the database",
+            "state",
+            &[
+                ("idle", count(pool.available)),
+                ("used", count(pool.size.saturating_sub(pool.available))),
+            ],
+        )?;
+        out.gauge(
+            "pool_waiting",
+            "Calls that wait for a connection",
+            count(pool.waiting),
+        )?;
+        out.gauge("pool_limit", "Most connections", count(pool.max_size))?;
+        let open = (self.connections)();
+        let names: Vec<_> = (0..open.len()).map(|index| index.to_string()).collect();
+        let open: Vec<_> = names
+            .iter()
+            .map(String::as_str)
+            .zip(open.into_iter().map(count))
+            .collect();
+        out.gauges(
+            "connections",
+            "Open connections of each thread that serves",
+            "thread",
+            &open,
+        )
+    }
+}
+
+/// Writes metrics of values that are already there.
+struct Out<'a, 'b>(&'a mut DescriptorEncoder<'b>);
+
+impl Out<'_, '_> {
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let counter = ConstCounter::new(value);
+        let encoder = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter.encode(encoder)
+    }
+
+    fn counters(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[(&str, u64)],
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (of, value) in values {
+            let labels = [(label, *of)];
+            ConstCounter::new(*value).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+        let encoder = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Gauge)?;
+        gauge.encode(encoder)
+    }
+
+    fn gauges(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[(&str, u64)],
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (of, value) in values {
+            let labels = [(label, *of)];
+            let value = i64::try_from(*value).unwrap_or(i64::MAX);
+            ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn seconds(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
+        let encoder = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Gauge)?;
+        ConstGauge::new(value).encode(encoder)
+    }
+}
