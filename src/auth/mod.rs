@@ -31,6 +31,7 @@ pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_ke
 pub use master_key::MasterKey;
 pub use password::{ImportedHash, LoginPassword};
 pub use random::random_alphanumeric;
+pub use service_accounts::RotatedKey;
 pub use sessions::{IssuedTokens, LoggedIn, Refreshed};
 pub use validation::{KnownService, Principal, UserCredential, UserPrincipal, Validated};
 

@@ -1,15 +1,29 @@
 //! Programs' accounts and their keys.
 
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::{Auth, key_text::SERVICE_KEY};
 use crate::{
     error::Result,
     model::{
-        Change, Origin, Page, PageRequest, ScopeSet, ServiceAccount, ServiceAccountId, ServiceName,
+        Change, KeyOverlap, Origin, Page, PageRequest, ScopeSet, ServiceAccount, ServiceAccountId,
+        ServiceName,
     },
     store::NewServiceAccount,
 };
+
+/// Live keys of one account, so that rotations that are tried again and again do not pile up.
+const MAX_LIVE_KEYS: u32 = 10;
+
+/// A new key of a service account.
+pub struct RotatedKey {
+    pub account: ServiceAccount,
+    /// Shown this once.
+    pub key: String,
+    /// From when on only the new key works.
+    pub old_keys_end_at: DateTime<Utc>,
+}
 
 impl Auth {
     /// Creates a service account and its key, which is shown this once and stored hashed.
@@ -33,6 +47,45 @@ impl Auth {
         };
         let account = self.store.service_account_insert(&new, origin).await?;
         Ok((account, key))
+    }
+
+    /// A service account by its name, in any case.
+    ///
+    /// # Errors
+    /// `ServiceAccountNotFound` · `Unavailable`
+    pub async fn service_account_by_name(&self, name: &ServiceName) -> Result<ServiceAccount> {
+        self.store.service_account_by_name(name).await
+    }
+
+    /// Makes a new key for a service account, which is shown this once and stored hashed. The old
+    /// ones go on working for `overlap`, or as long as they would have if that is shorter.
+    ///
+    /// Repeating it makes another key, to which the one before is an old one.
+    ///
+    /// # Errors
+    /// `ServiceAccountNotFound` · `AccountDisabled` · `TooManyKeys`, not with an overlap of zero ·
+    /// `Unavailable`
+    pub async fn rotate_service_key(
+        &self,
+        id: ServiceAccountId,
+        overlap: KeyOverlap,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<RotatedKey> {
+        let key = SERVICE_KEY.generate()?;
+        let key_hash = SERVICE_KEY
+            .hash(&key)
+            .expect("a key just made is well formed");
+        let account = self
+            .store
+            .service_key_rotate(id, &key_hash, overlap, MAX_LIVE_KEYS, origin, now)
+            .await?;
+        self.apply(Change::Services);
+        Ok(RotatedKey {
+            account,
+            key,
+            old_keys_end_at: now + overlap.get(),
+        })
     }
 
     /// Lists service accounts, newest first.

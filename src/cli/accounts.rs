@@ -1,7 +1,7 @@
-use std::io::read_to_string;
+use std::{io::read_to_string, time::Duration};
 
 use anyhow::Context as _;
-use chrono::Utc;
+use chrono::{SecondsFormat, Utc};
 use clap::Subcommand;
 
 use super::{
@@ -12,7 +12,7 @@ use super::{
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    model::{Origin, Person, Role, ScopeSet, TierName, Violation},
+    model::{Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName, TierName, Violation},
     store::Store,
     tasks,
     usage::load_tiers,
@@ -54,6 +54,14 @@ pub(super) enum ServicesCommand {
         /// gateway, admin
         #[arg(long = "scope", required = true, value_name = "SCOPE")]
         scopes: Vec<String>,
+    },
+    /// Give a service account a new key, printed this once; the old ones work for a while longer
+    Rotate {
+        /// Name of the service account
+        name: String,
+        /// How long the old keys go on working, at most 30days; 0s: not at all
+        #[arg(long, default_value = "24h", value_parser = humantime::parse_duration)]
+        overlap: Duration,
     },
 }
 
@@ -107,23 +115,50 @@ pub(super) async fn users(command: UsersCommand, loaded: Loaded) -> anyhow::Resu
 }
 
 pub(super) async fn services(command: ServicesCommand, loaded: Loaded) -> anyhow::Result<()> {
-    let ServicesCommand::Create { name, scopes } = command;
+    match command {
+        ServicesCommand::Create { name, scopes } => create_service(&name, &scopes, &loaded).await,
+        ServicesCommand::Rotate { name, overlap } => rotate_key(&name, overlap, &loaded).await,
+    }
+}
+
+async fn create_service(name: &str, scopes: &[String], loaded: &Loaded) -> anyhow::Result<()> {
     let name = named("--name", name.parse())?;
-    let scopes = named("--scope", ScopeSet::parse(&scopes))?;
-    with_auth(&loaded, async move |auth| {
+    let scopes = named("--scope", ScopeSet::parse(scopes))?;
+    with_auth(loaded, async move |auth| {
         let (account, key) = auth
             .create_service_account(name, scopes, &Origin::operator())
             .await?;
-        println!(
-            "id      {}\nname    {}\nscopes  {}",
-            account.id,
-            account.name,
-            account.scopes.names().join(" ")
-        );
-        println!("key     {key}");
+        print_key(&account, &key);
         Ok(())
     })
     .await
+}
+
+async fn rotate_key(name: &str, overlap: Duration, loaded: &Loaded) -> anyhow::Result<()> {
+    let name: ServiceName = named("NAME", name.parse())?;
+    let overlap = named("--overlap", overlap.try_into())?;
+    with_auth(loaded, async move |auth| {
+        let account = auth.service_account_by_name(&name).await?;
+        let rotated = auth
+            .rotate_service_key(account.id, overlap, &Origin::operator(), Utc::now())
+            .await?;
+        print_key(&rotated.account, &rotated.key);
+        let end = rotated
+            .old_keys_end_at
+            .to_rfc3339_opts(SecondsFormat::Secs, true);
+        println!("old keys end at {end}");
+        Ok(())
+    })
+    .await
+}
+
+fn print_key(account: &ServiceAccount, key: &str) {
+    println!(
+        "id      {}\nname    {}\nscopes  {}\nkey     {key}",
+        account.id,
+        account.name,
+        account.scopes.names().join(" ")
+    );
 }
 
 /// Runs `work` on the database and keys of the settings.

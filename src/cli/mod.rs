@@ -76,7 +76,7 @@ enum Command {
     /// Create users
     #[command(subcommand)]
     Users(accounts::UsersCommand),
-    /// Create service accounts, which programs call with
+    /// Create service accounts, which programs call with, and rotate their keys
     #[command(subcommand)]
     Services(accounts::ServicesCommand),
     /// Make or list the keys that sign access tokens

@@ -1,8 +1,9 @@
+use chrono::Utc;
 use tonic::{Request, Response, Status};
 
 use super::{
     call::origin_of,
-    convert::{self, Fields, only},
+    convert::{self, Fields, only, time},
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
@@ -13,8 +14,8 @@ use crate::{
         DisableUserRequest, DisableUserResponse, EnableUserRequest, EnableUserResponse,
         GetUserRequest, GetUserResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
         ListUsersRequest, ListUsersResponse, LookupUserRequest, LookupUserResponse,
-        SetUserTierRequest, SetUserTierResponse, admin_service_server::AdminService,
-        create_user_request,
+        RotateServiceKeyRequest, RotateServiceKeyResponse, SetUserTierRequest, SetUserTierResponse,
+        admin_service_server::AdminService, create_user_request,
     },
     usage::Usage,
 };
@@ -188,6 +189,26 @@ impl AdminService for Handler {
         Ok(Response::new(ListServiceAccountsResponse {
             service_accounts: page.items,
             next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn rotate_service_key(
+        &self,
+        request: Request<RotateServiceKeyRequest>,
+    ) -> Result<Response<RotateServiceKeyResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let id = fields.parse("service_account_id", &message.service_account_id);
+        let overlap = fields.take("overlap", convert::key_overlap(message.overlap));
+        let (id, overlap) = fields.finish(id.zip(overlap))?;
+        let rotated = self
+            .auth
+            .rotate_service_key(id, overlap, &origin_of(&request), Utc::now())
+            .await?;
+        Ok(Response::new(RotateServiceKeyResponse {
+            service_account: Some(rotated.account.into()),
+            key: rotated.key,
+            old_keys_end_at: Some(time(rotated.old_keys_end_at)),
         }))
     }
 

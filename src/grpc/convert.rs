@@ -1,5 +1,7 @@
 //! Between messages and the model. Reading a message collects what is wrong with every field.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
 
@@ -7,7 +9,7 @@ use crate::{
     auth::{IssuedTokens, PublicKey, UserCredential, Validated},
     error::{Error, FieldViolation, Result, Violations},
     model::{
-        ApiKey, Cursor, EventId, Identifier, Labels, MonthlyUsage, PageRequest, Person,
+        ApiKey, Cursor, EventId, Identifier, KeyOverlap, Labels, MonthlyUsage, PageRequest, Person,
         QuotaStanding, Role, ServiceAccount, TierLimits, TierName, Tiers, TokenCounts, UsageEvent,
         UsageRecord, UsageTotals, User, UserId, Violation,
     },
@@ -126,6 +128,23 @@ pub(super) fn timestamp(value: Option<Timestamp>) -> std::result::Result<DateTim
         .filter(|_| (0..253_402_300_800).contains(&value.seconds))
         .and_then(|nanos| DateTime::from_timestamp(value.seconds, nanos))
         .ok_or_else(|| "must be a time from 1970 to 9999".into())
+}
+
+/// Reads how long old keys are to overlap with a new one; unset means the default.
+pub(super) fn key_overlap(
+    value: Option<prost_types::Duration>,
+) -> std::result::Result<KeyOverlap, Violation> {
+    let Some(value) = value else {
+        return Ok(KeyOverlap::DEFAULT);
+    };
+    let seconds = u64::try_from(value.seconds).ok();
+    let nanos = u32::try_from(value.nanos)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000);
+    let overlap = seconds
+        .zip(nanos)
+        .map(|(seconds, nanos)| Duration::new(seconds, nanos));
+    overlap.ok_or("must be 0 to 30 days")?.try_into()
 }
 
 /// Reads a usage event; `field` is its path in the request.

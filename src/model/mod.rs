@@ -28,7 +28,7 @@ pub use page::{Cursor, Page, PageRequest};
 pub use period::Period;
 pub use quota::{QuotaStanding, TierLimits, Tiers};
 pub use scope::{Scope, ScopeSet};
-pub use service_account::ServiceAccount;
+pub use service_account::{KeyOverlap, ServiceAccount};
 pub use session::{RefreshRefusal, RefreshStep, Session, SessionStanding};
 pub use usage::{
     Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent, UsageRecord,

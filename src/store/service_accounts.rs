@@ -1,5 +1,9 @@
 use chrono::{DateTime, Utc};
-use diesel::{dsl::now, prelude::*};
+use diesel::{
+    dsl::{self, sql},
+    prelude::*,
+    sql_types::{Nullable, Text, Timestamptz},
+};
 use diesel_async::{AsyncConnection as _, RunQueryDsl};
 use serde_json::json;
 use uuid::Uuid;
@@ -13,7 +17,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Origin, Page, PageRequest, ScopeSet, ServiceAccount,
+        AuditAction, AuditEvent, KeyOverlap, Origin, Page, PageRequest, ScopeSet, ServiceAccount,
         ServiceAccountId, ServiceKeyId, ServiceName,
     },
 };
@@ -106,6 +110,100 @@ impl Store {
             .transpose()
     }
 
+    /// Finds a service account, in any case of the name.
+    ///
+    /// # Errors
+    /// `ServiceAccountNotFound` · `Unavailable`
+    pub async fn service_account_by_name(&self, name: &ServiceName) -> Result<ServiceAccount> {
+        let mut conn = self.conn().await?;
+        service_accounts::table
+            .filter(sql::<Text>("lower(name)").eq(name.as_str().to_ascii_lowercase()))
+            .select(ServiceAccountRow::as_select())
+            .first(&mut conn)
+            .await
+            .optional()?
+            .ok_or(Error::ServiceAccountNotFound)?
+            .try_into()
+    }
+
+    /// Gives an account a new key and lets its live ones end: at once, or after an overlap, but
+    /// none later than it would have.
+    ///
+    /// Calls for one account take turns. With an overlap, there are never more than `limit` live
+    /// keys; without, the new one is the only one.
+    ///
+    /// # Errors
+    /// `ServiceAccountNotFound` · `AccountDisabled` · `TooManyKeys` · `Unavailable`
+    pub async fn service_key_rotate(
+        &self,
+        id: ServiceAccountId,
+        key_hash: &[u8],
+        overlap: KeyOverlap,
+        limit: u32,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<ServiceAccount> {
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let account: ServiceAccount = service_accounts::table
+                .find(id.0)
+                .select(ServiceAccountRow::as_select())
+                .for_no_key_update()
+                .first(conn)
+                .await
+                .optional()?
+                .ok_or(Error::ServiceAccountNotFound)?
+                .try_into()?;
+            if !account.is_active {
+                return Err(Error::AccountDisabled);
+            }
+            let live = service_keys::table
+                .filter(service_keys::service_account_id.eq(id.0))
+                .filter(service_keys::revoked_at.is_null())
+                .filter(
+                    service_keys::expires_at
+                        .is_null()
+                        .or(service_keys::expires_at.gt(now)),
+                );
+            let old: i64 = live.count().get_result(conn).await?;
+            if overlap.is_zero() {
+                // Not by an expiry of now: the clock of another replica may be behind.
+                diesel::update(live)
+                    .set(service_keys::revoked_at.eq(now))
+                    .execute(conn)
+                    .await?;
+            } else if old >= i64::from(limit) {
+                return Err(Error::TooManyKeys { limit });
+            } else {
+                let sooner = sql::<Nullable<Timestamptz>>("LEAST(expires_at, ")
+                    .bind::<Timestamptz, _>(now + overlap.get())
+                    .sql(")");
+                diesel::update(live)
+                    .set(service_keys::expires_at.eq(sooner))
+                    .execute(conn)
+                    .await?;
+            }
+            let key_id = ServiceKeyId::new();
+            diesel::insert_into(service_keys::table)
+                .values((
+                    service_keys::id.eq(key_id.0),
+                    service_keys::service_account_id.eq(id.0),
+                    service_keys::key_hash.eq(key_hash),
+                ))
+                .execute(conn)
+                .await?;
+            let details = json!({
+                "key_id": key_id.to_string(),
+                "old_keys": old,
+                "overlap_secs": overlap.get().as_secs(),
+            });
+            let event = AuditEvent::new(AuditAction::ServiceKeyRotated, id.0, origin);
+            audit_insert_in_txn(&event.with_details(details), conn).await?;
+            Ok(account)
+        })
+        .await
+    }
+
     /// Lists service accounts, newest first.
     ///
     /// # Errors
@@ -146,7 +244,7 @@ impl Store {
                 .filter(service_accounts::is_active)
                 .set((
                     service_accounts::is_active.eq(false),
-                    service_accounts::updated_at.eq(now),
+                    service_accounts::updated_at.eq(dsl::now),
                 ))
                 .execute(conn)
                 .await?;

@@ -3,7 +3,7 @@ use std::collections::HashMap;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{
         CreateServiceAccountRequest, DisableServiceAccountRequest, DisableUserRequest,
-        EnableUserRequest, SetUserTierRequest,
+        EnableUserRequest, RotateServiceKeyRequest, SetUserTierRequest,
     },
     auth::v1::{
         CreateApiKeyRequest, LoginRequest, LogoutRequest, RefreshTokensRequest, RegisterRequest,
@@ -223,6 +223,23 @@ async fn what_a_service_does_is_written_in_its_name() {
         (&actor, &service_account_id)
     );
     assert_eq!(event_of.details["scopes"], serde_json::json!(["quota"]));
+    let message = RotateServiceKeyRequest {
+        service_account_id: service_account_id.clone(),
+        overlap: None,
+    };
+    app.admin(&key)
+        .rotate_service_key(with_id("rotate", message))
+        .await
+        .unwrap();
+    let event_of = event(&app, "rotate", "service_account.key_rotated").await;
+    assert_eq!(
+        (&event_of.actor, &event_of.target),
+        (&actor, &service_account_id)
+    );
+    assert_eq!(
+        event_of.details["overlap_secs"],
+        serde_json::json!(24 * 3600)
+    );
     let message = DisableServiceAccountRequest { service_account_id };
     app.admin(&key)
         .disable_service_account(with_id("off", message.clone()))
@@ -338,7 +355,12 @@ async fn no_act_is_done_that_cannot_be_written() {
         name: "another".to_owned(),
         ..CreateApiKeyRequest::default()
     };
+    let rotation = RotateServiceKeyRequest {
+        service_account_id: service_account_id.clone(),
+        overlap: None,
+    };
     let outcomes = [
+        admin.rotate_service_key(rotation).await.map(drop),
         auth.create_api_key(key).await.map(drop),
         auth.revoke_api_key(RevokeApiKeyRequest { api_key_id })
             .await

@@ -3,6 +3,7 @@
 mod accounts;
 mod api_keys;
 mod audit;
+mod key_rotation;
 mod keys;
 mod login;
 mod own_account;

@@ -6,7 +6,8 @@ use tollkeeper::proto::tollkeeper::{
     admin::v1::{
         CreateServiceAccountRequest, CreateServiceAccountResponse, CreateUserResponse,
         DisableUserRequest, DisableUserResponse, ListServiceAccountsRequest,
-        ListServiceAccountsResponse, ListUsersRequest, ListUsersResponse,
+        ListServiceAccountsResponse, ListUsersRequest, ListUsersResponse, RotateServiceKeyRequest,
+        RotateServiceKeyResponse,
     },
     auth::v1::{
         CreateApiKeyRequest, CreateApiKeyResponse, ListApiKeysRequest, ListApiKeysResponse,
@@ -24,8 +25,8 @@ use super::{
     ask, violations,
     wrong::{
         CHECK, CREATE_KEY, CREATE_SERVICE, CREATE_USER, DAY, DIMENSIONS, DISABLE, KEYS, LOGIN,
-        RECORD, RECORDS, REGISTER, SERVICES, USERS, VALIDATE, ago, create_api_key, create_user,
-        event, register,
+        RECORD, RECORDS, REGISTER, ROTATE, SERVICES, USERS, VALIDATE, ago, create_api_key,
+        create_user, event, register,
     },
 };
 use crate::harness::{PASSWORD, TestApp, TestUser, reason};
@@ -247,6 +248,25 @@ async fn a_token_over_8192_bytes_is_refused_as_any_bad_token() {
         let status = answer.unwrap_err();
         assert_eq!(status.code(), Code::Unauthenticated);
         assert_eq!(reason(&status), "CREDENTIAL_INVALID");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_service_keys_overlap_for_30_days_at_most() {
+    let app = TestApp::spawn().await;
+    let (id, _) = app.service("gateway", &["quota"]).await;
+    for (seconds, nanos, fits) in [
+        (0, 0, true),
+        (0, 1, true),
+        (30 * DAY, 0, true),
+        (30 * DAY, 1, false),
+    ] {
+        let request = RotateServiceKeyRequest {
+            service_account_id: id.clone(),
+            overlap: Some(prost_types::Duration { seconds, nanos }),
+        };
+        let answer: Result<RotateServiceKeyResponse, _> = ask(&app, ROTATE, request).await;
+        decide(answer, fits, "overlap");
     }
 }
 

@@ -9,8 +9,8 @@ use tollkeeper::proto::tollkeeper::{
     admin::v1::{
         CreateServiceAccountRequest, CreateUserRequest, DisableServiceAccountRequest,
         DisableUserRequest, EnableUserRequest, GetUserRequest, ListServiceAccountsRequest,
-        ListUsersRequest, LookupUserRequest, SetUserTierRequest, create_user_request::Credential,
-        lookup_user_request::By,
+        ListUsersRequest, LookupUserRequest, RotateServiceKeyRequest, SetUserTierRequest,
+        create_user_request::Credential, lookup_user_request::By,
     },
     auth::v1::{
         CreateApiKeyRequest, ListApiKeysRequest, LoginRequest, RefreshTokensRequest,
@@ -57,6 +57,8 @@ pub(super) const DISABLE: &str = "admin.v1.AdminService/DisableUser";
 pub(super) const CREATE_SERVICE: &str = "admin.v1.AdminService/CreateServiceAccount";
 pub(super) const SERVICES: &str = "admin.v1.AdminService/ListServiceAccounts";
 pub(super) const DISABLE_SERVICE: &str = "admin.v1.AdminService/DisableServiceAccount";
+
+pub(super) const ROTATE: &str = "admin.v1.AdminService/RotateServiceKey";
 
 const IDS: &[&str] = &[
     "",
@@ -451,6 +453,25 @@ fn admin(t: &mut Table, user: &TestUser) {
             page_token,
         }
     });
+    t.texts(ROTATE, "service_account_id", IDS, |service_account_id| {
+        RotateServiceKeyRequest {
+            service_account_id,
+            overlap: None,
+        }
+    });
+    for (value, seconds, nanos) in [
+        ("below zero", -1, 0),
+        ("negative nanos", 1, -1),
+        ("nanos of a second", 1, 1_000_000_000),
+        ("over 30 days", 30 * DAY, 1),
+        ("for ever", i64::MAX, 0),
+    ] {
+        let message = RotateServiceKeyRequest {
+            service_account_id: user.id.clone(),
+            overlap: Some(prost_types::Duration { seconds, nanos }),
+        };
+        t.row(ROTATE, "overlap", value, message);
+    }
     t.texts(
         DISABLE_SERVICE,
         "service_account_id",
@@ -543,6 +564,13 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         user_id: bad(),
         tokens: -1,
     };
+    let rotate = RotateServiceKeyRequest {
+        service_account_id: bad(),
+        overlap: Some(prost_types::Duration {
+            seconds: -1,
+            nanos: 0,
+        }),
+    };
     let key = CreateApiKeyRequest {
         name: String::new(),
         scopes: vec![String::new()],
@@ -556,6 +584,7 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
     vec![
         (CREATE_KEY, &["name", "scopes", "expires_at"], encode(&key)),
         (KEYS, &["page_size", "page_token"], encode(&keys)),
+        (ROTATE, &["service_account_id", "overlap"], encode(&rotate)),
         (REGISTER, people, encode(&register)),
         (
             CREATE_USER,

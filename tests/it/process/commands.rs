@@ -4,7 +4,7 @@ use super::{
     home::{Home, MASTER_KEY, Outcome},
     jwks,
 };
-use crate::harness::{login_through, validate_through};
+use crate::harness::{eventually, login_through, validate_through};
 
 /// The value behind a label such as `password  …`.
 fn value(outcome: &Outcome, label: &str) -> String {
@@ -84,6 +84,49 @@ async fn created_users_and_services_work() {
         .unwrap();
     let validated = validate_through(&channel, &key, &tokens.access_token).await;
     assert_eq!(validated.unwrap().username, "ada");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotated_service_key_works_and_the_old_one_for_as_long_as_was_said() {
+    let home = Home::with_database();
+    let run = |args: &[&str]| home.finish(home.production(args), "");
+    let create = [
+        "services",
+        "create",
+        "--name",
+        "gateway",
+        "--scope",
+        "tokens.validate",
+    ];
+    let first = value(&run(&create), "key");
+    let user = run(&[&USER[..], &["--username", "ada"]].concat());
+    let mut service = home.start(home.production(&["serve"]));
+    let channel = service.serving().await;
+    let password = value(&user, "password");
+    let tokens = login_through(&channel, "ada", &password).await.unwrap();
+    let token = tokens.access_token;
+    let works = async |key: &str| validate_through(&channel, key, &token).await.is_ok();
+
+    let rotated = run(&["services", "rotate", "Gateway"]);
+    let second = value(&rotated, "key");
+    assert_eq!(value(&rotated, "name"), "gateway");
+    let end = value(&rotated, "old keys end at").parse::<chrono::DateTime<chrono::Utc>>();
+    let minutes = (end.unwrap() - chrono::Utc::now()).num_minutes();
+    assert!((24 * 60 - 5..=24 * 60).contains(&minutes), "{minutes}");
+    assert!(works(&first).await && works(&second).await);
+
+    let third = value(
+        &run(&["services", "rotate", "gateway", "--overlap", "0s"]),
+        "key",
+    );
+    eventually("the service hears of it", async || !works(&first).await).await;
+    assert!(!works(&second).await && works(&third).await);
+
+    let rotate = |args: &[&str]| run(&[&["services", "rotate"], args].concat());
+    refused(&rotate(&["nobody"]), &["no such service account"]);
+    refused(&rotate(&["gateway", "--overlap", "31days"]), &["--overlap"]);
+    refused(&rotate(&["gateway", "--overlap", "soon"]), &["--overlap"]);
+    refused(&rotate(&["no body"]), &["NAME"]);
 }
 
 #[test]
