@@ -7,7 +7,7 @@
 
 use std::{hash::Hash, sync::Arc};
 
-use quick_cache::{Weighter, sync::Cache};
+use quick_cache::{UnitWeighter, Weighter, sync::Cache};
 use tokio::time::timeout;
 
 use super::{
@@ -34,6 +34,8 @@ const TOKEN_BYTES: u64 = 600;
 const ENTRY_BYTES: u64 = 160;
 /// A session, or an API key without scopes, and its user with their texts.
 const STANDING_BYTES: u64 = 768;
+/// Beside the characters of a scope: its place in the set.
+const SCOPE_BYTES: u64 = 40;
 
 /// Service keys in use: people make them by hand, so there are few.
 const SERVICE_KEYS: usize = 4096;
@@ -52,7 +54,7 @@ pub(super) struct CredentialCache {
     credentials: Cache<Box<str>, Verified, ByLength>,
     standings: Answers<SessionId, SessionStanding>,
     /// By the hash of a key, as are the next ones.
-    api_keys: Answers<Vec<u8>, KnownApiKey>,
+    api_keys: Answers<Vec<u8>, KnownApiKey, ByScopes>,
     unknown_api_keys: Answers<Vec<u8>, KnownApiKey>,
     services: Answers<Vec<u8>, ServiceStanding>,
     unknown_keys: Answers<Vec<u8>, ServiceStanding>,
@@ -61,7 +63,7 @@ pub(super) struct CredentialCache {
     counters: Counters,
 }
 
-type Answers<K, V> = Cache<K, Arc<Answer<V>>>;
+type Answers<K, V, W = UnitWeighter> = Cache<K, Arc<Answer<V>>, W>;
 
 /// A credential whose text has been checked: only its state is open.
 #[derive(Clone)]
@@ -107,7 +109,7 @@ impl CredentialCache {
             store,
             credentials: Cache::with_weighter(typical, credentials, ByLength),
             standings: Cache::new(items(bytes - credentials - api_keys, STANDING_BYTES)),
-            api_keys: Cache::new(items(api_keys, STANDING_BYTES)),
+            api_keys: Cache::with_weighter(items(api_keys, STANDING_BYTES), api_keys, ByScopes),
             unknown_api_keys: Cache::new(UNKNOWN_KEYS),
             services: Cache::new(SERVICE_KEYS),
             unknown_keys: Cache::new(UNKNOWN_KEYS),
@@ -248,15 +250,16 @@ impl CredentialCache {
 
     /// An answer from memory while that may be trusted, else by `read` from the database, else, when
     /// the database is away, from memory once more for as long as that is allowed.
-    async fn answer<K, V, F>(
+    async fn answer<K, V, W, F>(
         &self,
-        cache: &Answers<K, V>,
+        cache: &Answers<K, V, W>,
         key: K,
         read: impl Fn() -> F,
         now: BootTime,
     ) -> Result<Arc<Answer<V>>>
     where
         K: Clone + Eq + Hash,
+        W: Weighter<K, Arc<Answer<V>>> + Clone,
         F: Future<Output = Result<Arc<Answer<V>>>>,
     {
         if self.freshness.trust(now) == Trust::Live {
@@ -337,5 +340,20 @@ struct ByLength;
 impl Weighter<Box<str>, Verified> for ByLength {
     fn weight(&self, text: &Box<str>, _: &Verified) -> u64 {
         text.len() as u64 + ENTRY_BYTES
+    }
+}
+
+/// Scopes are as many and as long as the owner of a key likes, within bounds.
+#[derive(Clone)]
+struct ByScopes;
+
+impl Weighter<Vec<u8>, Arc<Answer<KnownApiKey>>> for ByScopes {
+    fn weight(&self, _: &Vec<u8>, answer: &Arc<Answer<KnownApiKey>>) -> u64 {
+        let scopes = answer
+            .value
+            .as_ref()
+            .map(|known| &known.standing.key.scopes);
+        let bytes = |scope: &str| scope.len() as u64 + SCOPE_BYTES;
+        STANDING_BYTES + scopes.map_or(0, |scopes| scopes.iter().map(bytes).sum())
     }
 }

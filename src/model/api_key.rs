@@ -49,6 +49,10 @@ impl ApiKeyScopes {
         Ok(Self(names.iter().cloned().collect()))
     }
 
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+
     pub fn names(&self) -> Vec<String> {
         self.0.iter().cloned().collect()
     }
