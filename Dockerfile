@@ -34,10 +34,11 @@ COPY --from=build /src/target/release/tollkeeper /usr/local/bin/
 
 USER 10001
 ENV TOLLKEEPER_SERVER_LISTEN=0.0.0.0:50051 \
+    TOLLKEEPER_OPS_LISTEN=0.0.0.0:9464 \
     TOLLKEEPER_DATA_DIR=/var/lib/tollkeeper \
     TOLLKEEPER_AUTH_KEY_DIR=/var/lib/tollkeeper/keys \
     TOLLKEEPER_LOG_FORMAT=json
-EXPOSE 50051
+EXPOSE 50051 9464
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s \
     CMD ["tollkeeper", "health"]
 ENTRYPOINT ["tollkeeper"]
