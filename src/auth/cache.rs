@@ -163,6 +163,13 @@ impl CredentialCache {
         }
     }
 
+    /// Changes may have been missed: everything is read anew before it is believed. Only while the
+    /// database cannot be read does memory last, from when it was known to be true.
+    pub(super) fn doubt(&self) {
+        self.counters.flushes.add_one();
+        self.freshness.end_epoch(self.stamps.doubt_all());
+    }
+
     /// What is known of a credential's text, if it was verified before.
     pub(super) fn credential(&self, text: &str) -> Option<Verified> {
         self.credentials.get(text)
@@ -262,37 +269,39 @@ impl CredentialCache {
         W: Weighter<K, Arc<Answer<V>>> + Clone,
         F: Future<Output = Result<Arc<Answer<V>>>>,
     {
-        if self.freshness.trust(now) == Trust::Live {
-            // A change that is heard of during the read outdates it: once more.
-            for _ in 0..3 {
-                // While the database is silent, those who wait for the same read would try one
-                // after the other: together they wait no longer than one.
-                let limit = self.freshness.staleness_bound();
-                let answer = timeout(limit, cache.get_or_insert_async(&key, read()))
-                    .await
-                    .map_err(|silence| Error::Unavailable(silence.into()))??;
-                if self.stamps.is_current(answer.stamp) {
-                    return Ok(answer);
+        let mut held = None;
+        let read_anew = async {
+            if self.freshness.trust(now) == Trust::Live {
+                // A change that is heard of during the read outdates it: once more.
+                for _ in 0..3 {
+                    // While the database is silent, those who wait for the same read would try one
+                    // after the other: together they wait no longer than one.
+                    let shared = cache.get_or_insert_async(&key, read());
+                    let answer = self.within_bound(shared).await?;
+                    if self.stamps.is_current(answer.stamp) {
+                        return Ok(answer);
+                    }
+                    cache.remove_if(&key, |held| Arc::ptr_eq(held, &answer));
+                    held = Some(answer);
                 }
-                cache.remove_if(&key, |held| Arc::ptr_eq(held, &answer));
             }
+            let answer = read().await?;
+            cache.insert(key.clone(), answer.clone());
+            Ok(answer)
         }
-        match read().await {
-            Ok(answer) => {
-                cache.insert(key, answer.clone());
-                Ok(answer)
-            }
-            Err(error @ Error::Unavailable(_)) => {
-                let trusted = self.freshness.trust(now) != Trust::Lost;
-                let held = cache
-                    .get(&key)
-                    .filter(|held| self.stamps.is_current(held.stamp));
-                let held = held.filter(|_| trusted).ok_or(error)?;
-                self.counters.outage_answers.add_one();
-                Ok(held)
-            }
-            Err(error) => Err(error),
-        }
+        .await;
+        let Err(error @ Error::Unavailable(_)) = read_anew else {
+            return read_anew;
+        };
+        let answer = held.or_else(|| cache.get(&key)).filter(|held| {
+            let stamp = held.stamp;
+            !self.stamps.is_contradicted(stamp) && self.freshness.lasts(stamp.epoch(), now)
+        });
+        let answer = answer.ok_or(error)?;
+        // For the next one, too: it may have been taken out to be read anew.
+        cache.insert(key, answer.clone());
+        self.counters.outage_answers.add_one();
+        Ok(answer)
     }
 
     async fn read<V, F>(&self, group: impl Hash, read: impl FnOnce() -> F) -> Result<Arc<Answer<V>>>
@@ -328,7 +337,11 @@ impl CredentialCache {
     /// A silent database must not hold the answer that memory may still give.
     async fn in_time<T>(&self, read: impl Future<Output = Result<T>>) -> Result<T> {
         self.counters.reads.add_one();
-        timeout(self.freshness.staleness_bound(), read)
+        self.within_bound(read).await
+    }
+
+    async fn within_bound<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        timeout(self.freshness.staleness_bound(), work)
             .await
             .map_err(|silence| Error::Unavailable(silence.into()))?
     }

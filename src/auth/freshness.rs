@@ -1,11 +1,18 @@
 //! How far the changes of other replicas are known here.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    collections::VecDeque,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use nix::time::{ClockId, clock_gettime};
+
+/// Ended epochs that are remembered: a feed that breaks more often is no feed.
+const EPOCHS: usize = 64;
 
 /// A reading of the clock that also runs while the machine sleeps: a replica that was suspended
 /// must not believe that no time has passed.
@@ -45,6 +52,8 @@ pub enum Trust {
 pub struct Freshness {
     /// When the newest heartbeat that came back was sent; zero: none yet.
     confirmed: AtomicU64,
+    /// Epochs that have ended, with the newest heartbeat of each; the newest last.
+    ended: Mutex<VecDeque<(u64, u64)>>,
     staleness_bound: Duration,
     max_stale: Duration,
 }
@@ -53,6 +62,7 @@ impl Freshness {
     pub(super) fn new(staleness_bound: Duration, max_stale: Duration) -> Self {
         Self {
             confirmed: AtomicU64::new(0),
+            ended: Mutex::default(),
             staleness_bound,
             max_stale,
         }
@@ -65,6 +75,27 @@ impl Freshness {
     /// A heartbeat came back: what was committed before it was sent is known.
     pub fn confirm(&self, sent_at: BootTime) {
         self.confirmed.fetch_max(sent_at.0, Ordering::AcqRel);
+    }
+
+    /// Hearing was broken off: what is known of this epoch is as old as its newest heartbeat.
+    pub(super) fn end_epoch(&self, epoch: u64) {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        ended.push_back((epoch, self.confirmed.load(Ordering::Acquire)));
+        if ended.len() > EPOCHS {
+            ended.pop_front();
+        }
+    }
+
+    /// Whether an answer of `epoch` may still be given when the database cannot be asked.
+    pub(super) fn lasts(&self, epoch: u64, now: BootTime) -> bool {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let known_until = match (ended.front(), ended.iter().find(|(of, _)| *of == epoch)) {
+            (_, Some((_, confirmed))) => *confirmed,
+            // Ended so long ago that it was forgotten.
+            (Some((oldest, _)), None) if epoch < *oldest => return false,
+            _ => self.confirmed.load(Ordering::Acquire),
+        };
+        known_until != 0 && now.since(known_until) <= self.max_stale
     }
 
     pub fn trust(&self, now: BootTime) -> Trust {
@@ -101,6 +132,23 @@ mod tests {
         assert_eq!(freshness.trust(at(131)), Trust::Lost);
         freshness.confirm(at(131));
         assert_eq!(freshness.trust(at(131)), Trust::Live);
+    }
+
+    #[test]
+    fn what_was_heard_before_a_break_ages_from_its_own_last_heartbeat() {
+        let freshness = Freshness::new(Duration::from_secs(2), Duration::from_secs(30));
+        let at = |secs: u64| BootTime(1_000_000 * secs);
+        assert!(!freshness.lasts(0, at(1)), "nothing was ever heard");
+        freshness.confirm(at(100));
+        freshness.end_epoch(0);
+        freshness.confirm(at(120));
+        assert!(freshness.lasts(0, at(130)) && freshness.lasts(1, at(150)));
+        assert!(!freshness.lasts(0, at(131)) && !freshness.lasts(1, at(151)));
+        for epoch in 1..=64 {
+            freshness.end_epoch(epoch);
+        }
+        assert!(!freshness.lasts(0, at(130)), "forgotten");
+        assert!(freshness.lasts(64, at(150)) && freshness.lasts(65, at(150)));
     }
 
     #[test]

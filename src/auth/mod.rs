@@ -108,6 +108,11 @@ impl Auth {
         self.cache.apply(change);
     }
 
+    /// Changes may have been missed, so answers read before are not simply believed any more.
+    pub fn doubt(&self) {
+        self.cache.doubt();
+    }
+
     /// Up to when changes are known.
     pub fn freshness(&self) -> &Freshness {
         self.cache.freshness()

@@ -15,6 +15,8 @@ const SLOTS: usize = 1 << 16;
 /// a change during the read is not missed.
 pub(super) struct Stamps {
     slots: Box<[AtomicU64]>,
+    /// Advanced when changes may have been missed.
+    epoch: AtomicU64,
     hasher: RandomState,
 }
 
@@ -23,12 +25,21 @@ pub(super) struct Stamps {
 pub(super) struct Stamp {
     slot: u32,
     value: u64,
+    epoch: u64,
+}
+
+impl Stamp {
+    /// Which stretch of unbroken hearing it is of.
+    pub(super) fn epoch(self) -> u64 {
+        self.epoch
+    }
 }
 
 impl Stamps {
     pub(super) fn new() -> Self {
         Self {
             slots: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            epoch: AtomicU64::new(0),
             hasher: RandomState::new(),
         }
     }
@@ -39,17 +50,28 @@ impl Stamps {
         Stamp {
             slot,
             value: self.slots[slot as usize].load(Ordering::Acquire),
+            epoch: self.epoch.load(Ordering::Acquire),
         }
     }
 
-    /// Whether no change of the key was heard of since.
+    /// Whether no change of the key can have happened since, as far as is heard.
     pub(super) fn is_current(&self, stamp: Stamp) -> bool {
-        self.slots[stamp.slot as usize].load(Ordering::Acquire) == stamp.value
+        self.epoch.load(Ordering::Acquire) == stamp.epoch && !self.is_contradicted(stamp)
+    }
+
+    /// Whether a change of the key was heard of since.
+    pub(super) fn is_contradicted(&self, stamp: Stamp) -> bool {
+        self.slots[stamp.slot as usize].load(Ordering::Acquire) != stamp.value
     }
 
     /// Outdates every answer about `key`.
     pub(super) fn outdate(&self, key: impl Hash) {
         self.slots[self.slot(key) as usize].fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Makes every answer doubtful; returns the epoch that has ended.
+    pub(super) fn doubt_all(&self) -> u64 {
+        self.epoch.fetch_add(1, Ordering::AcqRel)
     }
 
     /// Outdates every answer there is.
@@ -78,5 +100,16 @@ mod tests {
         assert!(stamps.is_current(after));
         stamps.outdate_all();
         assert!(!stamps.is_current(after));
+    }
+
+    #[test]
+    fn doubt_is_no_contradiction() {
+        let stamps = Stamps::new();
+        let stamp = stamps.of("a");
+        assert_eq!(stamps.doubt_all(), stamp.epoch());
+        assert!(!stamps.is_current(stamp) && !stamps.is_contradicted(stamp));
+        stamps.outdate("a");
+        assert!(stamps.is_contradicted(stamp));
+        assert!(stamps.is_current(stamps.of("a")));
     }
 }

@@ -36,7 +36,8 @@ pub(super) async fn serve(loaded: Loaded) -> anyhow::Result<()> {
     };
     let (server, database) = started;
     let address = server.local_addr().context("the listener has no address")?;
-    info!(%address, dev = settings.dev, "listening");
+    let ops = server.ops_addr().map(|ops| ops.to_string());
+    info!(%address, ops, dev = settings.dev, "listening");
     let ended = server.run(signals.received()).await;
     database.close().await?;
     Ok(ended?)

@@ -8,7 +8,6 @@ use tracing::{info, warn};
 use crate::{
     auth::{Auth, BootTime},
     error::{Error, Result},
-    model::Change,
     store::{ChangeListener, Notification, Store},
 };
 
@@ -28,7 +27,7 @@ pub async fn change_feed(store: Store, auth: Auth) {
     loop {
         match store.changes().await {
             Ok(listener) => {
-                auth.apply(Change::All);
+                auth.doubt();
                 info!("listening for changes");
                 retry = RETRY;
                 let error = follow(listener, &auth).await;

@@ -25,7 +25,7 @@ async fn get(address: SocketAddr, path: &str) -> (u16, String) {
 }
 
 /// The series and their values.
-async fn scrape(address: SocketAddr) -> BTreeMap<String, f64> {
+pub(crate) async fn scrape(address: SocketAddr) -> BTreeMap<String, f64> {
     let (status, text) = get(address, "/metrics").await;
     assert_eq!(status, 200);
     assert!(text.ends_with("# EOF\n"), "{text}");

@@ -15,5 +15,6 @@ mod wait;
 
 pub(crate) use app::{RunningServer, TestApp};
 pub(crate) use client::{Raw, login_through, reason, validate_through, with_bearer};
+pub(crate) use proxy::Proxy;
 pub(crate) use user::{PASSWORD, TestUser};
 pub(crate) use wait::eventually;

@@ -21,6 +21,8 @@ pub(super) const MASTER_KEY: &str =
 pub(super) struct Home {
     folder: tempfile::TempDir,
     database: Option<String>,
+    /// Whether the database ends with this.
+    owns_database: bool,
     started: AtomicU32,
 }
 
@@ -39,6 +41,7 @@ impl Home {
         Self {
             folder,
             database: None,
+            owns_database: false,
             started: AtomicU32::new(0),
         }
     }
@@ -47,6 +50,14 @@ impl Home {
     pub(super) fn with_database() -> Self {
         let mut home = Self::new();
         home.database = Some(cluster::create_from_template("template0"));
+        home.owns_database = true;
+        home
+    }
+
+    /// With a database that somebody else looks after.
+    pub(super) fn with_database_at(url: &str) -> Self {
+        let mut home = Self::new();
+        home.database = Some(url.to_owned());
         home
     }
 
@@ -176,10 +187,10 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        if let Some(url) = &self.database {
-            cluster::drop_database(url);
-        } else {
-            self.postgres_gone();
+        match &self.database {
+            Some(url) if self.owns_database => cluster::drop_database(url),
+            Some(_) => {}
+            None => drop(self.postgres_gone()),
         }
     }
 }

@@ -5,6 +5,7 @@ mod first_start;
 mod home;
 mod logs;
 mod production;
+mod replicas;
 mod stop;
 
 use std::{
