@@ -59,7 +59,7 @@ impl Fixture {
         // Postgres may run under another account, which must get through.
         fs::set_permissions(folder.path(), Permissions::from_mode(0o711))?;
         let keys = folder.path().join("keys");
-        generate_key_file(&keys, SigningAlgorithm::EdDsa, Utc::now())?;
+        generate_key_file(&keys, SigningAlgorithm::EdDsa, false, Utc::now())?;
         let postgres = Embedded::start(Options {
             data_dir: folder.path().join("data"),
             settings: Vec::new(),

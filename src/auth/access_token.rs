@@ -1,13 +1,19 @@
 //! Access tokens: signed JWTs (RFC 9068) that name a session, checked as RFC 8725 asks.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use jsonwebtoken::{Header, Validation, decode, decode_header, encode};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{KeyRing, PublicKey};
+use super::KeyRing;
 use crate::{
     config::AuthSettings,
     error::{Error, Fault, Result},
@@ -42,6 +48,8 @@ pub(super) struct Claims {
     iat: i64,
     sid: Uuid,
     epoch: i64,
+    /// See [`AccessTokens::is_current`].
+    generation: u64,
 }
 
 impl From<&Payload> for Claims {
@@ -52,6 +60,7 @@ impl From<&Payload> for Claims {
             iat: payload.iat,
             sid: payload.sid,
             epoch: payload.epoch,
+            generation: 0,
         }
     }
 }
@@ -80,7 +89,9 @@ impl Claims {
 
 /// Issues and verifies access tokens.
 pub(super) struct AccessTokens {
-    keys: KeyRing,
+    keys: RwLock<Arc<KeyRing>>,
+    /// Advanced when the keys are replaced: what was verified before has to be verified again.
+    generation: AtomicU64,
     issuer: String,
     audience: String,
     ttl: Duration,
@@ -90,7 +101,8 @@ pub(super) struct AccessTokens {
 impl AccessTokens {
     pub(super) fn new(keys: KeyRing, settings: &AuthSettings) -> Self {
         Self {
-            keys,
+            keys: RwLock::new(Arc::new(keys)),
+            generation: AtomicU64::new(0),
             issuer: settings.issuer.clone(),
             audience: settings.audience.clone(),
             ttl: settings.access_ttl,
@@ -98,8 +110,20 @@ impl AccessTokens {
         }
     }
 
-    pub(super) fn public_keys(&self) -> &[PublicKey] {
-        self.keys.public_keys()
+    pub(super) fn keys(&self) -> Arc<KeyRing> {
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        keys.clone()
+    }
+
+    /// Signs and verifies with these keys from now on.
+    pub(super) fn replace_keys(&self, keys: KeyRing) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether claims were verified with the keys that are in use.
+    pub(super) fn is_current(&self, claims: &Claims) -> bool {
+        claims.generation == self.generation.load(Ordering::Acquire)
     }
 
     /// Signs a token for a session; it does not outlive the session. Returns it and its expiry.
@@ -122,10 +146,11 @@ impl AccessTokens {
             sid: standing.session.id.0,
             epoch: standing.user.auth_epoch,
         };
-        let mut header = Header::new(self.keys.signing.algorithm);
+        let keys = self.keys();
+        let mut header = Header::new(keys.signing.algorithm);
         header.typ = Some(TYPE.to_owned());
-        header.kid = Some(self.keys.signing.kid.clone());
-        let token = encode(&header, &payload, &self.keys.signing.key).map_err(Error::internal)?;
+        header.kid = Some(keys.signing.kid.clone());
+        let token = encode(&header, &payload, &keys.signing.key).map_err(Error::internal)?;
         Ok((token, Claims::from(&payload).expires_at()))
     }
 
@@ -148,7 +173,11 @@ impl AccessTokens {
             return Err(Fault::Invalid);
         }
         let kid = header.kid.ok_or(Fault::Invalid)?;
-        let verifying = self.keys.verifying.get(&kid).ok_or(Fault::Invalid)?;
+        // Before the keys are read: should they be replaced meanwhile, it counts as verified by the
+        // ones before.
+        let generation = self.generation.load(Ordering::Acquire);
+        let keys = self.keys();
+        let verifying = keys.verifying.get(&kid).ok_or(Fault::Invalid)?;
         let mut validation = Validation::new(verifying.algorithm);
         validation.set_issuer(&[&self.issuer]);
         validation.set_audience(&[&self.audience]);
@@ -156,7 +185,11 @@ impl AccessTokens {
         // Times are checked below, against the caller's clock.
         validation.validate_exp = false;
         let decoded = decode::<Payload>(token, &verifying.key, &validation);
-        let claims = Claims::from(&decoded.map_err(|_| Fault::Invalid)?.claims);
+        let payload = decoded.map_err(|_| Fault::Invalid)?.claims;
+        let claims = Claims {
+            generation,
+            ..Claims::from(&payload)
+        };
         let leeway = self.leeway.as_secs().cast_signed();
         if claims.iat > now.timestamp().saturating_add(leeway) {
             return Err(Fault::Invalid);
@@ -206,7 +239,7 @@ mod tests {
     }
 
     fn good_header(tokens: &AccessTokens) -> Value {
-        json!({"typ": "at+jwt", "alg": "HS256", "kid": tokens.keys.signing.kid})
+        json!({"typ": "at+jwt", "alg": "HS256", "kid": tokens.keys().signing.kid})
     }
 
     fn good_claims() -> Value {
@@ -300,7 +333,7 @@ mod tests {
                     .expect("der");
             let mut header = Header::new(Algorithm::EdDSA);
             header.typ = Some(TYPE.to_owned());
-            header.kid = Some(tokens.keys.signing.kid.clone());
+            header.kid = Some(tokens.keys().signing.kid.clone());
             encode(&header, &claims, &EncodingKey::from_ed_der(der.as_ref())).expect("signed")
         };
         for (what, token) in [

@@ -106,7 +106,8 @@ pub struct KeyFile {
 
 impl KeyRing {
     /// Reads every `*.pem` of `folder`. Of those of `algorithm`, the last by file name signs; names
-    /// made by [`generate_key_file`] begin with their time.
+    /// made by [`generate_key_file`] begin with their time. A key whose name ends in `.next.pem` only
+    /// verifies, so that all replicas can know it before any signs with it.
     ///
     /// # Errors
     /// Names the folder or the file that cannot be used.
@@ -115,7 +116,7 @@ impl KeyRing {
         let wanted = jwa(algorithm);
         let signing = keys
             .iter()
-            .rposition(|(_, key)| key.algorithm == wanted)
+            .rposition(|(path, key)| key.algorithm == wanted && !is_next(path))
             .ok_or_else(|| KeyError::Missing {
                 path: folder.to_owned(),
                 algorithm: name(wanted),
@@ -171,20 +172,28 @@ impl KeyRing {
     }
 }
 
-/// Makes a key file that `folder` did not hold, readable by its owner only; returns its path.
+/// Whether a key file is not to sign yet.
+fn is_next(path: &Path) -> bool {
+    path.to_string_lossy().ends_with(".next.pem")
+}
+
+/// Makes a key file that `folder` did not hold, readable by its owner only; returns its path. A key
+/// `for_later` verifies and does not sign: see [`KeyRing::from_folder`].
 ///
 /// # Errors
 /// When the folder cannot be written, or for HS256, whose secret is a setting and no file.
 pub fn generate_key_file(
     folder: &Path,
     algorithm: SigningAlgorithm,
+    for_later: bool,
     now: DateTime<Utc>,
 ) -> Result<PathBuf, KeyError> {
     let jwa = jwa(algorithm);
     let path = folder.join(format!(
-        "{}-{}.pem",
+        "{}-{}{}.pem",
         now.format("%Y%m%dT%H%M%S%.3fZ"),
-        name(jwa)
+        name(jwa),
+        if for_later { ".next" } else { "" }
     ));
     let der = generate_pkcs8(algorithm).ok_or(KeyError::Crypto)?;
     let text = pem::encode(&pem::Pem::new("PRIVATE KEY", der));

@@ -129,7 +129,13 @@ impl Auth {
     }
 
     /// The public keys that verify access tokens.
-    pub fn public_keys(&self) -> &[PublicKey] {
-        self.access_tokens.public_keys()
+    pub fn public_keys(&self) -> Vec<PublicKey> {
+        self.access_tokens.keys().public_keys().to_vec()
+    }
+
+    /// Signs and verifies access tokens with these keys from now on. A token of a key that is gone is
+    /// refused, though it was accepted before.
+    pub fn replace_keys(&self, keys: KeyRing) {
+        self.access_tokens.replace_keys(keys);
     }
 }

@@ -206,7 +206,9 @@ impl Auth {
             good_until, proof, ..
         } = &*validated.0;
         let holds = match proof {
-            Proof::Token(_, answer) => self.cache.holds(answer, clock),
+            Proof::Token(claims, answer) => {
+                self.access_tokens.is_current(claims) && self.cache.holds(answer, clock)
+            }
             Proof::ApiKey(answer) => self.cache.holds(answer, clock),
         };
         if now.timestamp() >= *good_until || !holds {
@@ -275,7 +277,7 @@ impl Auth {
             return None;
         };
         match &validated.0.proof {
-            Proof::Token(claims, _) => Some(*claims),
+            Proof::Token(claims, _) => Some(*claims).filter(|c| self.access_tokens.is_current(c)),
             Proof::ApiKey(_) => None,
         }
     }

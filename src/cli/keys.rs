@@ -12,7 +12,7 @@ use crate::{
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Make a key file; the newest signs from the next start on, older ones still verify
+    /// Make a key file; the newest signs from the next start or SIGHUP on, older ones still verify
     Generate {
         /// Where to; else the key folder of the settings, or in dev mode of the data folder
         #[arg(long, value_name = "DIR")]
@@ -20,6 +20,9 @@ pub(super) enum Command {
         /// What it signs with; else as the settings say
         #[arg(long, value_enum)]
         algorithm: Option<Algorithm>,
+        /// Verify with it, but do not sign yet: until `.next` is taken out of its name
+        #[arg(long)]
+        next: bool,
     },
     /// List the keys, oldest first, by their ids in tokens and in the JWKS
     List {
@@ -43,7 +46,11 @@ pub(super) fn run(command: Command, settings: &Settings) -> anyhow::Result<()> {
             .context("say where: --dir or the setting auth.key_dir")
     };
     match command {
-        Command::Generate { dir, algorithm } => {
+        Command::Generate {
+            dir,
+            algorithm,
+            next,
+        } => {
             let algorithm = match algorithm {
                 None => settings.auth.algorithm,
                 Some(Algorithm::Eddsa) => SigningAlgorithm::EdDsa,
@@ -54,7 +61,7 @@ pub(super) fn run(command: Command, settings: &Settings) -> anyhow::Result<()> {
                 algorithm != SigningAlgorithm::Hs256,
                 "HS256 has no key file: its secret is the setting auth.jwt_secret"
             );
-            let path = generate_key_file(&folder(dir)?, algorithm, Utc::now())?;
+            let path = generate_key_file(&folder(dir)?, algorithm, next, Utc::now())?;
             println!("{}", path.display());
         }
         Command::List { dir } => {

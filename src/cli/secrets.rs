@@ -40,6 +40,15 @@ pub(super) fn load(settings: &Settings) -> anyhow::Result<(KeyRing, MasterKey)> 
     ))
 }
 
+/// Reads the signing keys once more. Makes none: a folder that was emptied is a mistake.
+pub(super) fn reload_keys(settings: &Settings) -> anyhow::Result<KeyRing> {
+    let algorithm = settings.auth.algorithm;
+    if algorithm == SigningAlgorithm::Hs256 {
+        return Ok(KeyRing::from_secret(&settings.auth.jwt_secret)?);
+    }
+    KeyRing::from_folder(&key_dir(settings), algorithm).context("setting auth.key_dir")
+}
+
 fn signing_keys(settings: &Settings, folder: &Path) -> anyhow::Result<KeyRing> {
     let algorithm = settings.auth.algorithm;
     if algorithm == SigningAlgorithm::Hs256 {
@@ -47,7 +56,7 @@ fn signing_keys(settings: &Settings, folder: &Path) -> anyhow::Result<KeyRing> {
     }
     match KeyRing::from_folder(folder, algorithm) {
         Err(KeyError::Missing { .. }) if settings.dev => {
-            generate_key_file(folder, algorithm, Utc::now())?;
+            generate_key_file(folder, algorithm, false, Utc::now())?;
             Ok(KeyRing::from_folder(folder, algorithm)?)
         }
         keys => keys.context("setting auth.key_dir"),

@@ -3,12 +3,15 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::info;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    task::JoinHandle,
+};
+use tracing::{error, info};
 
 use super::{database::Database, secrets, write_private};
 use crate::{
-    auth::{InitialCredential, NewAccount, random_alphanumeric},
+    auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
     error::Error,
     model::{Origin, Person, Role, Scope},
@@ -38,7 +41,9 @@ pub(super) async fn serve(loaded: Loaded) -> anyhow::Result<()> {
     let address = server.local_addr().context("the listener has no address")?;
     let ops = server.ops_addr().map(|ops| ops.to_string());
     info!(%address, ops, dev = settings.dev, "listening");
+    let reload = reload_on_hangup(settings, server.auth().clone())?;
     let ended = server.run(signals.received()).await;
+    reload.abort();
     database.close().await?;
     Ok(ended?)
 }
@@ -120,6 +125,22 @@ async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::R
         file = path.display(),
     );
     Ok(())
+}
+
+/// Reads the signing keys again at every SIGHUP. Should they not be usable, the old ones stay.
+fn reload_on_hangup(settings: Settings, auth: Auth) -> anyhow::Result<JoinHandle<()>> {
+    let mut hangups = signal(SignalKind::hangup()).context("cannot catch signals")?;
+    Ok(tokio::spawn(async move {
+        while hangups.recv().await.is_some() {
+            match secrets::reload_keys(&settings) {
+                Ok(keys) => {
+                    auth.replace_keys(keys);
+                    info!("read the signing keys again");
+                }
+                Err(error) => error!(error = format!("{error:#}"), "the old signing keys stay"),
+            }
+        }
+    }))
 }
 
 /// SIGTERM and SIGINT, caught from the first moment on.

@@ -5,7 +5,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use tollkeeper::{
-    auth::{generate_key_file, list_key_files},
+    auth::{KeyRing, generate_key_file, list_key_files},
     config::{Secret, SigningAlgorithm},
     proto::tollkeeper::auth::v1::{
         GetJwksRequest, GetJwksResponse, auth_service_client::AuthServiceClient,
@@ -153,7 +153,7 @@ fn time(seconds: i64) -> DateTime<Utc> {
 }
 
 fn generate(folder: &Path, algorithm: SigningAlgorithm, seconds: i64) -> String {
-    let path = generate_key_file(folder, algorithm, time(seconds)).expect("made");
+    let path = generate_key_file(folder, algorithm, false, time(seconds)).expect("made");
     let keys = list_key_files(folder).expect("listed");
     let key = keys.into_iter().find(|key| key.path == path);
     key.expect("made").kid
@@ -222,6 +222,58 @@ async fn a_token_of_a_removed_key_is_refused() {
     let refused = validate_through(&replica.channel(), &app.service_key, &token).await;
     let refused = assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
     assert_eq!(credential(&refused), "token");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_replaced_under_way_sign_and_refuse_from_then_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let ring = || KeyRing::from_folder(folder.path(), SigningAlgorithm::EdDsa).unwrap();
+    let old_kid = generate(folder.path(), SigningAlgorithm::EdDsa, 0);
+    let app = TestApp::spawn_with(|s| folder.path().clone_into(&mut s.auth.key_dir)).await;
+    let replica = app.replica().await;
+    let accepted = async |token: &str| {
+        let mut answers = Vec::new();
+        // Twice: the second answer may come from memory.
+        for channel in [
+            &app.channel,
+            &app.channel,
+            &replica.channel(),
+            &replica.channel(),
+        ] {
+            answers.push(validate_through(channel, &app.service_key, token).await);
+        }
+        answers
+    };
+    let old = access_token(&app).await;
+    assert!(accepted(&old).await.iter().all(Result::is_ok));
+
+    // Known everywhere before it signs anywhere.
+    let later = generate_key_file(folder.path(), SigningAlgorithm::EdDsa, true, time(60)).unwrap();
+    app.running().auth.replace_keys(ring());
+    replica.auth.replace_keys(ring());
+    assert_eq!(part(&access_token(&app).await, 0)["kid"], json!(old_kid));
+    let signing = later.to_string_lossy().replace(".next.pem", ".pem");
+    std::fs::rename(&later, signing).unwrap();
+    app.running().auth.replace_keys(ring());
+    let new = access_token(&app).await;
+    assert_ne!(part(&new, 0)["kid"], json!(old_kid));
+    assert!(
+        accepted(&new).await.iter().all(Result::is_ok),
+        "also where the old one signs"
+    );
+    assert!(accepted(&old).await.iter().all(Result::is_ok));
+
+    let keys = list_key_files(folder.path()).unwrap();
+    let removed = keys.iter().find(|key| key.kid == old_kid).unwrap();
+    std::fs::remove_file(&removed.path).unwrap();
+    app.running().auth.replace_keys(ring());
+    replica.auth.replace_keys(ring());
+    for answer in accepted(&old).await {
+        assert_refused(answer, Code::Unauthenticated, "CREDENTIAL_INVALID");
+    }
+    assert!(accepted(&new).await.iter().all(Result::is_ok));
+    let jwks = jwks_over(replica.channel()).await;
+    assert!(jwks.keys.iter().all(|key| key.kid != old_kid));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -57,6 +57,10 @@ impl TestApp {
             .expect("the replica starts")
     }
 
+    pub(crate) fn running(&self) -> &RunningServer {
+        &self.server
+    }
+
     pub(crate) fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -200,7 +204,7 @@ fn keys(settings: &Settings) -> (KeyRing, MasterKey) {
         KeyRing::from_secret(jwt_secret)
     } else {
         KeyRing::from_folder(key_dir, *algorithm).or_else(|_| {
-            generate_key_file(key_dir, *algorithm, chrono::Utc::now())?;
+            generate_key_file(key_dir, *algorithm, false, chrono::Utc::now())?;
             KeyRing::from_folder(key_dir, *algorithm)
         })
     };

@@ -173,3 +173,38 @@ async fn hs256_serves_with_a_strong_secret() {
     service.serving().await;
     assert!(!service.log().contains(&secret));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sighup_reads_the_keys_again_and_keeps_the_old_ones_when_they_are_broken() {
+    let home = Home::with_database();
+    let mut service = home.start(home.production(&["serve"]));
+    let channel = service.serving().await;
+    let folder = home.path().join("keys");
+    let before = jwks(channel.clone()).await;
+
+    let broken = folder.join("broken.pem");
+    std::fs::write(&broken, "no key").unwrap();
+    service.signal(Signal::SIGHUP);
+    service.wait_until("it complains", |service| {
+        service.log().contains("the old signing keys stay")
+    });
+    assert!(service.log().contains("broken.pem"));
+    assert_eq!(jwks(channel.clone()).await, before);
+
+    std::fs::remove_file(&broken).unwrap();
+    let made = home.run(&[
+        "keys",
+        "generate",
+        "--next",
+        "--dir",
+        folder.to_str().unwrap(),
+    ]);
+    assert_eq!(made.code, Some(0), "{}", made.stderr);
+    assert!(made.stdout.trim().ends_with(".next.pem"), "{}", made.stdout);
+    service.signal(Signal::SIGHUP);
+    service.wait_until("it has read them", |service| {
+        service.log().contains("read the signing keys again")
+    });
+    assert_eq!(jwks(channel).await.keys.len(), 2);
+    assert_eq!(service.stop(Signal::SIGTERM).code(), Some(0));
+}
