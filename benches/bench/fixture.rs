@@ -151,6 +151,8 @@ impl Fixture {
             "tokens.validate",
             "--scope",
             "quota",
+            "--scope",
+            "admin",
         ])?;
         let key = said.lines().find_map(|line| line.strip_prefix("key "));
         Ok(key.context("no key was printed")?.trim().to_owned())

@@ -28,6 +28,8 @@ pub(crate) struct Calls {
     headers: Vec<(&'static str, String)>,
     /// gRPC messages in the order of their use, and around again.
     bodies: Vec<Vec<u8>>,
+    /// Drawn evenly instead, the same ones in every run.
+    is_random: bool,
     next: AtomicUsize,
     /// The `grpc-status` that is right.
     expected: u32,
@@ -50,8 +52,16 @@ impl Calls {
             path,
             headers,
             bodies: messages.into_iter().map(framed).collect(),
+            is_random: false,
             next: AtomicUsize::new(0),
             expected: u32::try_from(i32::from(expected)).unwrap_or_default(),
+        }
+    }
+
+    pub(crate) fn drawn_at_random(self) -> Self {
+        Self {
+            is_random: true,
+            ..self
         }
     }
 
@@ -71,6 +81,14 @@ impl Calls {
     pub(crate) fn first_body(&self) -> &[u8] {
         &self.bodies[0]
     }
+}
+
+/// A number without pattern for each number (`SplitMix64`, Steele et al. 2014).
+fn scattered(number: usize) -> usize {
+    let mut z = (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (z ^ (z >> 31)) as usize
 }
 
 /// A message with gRPC's prefix: not compressed, and its length.
@@ -391,7 +409,11 @@ impl<'a> Connection<'a> {
             self.due = 0;
             return true;
         }
-        let index = calls.next.fetch_add(1, Ordering::Relaxed) % calls.bodies.len();
+        let next = calls.next.fetch_add(1, Ordering::Relaxed);
+        let index = match calls.is_random {
+            true => scattered(next) % calls.bodies.len(),
+            false => next % calls.bodies.len(),
+        };
         let body = &calls.bodies[index];
         let bytes = i64::try_from(body.len()).expect("a small body");
         if self.window < bytes {

@@ -10,8 +10,10 @@ mod h2load;
 mod layers;
 mod load;
 mod login;
+mod memory;
 mod process;
 mod report;
+mod revocation;
 mod serve_echo;
 mod wire;
 
@@ -59,6 +61,25 @@ enum Command {
     Login {
         #[command(flatten)]
         options: Options,
+    },
+    /// Many more live tokens than usual: memory, hits and throughput
+    Memory {
+        #[command(flatten)]
+        options: Options,
+        /// Live tokens [default: 1000000, quick 20000]
+        #[arg(long)]
+        tokens: Option<usize>,
+        /// Bounds of memory to try, MiB [default: 256,2048; quick 8,64]
+        #[arg(long, value_delimiter = ',', value_name = "MIB,…")]
+        bounds: Vec<u64>,
+    },
+    /// How soon a revocation on one replica is known on two others, under load
+    Revocation {
+        #[command(flatten)]
+        options: Options,
+        /// Revocations in all [default: 1000, quick 50]
+        #[arg(long)]
+        trials: Option<usize>,
     },
     /// Serves the echo as the product serves, until standard input ends
     #[command(hide = true)]
@@ -137,6 +158,27 @@ fn main() -> anyhow::Result<()> {
         }),
         Command::Layers { options } => layers::run(&options),
         Command::Login { options } => login::run(&options),
+        Command::Memory {
+            options,
+            tokens,
+            bounds,
+        } => {
+            let defaults = if options.quick {
+                (20_000, vec![8, 64])
+            } else {
+                (1_000_000, vec![256, 2048])
+            };
+            let bounds = if bounds.is_empty() {
+                defaults.1
+            } else {
+                bounds
+            };
+            memory::run(&options, tokens.unwrap_or(defaults.0).max(1), &bounds)
+        }
+        Command::Revocation { options, trials } => {
+            let trials = trials.unwrap_or(if options.quick { 50 } else { 1_000 });
+            revocation::run(&options, trials.max(1))
+        }
         Command::Echo { shape } => serve_echo::serve(shape),
     }
 }

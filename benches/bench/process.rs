@@ -2,8 +2,8 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead as _, BufReader},
-    net::SocketAddr,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
     thread::sleep,
@@ -21,6 +21,8 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 /// A server under test. Dropping it stops it.
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
+    /// Of the operations port.
+    ops: Option<SocketAddr>,
     child: Child,
 }
 
@@ -37,7 +39,11 @@ impl Server {
         let mut line = String::new();
         BufReader::new(out).read_line(&mut line)?;
         let address = line.trim().parse().context("no address from the echo")?;
-        Ok(Self { address, child })
+        Ok(Self {
+            address,
+            ops: None,
+            child,
+        })
     }
 
     /// Starts the service with these settings and nothing of this environment; its logs go to a file.
@@ -62,8 +68,12 @@ impl Server {
         let begun = Instant::now();
         loop {
             let said = fs::read_to_string(log)?;
-            if let Some(address) = said.lines().find_map(address_in) {
-                return Ok(Self { address, child });
+            if let Some((address, ops)) = said.lines().find_map(addresses_in) {
+                return Ok(Self {
+                    address,
+                    ops,
+                    child,
+                });
             }
             if let Some(status) = child.try_wait()? {
                 bail!("the service did not start ({status}):\n{said}");
@@ -79,6 +89,31 @@ impl Server {
     /// Processor time so far, of user and system.
     pub(crate) fn cpu(&self) -> anyhow::Result<Duration> {
         cpu_of(&format!("/proc/{}/stat", self.child.id()))
+    }
+}
+
+/// What the service says of itself and the kernel of it.
+impl Server {
+    /// Memory that the process holds.
+    pub(crate) fn resident_bytes(&self) -> anyhow::Result<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().next());
+        let kib: f64 = kib.context("no resident memory")?.parse()?;
+        Ok(kib * 1024.0)
+    }
+
+    /// A value of its metrics, by its name and labels.
+    pub(crate) fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let mut stream = TcpStream::connect(self.ops.context("no operations port")?)?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: bench\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let prefix = format!("tollkeeper_{name} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&prefix));
+        Ok(value
+            .with_context(|| format!("no metric {name}"))?
+            .parse()?)
     }
 }
 
@@ -101,11 +136,12 @@ impl Drop for Server {
     }
 }
 
-/// The address in the log line that says where the service listens.
-fn address_in(line: &str) -> Option<SocketAddr> {
+/// The addresses in the log line that says where the service listens.
+fn addresses_in(line: &str) -> Option<(SocketAddr, Option<SocketAddr>)> {
     let event: serde_json::Value = serde_json::from_str(line).ok()?;
     let listens = event["message"] == "listening";
-    listens.then(|| event["address"].as_str()?.parse().ok())?
+    let address = |name: &str| event[name].as_str()?.parse().ok();
+    listens.then(|| Some((address("address")?, address("ops"))))?
 }
 
 /// `utime` and `stime` of proc(5), in ticks of usually 10 ms.

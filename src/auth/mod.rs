@@ -9,6 +9,8 @@ mod api_keys;
 mod cache;
 mod counters;
 mod freshness;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod hash_pool;
 mod key_text;
 mod keys;

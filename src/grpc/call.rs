@@ -196,7 +196,7 @@ fn user_agent(headers: &HeaderMap) -> String {
 }
 
 /// The client's deadline (gRPC over HTTP/2, `grpc-timeout`) or the longest one, whichever is sooner.
-fn deadline(headers: &HeaderMap, max: Duration) -> Duration {
+pub(super) fn deadline(headers: &HeaderMap, max: Duration) -> Duration {
     let parse = |text: &str| {
         let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
         let value: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;

@@ -208,7 +208,7 @@ impl<S> Shared<S> {
 }
 
 /// The token of a `ValidateTokenRequest` that holds nothing else, from the bytes of a call.
-fn token_of(data: &[u8]) -> Option<&str> {
+pub(super) fn token_of(data: &[u8]) -> Option<&str> {
     let (prefix, mut message) = data.split_at_checked(PREFIX_BYTES)?;
     let len = u32::try_from(message.len()).ok()?.to_be_bytes();
     let whole = prefix == [0, len[0], len[1], len[2], len[3]];

@@ -8,6 +8,8 @@ mod admin;
 mod auth;
 mod call;
 mod convert;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod health;
 mod memory;
 mod metrics;
