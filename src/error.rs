@@ -46,6 +46,8 @@ pub enum Error {
     AccountExists,
     #[error("a service account of this name exists")]
     ServiceAccountExists,
+    #[error("the watch fell too far behind")]
+    WatchTooSlow,
     #[error("the event id was recorded before with another payload")]
     EventConflict,
     #[error("too much work is waiting, retry after {retry_after:?}")]

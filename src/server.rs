@@ -250,6 +250,7 @@ impl Server {
         }
         drop(listener);
         health::end_watches(reporter).await;
+        auth.end_watches();
         if !workers.drain(settings.drain_deadline).await {
             warn!("calls were still in flight at the deadline");
             cut.send_replace(true);

@@ -190,7 +190,7 @@ impl CredentialCache {
         self.stamps.is_current(answer.stamp) && self.freshness.trust(now) == Trust::Live
     }
 
-    /// The session of a token of `user_id` as it stands.
+    /// The session of a token of `user_id` as it stands; read `anew`, not from memory at all.
     ///
     /// # Errors
     /// `Unavailable` when the database is needed and away.
@@ -198,30 +198,43 @@ impl CredentialCache {
         &self,
         id: SessionId,
         user_id: UserId,
+        anew: bool,
         now: BootTime,
     ) -> Result<Arc<Answer<SessionStanding>>> {
         let read = || self.read(user_id, || self.store.session_standing(id));
+        if anew {
+            let answer = read().await?;
+            self.standings.insert(id, answer.clone());
+            return Ok(answer);
+        }
         self.answer(&self.standings, id, read, now).await
     }
 
-    /// The API key of a hash as it stands.
+    /// The API key of a hash as it stands; read `anew`, not from memory at all.
     ///
     /// # Errors
     /// `Unavailable` when the database is needed and away.
     pub(super) async fn api_key(
         &self,
         key_hash: Vec<u8>,
+        anew: bool,
         now: BootTime,
     ) -> Result<Arc<Answer<KnownApiKey>>> {
-        if let Some(unknown) = self.unknown_api_keys.get(&key_hash)
+        if !anew
+            && let Some(unknown) = self.unknown_api_keys.get(&key_hash)
             && self.holds(&unknown, now)
         {
             return Ok(unknown);
         }
         let read = || self.read_api_key(&key_hash);
-        let answer = self
-            .answer(&self.api_keys, key_hash.clone(), read, now)
-            .await?;
+        let answer = if anew {
+            let answer = read().await?;
+            self.api_keys.insert(key_hash.clone(), answer.clone());
+            answer
+        } else {
+            let key_hash = key_hash.clone();
+            self.answer(&self.api_keys, key_hash, read, now).await?
+        };
         if answer.value.is_none() {
             self.api_keys.remove(&key_hash);
             self.unknown_api_keys.insert(key_hash, answer.clone());

@@ -11,6 +11,8 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
+use crate::model::Revision;
+
 /// Ended epochs that are remembered: a feed that breaks more often is no feed.
 const EPOCHS: usize = 64;
 
@@ -52,6 +54,8 @@ pub enum Trust {
 pub struct Freshness {
     /// When the newest heartbeat that came back was sent; zero: none yet.
     confirmed: AtomicU64,
+    /// Every change up to this revision is known; zero: none was heard of yet.
+    known: AtomicU64,
     /// Epochs that have ended, with the newest heartbeat of each; the newest last.
     ended: Mutex<VecDeque<(u64, u64)>>,
     staleness_bound: Duration,
@@ -62,6 +66,7 @@ impl Freshness {
     pub(super) fn new(staleness_bound: Duration, max_stale: Duration) -> Self {
         Self {
             confirmed: AtomicU64::new(0),
+            known: AtomicU64::new(0),
             ended: Mutex::default(),
             staleness_bound,
             max_stale,
@@ -72,8 +77,9 @@ impl Freshness {
         self.staleness_bound
     }
 
-    /// A heartbeat came back: what was committed before it was sent is known.
-    pub fn confirm(&self, sent_at: BootTime) {
+    /// A heartbeat came back: what was committed up to `revision`, and so before it was sent, is known.
+    pub(super) fn confirm(&self, revision: Revision, sent_at: BootTime) {
+        self.known.fetch_max(revision.0, Ordering::AcqRel);
         self.confirmed.fetch_max(sent_at.0, Ordering::AcqRel);
     }
 
@@ -96,6 +102,11 @@ impl Freshness {
             _ => self.confirmed.load(Ordering::Acquire),
         };
         known_until != 0 && now.since(known_until) <= self.max_stale
+    }
+
+    /// Every change up to here is known.
+    pub fn known(&self) -> Revision {
+        Revision(self.known.load(Ordering::Acquire))
     }
 
     pub fn trust(&self, now: BootTime) -> Trust {
@@ -124,13 +135,14 @@ mod tests {
         let freshness = Freshness::new(Duration::from_secs(2), Duration::from_secs(30));
         let at = |secs: u64| BootTime(1_000_000 * secs);
         assert_eq!(freshness.trust(at(1)), Trust::Lost);
-        freshness.confirm(at(100));
+        freshness.confirm(Revision(100), at(100));
         // Heartbeats may overtake each other; time does not run backwards.
-        freshness.confirm(at(99));
+        freshness.confirm(Revision(99), at(99));
+        assert_eq!(freshness.known(), Revision(100));
         assert_eq!(freshness.trust(at(102)), Trust::Live);
         assert_eq!(freshness.trust(at(103)), Trust::Stale);
         assert_eq!(freshness.trust(at(131)), Trust::Lost);
-        freshness.confirm(at(131));
+        freshness.confirm(Revision(131), at(131));
         assert_eq!(freshness.trust(at(131)), Trust::Live);
     }
 
@@ -139,9 +151,9 @@ mod tests {
         let freshness = Freshness::new(Duration::from_secs(2), Duration::from_secs(30));
         let at = |secs: u64| BootTime(1_000_000 * secs);
         assert!(!freshness.lasts(0, at(1)), "nothing was ever heard");
-        freshness.confirm(at(100));
+        freshness.confirm(Revision(100), at(100));
         freshness.end_epoch(0);
-        freshness.confirm(at(120));
+        freshness.confirm(Revision(120), at(120));
         assert!(freshness.lasts(0, at(130)) && freshness.lasts(1, at(150)));
         assert!(!freshness.lasts(0, at(131)) && !freshness.lasts(1, at(151)));
         for epoch in 1..=64 {

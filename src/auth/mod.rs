@@ -22,6 +22,7 @@ mod service_accounts;
 mod sessions;
 mod stamps;
 mod validation;
+mod watch;
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,17 +38,20 @@ pub use service_accounts::RotatedKey;
 pub use sessions::{IssuedTokens, LoggedIn, Refreshed};
 pub use validation::{KnownService, Principal, UserCredential, UserPrincipal, Validated};
 
+pub use watch::{Told, Watch};
+
 use access_token::AccessTokens;
 use api_key_uses::ApiKeyUses;
 use api_keys::ApiKeyLimits;
 use cache::CredentialCache;
 use password::Passwords;
 use refresh_token::RefreshTokens;
+use watch::Watchers;
 
 use crate::{
     config::{AuthSettings, PasswordSettings},
-    error::Result,
-    model::Change,
+    error::{Error, Result},
+    model::{Change, Revision},
     store::Store,
 };
 
@@ -56,6 +60,7 @@ use crate::{
 pub struct Auth {
     store: Store,
     cache: Arc<CredentialCache>,
+    watchers: Arc<Watchers>,
     passwords: Passwords,
     access_tokens: Arc<AccessTokens>,
     refresh_tokens: Arc<RefreshTokens>,
@@ -89,6 +94,7 @@ impl Auth {
         Ok(Self {
             store,
             cache: Arc::new(cache),
+            watchers: Arc::new(Watchers::new()),
             passwords: Passwords::new(passwords)?,
             access_tokens: Arc::new(AccessTokens::new(keys, settings)),
             refresh_tokens: Arc::new(RefreshTokens::new(master_key)),
@@ -108,11 +114,43 @@ impl Auth {
     /// A change that this or another replica has committed: answers read before it are given no more.
     pub fn apply(&self, change: Change) {
         self.cache.apply(change);
+        // After: an answer asked for by now is the new one.
+        self.watchers.tell_change(change);
     }
 
     /// Changes may have been missed, so answers read before are not simply believed any more.
     pub fn doubt(&self) {
         self.cache.doubt();
+        self.watchers.tell(Told::Reset);
+    }
+
+    /// Every change up to `revision` is known; a heartbeat sent at `sent_at` has proved it.
+    pub fn heard_up_to(&self, revision: Revision, sent_at: BootTime) {
+        self.freshness().confirm(revision, sent_at);
+        self.watchers.tell(Told::UpTo(revision));
+    }
+
+    /// Watches for whatever may contradict answers of [`Auth::validate`], from now on.
+    ///
+    /// # Errors
+    /// `Overloaded` · `Unavailable` while changes are not heard of in time
+    pub fn watch(&self) -> Result<Watch> {
+        match self.freshness().trust(BootTime::now()) {
+            Trust::Live => self.watchers.watch(),
+            Trust::Stale | Trust::Lost => {
+                Err(Error::Unavailable("the change feed is not live".into()))
+            }
+        }
+    }
+
+    /// Ends every watch: one that goes on would hold up the end of the server.
+    pub fn end_watches(&self) {
+        self.watchers.tell(Told::Closing);
+    }
+
+    /// The state that a change which has committed left; `None` when it cannot be told.
+    pub async fn revision(&self) -> Option<Revision> {
+        self.store.revision().await.ok()
     }
 
     /// Up to when changes are known.

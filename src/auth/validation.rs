@@ -21,8 +21,8 @@ use super::{
 use crate::{
     error::{Credential, Error, Fault, Result},
     model::{
-        ApiKey, ApiKeyId, ApiKeyStanding, Role, Scope, ScopeSet, ServiceAccountId, SessionId,
-        SessionStanding, User, UserId,
+        ApiKey, ApiKeyId, ApiKeyStanding, MinFreshness, Role, Scope, ScopeSet, ServiceAccountId,
+        SessionId, SessionStanding, User, UserId,
     },
     store::ServiceStanding,
 };
@@ -154,7 +154,12 @@ impl Auth {
             return self.authenticate_service(credential, now).await;
         }
         let validated = self
-            .validate(credential, Credential::Authorization, now)
+            .validate(
+                credential,
+                Credential::Authorization,
+                MinFreshness::Cached,
+                now,
+            )
             .await?;
         Ok(Principal::User(UserPrincipal {
             id: validated.user().id,
@@ -174,18 +179,24 @@ impl Auth {
         &self,
         token: &str,
         credential: Credential,
+        min_freshness: MinFreshness,
         now: DateTime<Utc>,
     ) -> Result<Validated> {
         let refused = |fault| Error::Refused { credential, fault };
         let clock = BootTime::now();
-        if let Some(validated) = self.recall(token, now, clock) {
+        let anew = match min_freshness {
+            MinFreshness::Cached => false,
+            MinFreshness::AtLeast(revision) => self.freshness().known() < revision,
+            MinFreshness::FromDatabase => true,
+        };
+        if !anew && let Some(validated) = self.recall(token, now, clock) {
             return Ok(validated);
         }
         self.cache.counters().misses.add_one();
         let (proof, good_until) = if API_KEY.matches(token) {
-            self.prove_api_key(token, refused, now, clock).await?
+            self.prove_api_key(token, refused, anew, now, clock).await?
         } else {
-            self.prove_token(token, refused, now, clock).await?
+            self.prove_token(token, refused, anew, now, clock).await?
         };
         let validated = Validated(Arc::new(Checked {
             good_until,
@@ -249,6 +260,7 @@ impl Auth {
         &self,
         token: &str,
         refused: impl Fn(Fault) -> Error,
+        anew: bool,
         now: DateTime<Utc>,
         clock: BootTime,
     ) -> Result<(Proof, i64)> {
@@ -263,7 +275,10 @@ impl Auth {
             None => self.access_tokens.verify(token, now).map_err(&refused)?,
         };
         let (session_id, user_id) = (claims.session_id(), claims.user_id());
-        let answer = self.cache.standing(session_id, user_id, clock).await?;
+        let answer = self
+            .cache
+            .standing(session_id, user_id, anew, clock)
+            .await?;
         let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
         check(standing, &claims, now).map_err(refused)?;
         let session_ends_at = standing.session.absolute_expires_at.timestamp();
@@ -287,11 +302,12 @@ impl Auth {
         &self,
         key: &str,
         refused: impl Fn(Fault) -> Error,
+        anew: bool,
         now: DateTime<Utc>,
         clock: BootTime,
     ) -> Result<(Proof, i64)> {
         let hash = API_KEY.hash(key).ok_or(refused(Fault::Invalid))?;
-        let answer = self.cache.api_key(hash, clock).await?;
+        let answer = self.cache.api_key(hash, anew, clock).await?;
         let known = answer.value.as_ref().ok_or(refused(Fault::Invalid))?;
         check_api_key(&known.standing, now).map_err(refused)?;
         self.note_use(known, now);

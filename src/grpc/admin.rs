@@ -122,6 +122,7 @@ impl AdminService for Handler {
         let user = self.auth.set_tier(id, &tier, &origin_of(&request)).await?;
         Ok(Response::new(SetUserTierResponse {
             user: Some(user.into()),
+            revision: convert::revision(self.auth.revision().await),
         }))
     }
 
@@ -136,6 +137,7 @@ impl AdminService for Handler {
             .await?;
         Ok(Response::new(EnableUserResponse {
             user: Some(user.into()),
+            revision: convert::revision(self.auth.revision().await),
         }))
     }
 
@@ -154,6 +156,7 @@ impl AdminService for Handler {
             .await?;
         Ok(Response::new(DisableUserResponse {
             user: Some(user.into()),
+            revision: convert::revision(self.auth.revision().await),
         }))
     }
 
@@ -209,6 +212,7 @@ impl AdminService for Handler {
             service_account: Some(rotated.account.into()),
             key: rotated.key,
             old_keys_end_at: Some(time(rotated.old_keys_end_at)),
+            revision: convert::revision(self.auth.revision().await),
         }))
     }
 
@@ -224,6 +228,7 @@ impl AdminService for Handler {
             .await?;
         Ok(Response::new(DisableServiceAccountResponse {
             service_account: Some(account.into()),
+            revision: convert::revision(self.auth.revision().await),
         }))
     }
 }

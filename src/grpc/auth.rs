@@ -1,22 +1,26 @@
 use chrono::{DateTime, Utc};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use prost_types::Timestamp;
 use tonic::{Request, Response, Status};
 
 use super::{
-    access::Caller,
+    access::{Caller, bearer},
     call::origin_of,
     convert::{self, Fields, only},
+    watch,
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
     error::{Credential, Error},
     model::{ApiKeyScopes, Role, Violation},
     proto::tollkeeper::auth::v1::{
-        CreateApiKeyRequest, CreateApiKeyResponse, GetCurrentUserRequest, GetCurrentUserResponse,
-        GetJwksRequest, GetJwksResponse, ListApiKeysRequest, ListApiKeysResponse, LoginRequest,
-        LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest, RefreshTokensResponse,
+        BatchValidateTokensRequest, BatchValidateTokensResponse, CreateApiKeyRequest,
+        CreateApiKeyResponse, GetCurrentUserRequest, GetCurrentUserResponse, GetJwksRequest,
+        GetJwksResponse, ListApiKeysRequest, ListApiKeysResponse, LoginRequest, LoginResponse,
+        LogoutRequest, LogoutResponse, RefreshTokensRequest, RefreshTokensResponse,
         RegisterRequest, RegisterResponse, RevokeApiKeyRequest, RevokeApiKeyResponse,
-        ValidateTokenRequest, ValidateTokenResponse, auth_service_server::AuthService,
+        ValidateTokenRequest, ValidateTokenResponse, WatchRevocationsRequest,
+        auth_service_server::AuthService,
     },
     usage::Usage,
 };
@@ -100,7 +104,9 @@ impl AuthService for Handler {
         self.auth
             .logout(session_id, user_id, &origin_of(&request), Utc::now())
             .await?;
-        Ok(Response::new(LogoutResponse {}))
+        Ok(Response::new(LogoutResponse {
+            revision: convert::revision(self.auth.revision().await),
+        }))
     }
 
     async fn get_current_user(
@@ -118,9 +124,15 @@ impl AuthService for Handler {
         request: Request<ValidateTokenRequest>,
     ) -> Result<Response<ValidateTokenResponse>, Status> {
         let request = request.into_inner();
-        let token = only(|fields| fields.take("token", present(request.token)))?;
+        let mut fields = Fields::default();
+        let token = fields.take("token", present(request.token));
+        let min_freshness = convert::min_freshness(&mut fields, request.min_freshness);
+        let (token, min_freshness) = fields.finish(token.zip(min_freshness))?;
         let now = Utc::now();
-        let validated = self.auth.validate(&token, Credential::Token, now).await?;
+        let validated = self
+            .auth
+            .validate(&token, Credential::Token, min_freshness, now)
+            .await?;
         let user = validated.user();
         let quota = if request.include_quota {
             Some(self.usage.quota(user, now).await?.into())
@@ -131,6 +143,38 @@ impl AuthService for Handler {
             quota,
             ..ValidateTokenResponse::from(&validated)
         }))
+    }
+
+    async fn batch_validate_tokens(
+        &self,
+        request: Request<BatchValidateTokensRequest>,
+    ) -> Result<Response<BatchValidateTokensResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let tokens = fields.take("tokens", batch(request.tokens));
+        let min_freshness = convert::min_freshness(&mut fields, request.min_freshness);
+        let (tokens, min_freshness) = fields.finish(tokens.zip(min_freshness))?;
+        let now = Utc::now();
+        let auth = &self.auth;
+        let results = tokens.into_iter().map(|token| async move {
+            let answer = auth.validate(&token, Credential::Token, min_freshness, now);
+            convert::token_result(answer.await)
+        });
+        let results = stream::iter(results).buffered(BATCH_READS);
+        Ok(Response::new(BatchValidateTokensResponse {
+            results: results.try_collect().await?,
+        }))
+    }
+
+    type WatchRevocationsStream = watch::Messages;
+
+    async fn watch_revocations(
+        &self,
+        request: Request<WatchRevocationsRequest>,
+    ) -> Result<Response<Self::WatchRevocationsStream>, Status> {
+        let headers = request.metadata().clone().into_headers();
+        let messages = watch::messages(&self.auth, bearer(&headers)?)?;
+        Ok(Response::new(messages))
     }
 
     async fn create_api_key(
@@ -185,6 +229,7 @@ impl AuthService for Handler {
             .await?;
         Ok(Response::new(RevokeApiKeyResponse {
             api_key: Some(key.into()),
+            revision: convert::revision(self.auth.revision().await),
         }))
     }
 
@@ -215,6 +260,20 @@ impl Handler {
         let expires_at = convert::timestamp(Some(value))?;
         self.auth.check_api_key_expiry(expires_at, now)?;
         Ok(Some(expires_at))
+    }
+}
+
+/// Most tokens of one call.
+const BATCH_TOKENS: usize = 1000;
+
+/// Those of a call that are read from the database at once: a part of the pool.
+const BATCH_READS: usize = 4;
+
+fn batch(tokens: Vec<String>) -> Result<Vec<String>, Violation> {
+    if (1..=BATCH_TOKENS).contains(&tokens.len()) && tokens.iter().all(|token| !token.is_empty()) {
+        Ok(tokens)
+    } else {
+        Err(format!("must hold 1 to {BATCH_TOKENS} tokens, none of them empty").into())
     }
 }
 

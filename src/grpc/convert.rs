@@ -5,13 +5,14 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
 
+use super::status;
 use crate::{
     auth::{IssuedTokens, PublicKey, UserCredential, Validated},
     error::{Error, FieldViolation, Result, Violations},
     model::{
-        ApiKey, Cursor, EventId, Identifier, KeyOverlap, Labels, MonthlyUsage, PageRequest, Person,
-        QuotaStanding, Role, ServiceAccount, TierLimits, TierName, Tiers, TokenCounts, UsageEvent,
-        UsageRecord, UsageTotals, User, UserId, Violation,
+        ApiKey, Cursor, EventId, Identifier, KeyOverlap, Labels, MinFreshness, MonthlyUsage,
+        PageRequest, Person, QuotaStanding, Revision, Role, ServiceAccount, TierLimits, TierName,
+        Tiers, TokenCounts, UsageEvent, UsageRecord, UsageTotals, User, UserId, Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
     usage::check_occurred_at,
@@ -317,6 +318,44 @@ impl From<Role> for auth::v1::Role {
             Role::Admin => Self::Admin,
         }
     }
+}
+
+/// How fresh an answer is to be.
+pub(super) fn min_freshness(
+    fields: &mut Fields,
+    wanted: Option<auth::v1::MinFreshness>,
+) -> Option<MinFreshness> {
+    use auth::v1::min_freshness::AtLeast;
+    match wanted.and_then(|wanted| wanted.at_least) {
+        None => Some(MinFreshness::Cached),
+        Some(AtLeast::AtLeastRevision(revision)) => fields
+            .parse("min_freshness.at_least_revision", &revision)
+            .map(MinFreshness::AtLeast),
+        Some(AtLeast::FromDatabase(())) => Some(MinFreshness::FromDatabase),
+    }
+}
+
+/// Empty when it could not be told.
+pub(super) fn revision(revision: Option<Revision>) -> String {
+    revision
+        .map(|revision| revision.to_string())
+        .unwrap_or_default()
+}
+
+/// What one token of many is worth; an error that is not the token's fails the whole call.
+pub(super) fn token_result(answer: Result<Validated>) -> Result<auth::v1::TokenResult> {
+    use auth::v1::token_result::Result as Worth;
+    let worth = match answer {
+        Ok(validated) => Worth::Valid((&validated).into()),
+        Err(error @ Error::Refused { fault, .. }) => Worth::Refused(auth::v1::TokenRefusal {
+            reason: status::reason_name(fault).to_owned(),
+            message: error.to_string(),
+        }),
+        Err(error) => return Err(error),
+    };
+    Ok(auth::v1::TokenResult {
+        result: Some(worth),
+    })
 }
 
 /// Without quota, which is not part of what a token says.

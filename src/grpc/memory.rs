@@ -316,6 +316,7 @@ mod tests {
         ValidateTokenRequest {
             token: token.to_owned(),
             include_quota,
+            ..ValidateTokenRequest::default()
         }
     }
 

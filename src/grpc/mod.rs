@@ -16,6 +16,7 @@ mod metrics;
 mod request_id;
 mod status;
 mod usage;
+mod watch;
 
 use tonic::service::{Routes, RoutesBuilder};
 

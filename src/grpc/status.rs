@@ -34,13 +34,7 @@ impl From<Error> for Status {
                 status(Code::Unauthenticated, Reason::CredentialMissing, message)
             }
             Error::Refused { credential, fault } => {
-                let reason = match fault {
-                    Fault::Invalid => Reason::CredentialInvalid,
-                    Fault::Expired => Reason::CredentialExpired,
-                    Fault::SessionEnded => Reason::SessionEnded,
-                    Fault::AccountDisabled => Reason::AccountDisabled,
-                    Fault::Reused => Reason::RefreshTokenReused,
-                };
+                let reason = reason_of(fault);
                 let details = info(reason, [("credential", credential.as_str())]);
                 Self::with_error_details(Code::Unauthenticated, message, details)
             }
@@ -73,6 +67,7 @@ impl From<Error> for Status {
             Error::ServiceAccountExists => {
                 status(Code::AlreadyExists, Reason::ServiceAccountExists, message)
             }
+            Error::WatchTooSlow => status(Code::ResourceExhausted, Reason::WatchTooSlow, message),
             Error::EventConflict => status(Code::AlreadyExists, Reason::EventConflict, message),
             Error::Overloaded { retry_after } => {
                 let mut details = info(Reason::Overloaded, []);
@@ -91,6 +86,26 @@ impl From<Error> for Status {
             }
         }
     }
+}
+
+fn reason_of(fault: Fault) -> ErrorReason {
+    match fault {
+        Fault::Invalid => ErrorReason::CredentialInvalid,
+        Fault::Expired => ErrorReason::CredentialExpired,
+        Fault::SessionEnded => ErrorReason::SessionEnded,
+        Fault::AccountDisabled => ErrorReason::AccountDisabled,
+        Fault::Reused => ErrorReason::RefreshTokenReused,
+    }
+}
+
+/// The name of a fault's reason, as `ErrorInfo` has it.
+pub(super) fn reason_name(fault: Fault) -> &'static str {
+    short_name(reason_of(fault))
+}
+
+fn short_name(reason: ErrorReason) -> &'static str {
+    let name = reason.as_str_name();
+    name.strip_prefix("ERROR_REASON_").unwrap_or(name)
 }
 
 pub(super) fn unknown_method() -> Status {
@@ -170,8 +185,7 @@ fn status(code: Code, reason: ErrorReason, message: impl Into<String>) -> Status
 }
 
 fn info<const N: usize>(reason: ErrorReason, metadata: [(&str, &str); N]) -> ErrorDetails {
-    let name = reason.as_str_name();
-    let name = name.strip_prefix("ERROR_REASON_").unwrap_or(name);
+    let name = short_name(reason);
     let metadata: HashMap<String, String> = metadata
         .into_iter()
         .map(|(key, value)| (key.to_owned(), value.to_owned()))

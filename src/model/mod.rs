@@ -11,6 +11,7 @@ mod names;
 mod page;
 mod period;
 mod quota;
+mod revision;
 mod scope;
 mod service_account;
 mod session;
@@ -27,6 +28,7 @@ pub use names::{
 pub use page::{Cursor, Page, PageRequest};
 pub use period::Period;
 pub use quota::{QuotaStanding, TierLimits, Tiers};
+pub use revision::{MinFreshness, Revision};
 pub use scope::{Scope, ScopeSet};
 pub use service_account::{KeyOverlap, ServiceAccount};
 pub use session::{RefreshRefusal, RefreshStep, Session, SessionStanding};

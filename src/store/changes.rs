@@ -6,6 +6,13 @@
 
 use std::{future::poll_fn, time::Duration};
 
+use diesel::{
+    pg::Pg,
+    prelude::*,
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    sql_types::BigInt,
+};
+use diesel_async::RunQueryDsl;
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
 use uuid::Uuid;
@@ -13,18 +20,21 @@ use uuid::Uuid;
 use super::Store;
 use crate::{
     error::{Error, Result},
-    model::{Change, UserId},
+    model::{Change, Revision, UserId},
 };
 
 /// Named in the triggers as well.
 const CHANNEL: &str = "tollkeeper_changes";
 
+/// A position of the write-ahead log beyond every commit so far, as a number.
+const POSITION: &str = "(pg_current_wal_insert_lsn() - '0/0')::bigint";
+
 /// What comes through the channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notification {
     Changed(Change),
-    /// A heartbeat of this listener, by its number.
-    Heartbeat(u64),
+    /// A heartbeat of this listener, by its number: every change up to the revision was told.
+    Heartbeat(u64, Revision),
 }
 
 /// A connection of its own, outside the pool, that hears of every change from now on.
@@ -49,6 +59,38 @@ impl Store {
     }
 }
 
+impl Store {
+    /// The state of now: holds the effects of every transaction that has committed.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn revision(&self) -> Result<Revision> {
+        let mut conn = self.conn().await?;
+        let position: i64 = Position.get_result(&mut conn).await?;
+        Ok(Revision(position.cast_unsigned()))
+    }
+}
+
+/// Prepared once: `diesel::sql_query` would be prepared on every call.
+struct Position;
+
+impl QueryFragment<Pg> for Position {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("SELECT ");
+        out.push_sql(POSITION);
+        Ok(())
+    }
+}
+
+impl QueryId for Position {
+    type QueryId = Self;
+    const HAS_STATIC_QUERY_ID: bool = true;
+}
+
+impl Query for Position {
+    type SqlType = BigInt;
+}
+
 impl ChangeListener {
     /// The next notification that concerns this listener.
     ///
@@ -70,7 +112,12 @@ impl ChangeListener {
     /// # Errors
     /// `Unavailable`
     pub async fn heartbeat(&self, number: u64) -> Result<()> {
-        let statement = format!("NOTIFY {CHANNEL}, 'beat {} {number}'", self.id);
+        // Read in the transaction that tells it: whatever has committed before that position was
+        // told before it.
+        let statement = format!(
+            "SELECT pg_notify('{CHANNEL}', 'beat {} {number} ' || {POSITION})",
+            self.id
+        );
         let sent = self.client.batch_execute(&statement).await;
         sent.map_err(|error| Error::Unavailable(error.into()))
     }
@@ -114,7 +161,8 @@ fn parse(payload: &str, listener: Uuid) -> Option<Notification> {
         ("beat", Some(id), Some(number)) => {
             let ours = id.parse::<Uuid>() == Ok(listener);
             ours.then_some(())?;
-            number.parse().ok().map(Notification::Heartbeat)
+            let revision = Revision(words.next()?.parse().ok()?);
+            Some(Notification::Heartbeat(number.parse().ok()?, revision))
         }
         ("user", Some(id), None) => {
             let change = Change::User(id.parse::<UserId>().ok()?);
@@ -139,10 +187,10 @@ mod tests {
     fn payloads_are_read_and_strangers_passed_over() {
         let (me, user) = (Uuid::now_v7(), UserId::new());
         assert_eq!(
-            parse(&format!("beat {me} 7"), me),
-            Some(Notification::Heartbeat(7))
+            parse(&format!("beat {me} 7 99"), me),
+            Some(Notification::Heartbeat(7, Revision(99)))
         );
-        assert_eq!(parse(&format!("beat {} 7", Uuid::now_v7()), me), None);
+        assert_eq!(parse(&format!("beat {} 7 99", Uuid::now_v7()), me), None);
         let changed = |change| Some(Notification::Changed(change));
         assert_eq!(
             parse(&format!("user {user}"), me),
@@ -157,7 +205,7 @@ mod tests {
             "user x",
             "services 3",
             "planet mars",
-            "beat x y",
+            "beat x y z",
         ] {
             assert_eq!(parse(strange, me), None, "{strange}");
         }

@@ -63,9 +63,9 @@ async fn follow(mut listener: ChangeListener, auth: &Auth) -> Error {
         };
         match step {
             Ok(Some(Notification::Changed(change))) => auth.apply(change),
-            Ok(Some(Notification::Heartbeat(number))) => {
+            Ok(Some(Notification::Heartbeat(number, revision))) => {
                 if let Some(sent_at) = sent.remove(&number) {
-                    auth.freshness().confirm(sent_at);
+                    auth.heard_up_to(revision, sent_at);
                     // Earlier ones that did not come back prove nothing more.
                     sent = sent.split_off(&number);
                 }

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Fields that no value makes wrong, and why.
-const ANY_VALUE: [(&str, &str, &str); 3] = [
+const ANY_VALUE: [(&str, &str, &str); 7] = [
     ("auth.v1.AuthService/ListApiKeys", "show_ended", "a bool"),
     (
         "auth.v1.AuthService/ValidateToken",
@@ -26,6 +26,26 @@ const ANY_VALUE: [(&str, &str, &str); 3] = [
         "a bool",
     ),
     ("admin.v1.AdminService/ListUsers", "is_active", "a bool"),
+    (
+        "auth.v1.AuthService/ValidateToken",
+        "min_freshness",
+        "its fields have",
+    ),
+    (
+        "auth.v1.AuthService/ValidateToken",
+        "min_freshness.from_database",
+        "has no fields",
+    ),
+    (
+        "auth.v1.AuthService/BatchValidateTokens",
+        "min_freshness",
+        "its fields have",
+    ),
+    (
+        "auth.v1.AuthService/BatchValidateTokens",
+        "min_freshness.from_database",
+        "has no fields",
+    ),
 ];
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,6 +11,7 @@ use tonic::Code;
 use crate::harness::{TestApp, eventually, reason, validate_through};
 
 const BOUND: Duration = Duration::from_millis(600);
+const CALLS: usize = 100_000;
 
 /// How long a replica gave answers that it should not give any more.
 async fn lag(mut is_told: impl AsyncFnMut() -> bool) -> Duration {
@@ -104,10 +105,32 @@ async fn warm_calls_need_no_database() {
         warm
     })
     .await;
-    proxy.cut();
-    for _ in 0..2000 {
-        app.validate(&token).await.unwrap();
+    let mut tokens = vec![token];
+    for _ in 0..20 {
+        tokens.push(app.login(&app.user().create().await).await.access_token);
     }
+    for token in &tokens {
+        app.validate(token).await.unwrap();
+    }
+    let reads = app.running().auth.counters().reads.get();
+    let hits = app.running().auth.counters().hits.get();
+    proxy.cut();
+    // All of them while no statement can reach the database.
+    let callers = (0..16).map(|caller| {
+        let (channel, key, tokens) = (app.channel.clone(), app.service_key.clone(), tokens.clone());
+        tokio::spawn(async move {
+            for call in 0..CALLS / 16 {
+                let token = &tokens[(caller + call) % tokens.len()];
+                validate_through(&channel, &key, token).await.unwrap();
+            }
+        })
+    });
+    for caller in callers.collect::<Vec<_>>() {
+        caller.await.unwrap();
+    }
+    let counters = app.running().auth.counters();
+    assert_eq!(counters.reads.get(), reads);
+    assert_eq!(counters.hits.get() - hits, CALLS as u64);
     let unknown = app.validate("garbage").await.unwrap_err();
     assert_eq!(
         reason(&unknown),

@@ -37,6 +37,7 @@ async fn a_request_over_the_size_limit_is_refused_and_one_at_it_is_read() {
         let mut request = ValidateTokenRequest {
             token: "x".repeat(length),
             include_quota: false,
+            ..ValidateTokenRequest::default()
         };
         let extra = request.encoded_len() - length;
         request.token.truncate(length - extra);

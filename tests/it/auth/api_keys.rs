@@ -453,7 +453,7 @@ async fn every_change_of_a_key_is_told_but_its_last_use() {
             match changes.next().await.unwrap() {
                 Notification::Changed(Change::Services) => break,
                 Notification::Changed(change) => heard.push(change),
-                Notification::Heartbeat(_) => {}
+                Notification::Heartbeat(..) => {}
             }
         }
         assert_eq!(heard, told.into_iter().collect::<Vec<_>>(), "{statement}");

@@ -34,6 +34,7 @@ async fn quota_is_told_when_asked_for() {
     let request = ValidateTokenRequest {
         token: app.login(&user).await.access_token,
         include_quota: true,
+        ..ValidateTokenRequest::default()
     };
     let valid = app
         .auth(&app.service_key)
@@ -217,6 +218,7 @@ async fn only_services_with_the_scope_may_ask() {
         let request = ValidateTokenRequest {
             token: token.clone(),
             include_quota: false,
+            ..ValidateTokenRequest::default()
         };
         let refused = app.auth(key).validate_token(request).await;
         assert_refused(refused, code, reason);

@@ -243,6 +243,7 @@ async fn a_token_over_8192_bytes_is_refused_as_any_bad_token() {
         let request = ValidateTokenRequest {
             token: "x".repeat(length),
             include_quota: false,
+            ..ValidateTokenRequest::default()
         };
         let answer: Result<ValidateTokenResponse, _> = ask(&app, VALIDATE, request).await;
         let status = answer.unwrap_err();

@@ -50,6 +50,7 @@ async fn every_reason_of_the_contract_is_given_with_a_code_that_it_names() {
     errors.push(internal(&app).await);
     errors.push(expired().await);
     errors.push(too_many_keys().await);
+    errors.push(crate::watch::dropped_reader().await);
     errors.push(too_late().await);
     errors.push(overloaded().await);
     errors.push(database_away(&app).await);
@@ -158,6 +159,7 @@ async fn of_callers(app: &TestApp) -> Vec<Status> {
     let request = ValidateTokenRequest {
         token: token.clone(),
         include_quota: false,
+        ..ValidateTokenRequest::default()
     };
     let list = ListUsersRequest::default();
     let api_key = app.api_key(&user, &[]).await.text;

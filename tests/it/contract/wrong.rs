@@ -13,8 +13,9 @@ use tollkeeper::proto::tollkeeper::{
         create_user_request::Credential, lookup_user_request::By,
     },
     auth::v1::{
-        CreateApiKeyRequest, ListApiKeysRequest, LoginRequest, RefreshTokensRequest,
-        RegisterRequest, RevokeApiKeyRequest, ValidateTokenRequest,
+        BatchValidateTokensRequest, CreateApiKeyRequest, ListApiKeysRequest, LoginRequest,
+        MinFreshness, RefreshTokensRequest, RegisterRequest, RevokeApiKeyRequest,
+        ValidateTokenRequest, min_freshness::AtLeast,
     },
     usage::v1::{
         CheckQuotaRequest, GetMonthlyUsageRequest, ListUsageRecordsRequest, RecordUsageRequest,
@@ -43,6 +44,7 @@ pub(super) const VALIDATE: &str = "auth.v1.AuthService/ValidateToken";
 pub(super) const CREATE_KEY: &str = "auth.v1.AuthService/CreateApiKey";
 pub(super) const KEYS: &str = "auth.v1.AuthService/ListApiKeys";
 pub(super) const REVOKE_KEY: &str = "auth.v1.AuthService/RevokeApiKey";
+pub(super) const BATCH: &str = "auth.v1.AuthService/BatchValidateTokens";
 pub(super) const RECORD: &str = "usage.v1.UsageService/RecordUsage";
 pub(super) const CHECK: &str = "usage.v1.UsageService/CheckQuota";
 pub(super) const MONTH: &str = "usage.v1.UsageService/GetMonthlyUsage";
@@ -93,6 +95,13 @@ const USERNAMES: &[&str] = &["", "ab", "-abc", "a b c", "name@host", "ünther", 
 const FULL_NAMES: &[&str] = &["line\nbreak", "nul\u{0}name", "escape\u{1b}[2J"];
 const PASSWORDS: &[&str] = &["", "short-elev1", "twelve\u{0}chars and more"];
 const PAGE_TOKENS: &[&str] = &["garbage", "!!!!", "AAAAAAAAAAAAAAAAAAAAAAAAAAA", "dG9rZW4="];
+const REVISIONS: &[&str] = &[
+    "",
+    "7",
+    "00000016B3748D80",
+    "+0000016b3748d80",
+    "00000016b3748d80\u{0}",
+];
 const TIERS: &[&str] = &["Free", "no tier", "free\u{0}", "9tier"];
 
 /// Rows for every field of every request.
@@ -146,7 +155,41 @@ fn auth(t: &mut Table) {
     t.texts(VALIDATE, "token", &[""], |token| ValidateTokenRequest {
         token,
         include_quota: true,
+        ..ValidateTokenRequest::default()
     });
+    let at_least = |revision| MinFreshness {
+        at_least: Some(AtLeast::AtLeastRevision(revision)),
+    };
+    t.texts(
+        VALIDATE,
+        "min_freshness.at_least_revision",
+        REVISIONS,
+        |revision| ValidateTokenRequest {
+            token: "token".to_owned(),
+            min_freshness: Some(at_least(revision)),
+            ..ValidateTokenRequest::default()
+        },
+    );
+    t.texts(
+        BATCH,
+        "min_freshness.at_least_revision",
+        REVISIONS,
+        |revision| BatchValidateTokensRequest {
+            tokens: vec!["token".to_owned()],
+            min_freshness: Some(at_least(revision)),
+        },
+    );
+    for (value, tokens) in [
+        ("nothing", vec![]),
+        ("an empty one", vec!["token".to_owned(), String::new()]),
+        ("1001", vec!["token".to_owned(); 1001]),
+    ] {
+        let message = BatchValidateTokensRequest {
+            tokens,
+            ..BatchValidateTokensRequest::default()
+        };
+        t.row(BATCH, "tokens", value, message);
+    }
     api_keys(t);
 }
 

@@ -79,6 +79,7 @@ pub(crate) async fn validate_through(
     let request = ValidateTokenRequest {
         token: token.to_owned(),
         include_quota: false,
+        ..ValidateTokenRequest::default()
     };
     let mut auth = AuthServiceClient::new(channel.clone());
     let answer = auth

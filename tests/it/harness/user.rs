@@ -83,6 +83,16 @@ impl TestApp {
         answer.expect("disabled").into_inner().user.expect("a user")
     }
 
+    /// As [`Self::disable`]; answers the revision.
+    pub(crate) async fn disable_for_revision(&self, user_id: &str) -> String {
+        let request = DisableUserRequest {
+            user_id: user_id.to_owned(),
+            reason: String::new(),
+        };
+        let answer = self.admin(&self.service_key).disable_user(request).await;
+        answer.expect("disabled").into_inner().revision
+    }
+
     pub(crate) async fn enable(&self, user_id: &str) -> User {
         let request = EnableUserRequest {
             user_id: user_id.to_owned(),

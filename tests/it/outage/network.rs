@@ -148,6 +148,7 @@ async fn failures(app: &TestApp, user_id: &str, token: &str) -> Vec<Status> {
     let validate = ValidateTokenRequest {
         token: token.to_owned(),
         include_quota: true,
+        ..ValidateTokenRequest::default()
     };
     let quota = CheckQuotaRequest {
         user_id: user_id.to_owned(),

@@ -74,6 +74,7 @@ async fn json_logs_tell_each_call_and_no_secret() {
     let question = ValidateTokenRequest {
         token: second.access_token.clone(),
         include_quota: true,
+        ..ValidateTokenRequest::default()
     };
     auth.validate_token(called(with_bearer(question.clone(), &key), "call-6"))
         .await

@@ -1,0 +1,225 @@
+//! Answers as fresh as asked for, for one token and for many.
+
+use std::time::Duration;
+
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::{DisableUserRequest, EnableUserRequest},
+    auth::v1::{
+        BatchValidateTokensRequest, LogoutRequest, MinFreshness, RevokeApiKeyRequest, TokenResult,
+        ValidateTokenRequest, ValidateTokenResponse, auth_service_client::AuthServiceClient,
+        min_freshness::AtLeast, token_result::Result as Worth,
+    },
+};
+use tonic::{Code, Status, transport::Channel};
+
+use crate::harness::{Proxy, RunningServer, TestApp, eventually, reason, with_bearer};
+
+/// Two replicas; the second one does not hear of changes for as long as the proxy is told.
+async fn with_deaf_replica() -> (TestApp, RunningServer, Proxy) {
+    let app = TestApp::spawn_with(|settings| {
+        settings.auth.staleness_bound = Duration::from_secs(60);
+        settings.auth.max_stale = Duration::from_secs(60);
+    })
+    .await;
+    let (proxy, url) = Proxy::start(&app.database_url);
+    let mut settings = app.settings().clone();
+    settings.database.url = tollkeeper::config::Secret::new(url);
+    let replica = RunningServer::start(&settings).await.unwrap();
+    (app, replica, proxy)
+}
+
+fn at_least(revision: &str) -> Option<MinFreshness> {
+    Some(MinFreshness {
+        at_least: Some(AtLeast::AtLeastRevision(revision.to_owned())),
+    })
+}
+
+fn from_database() -> Option<MinFreshness> {
+    Some(MinFreshness {
+        at_least: Some(AtLeast::FromDatabase(())),
+    })
+}
+
+async fn ask(
+    app: &TestApp,
+    channel: Channel,
+    token: &str,
+    min_freshness: Option<MinFreshness>,
+) -> Result<ValidateTokenResponse, Status> {
+    let request = ValidateTokenRequest {
+        token: token.to_owned(),
+        min_freshness,
+        ..ValidateTokenRequest::default()
+    };
+    let mut auth = AuthServiceClient::new(channel);
+    let request = with_bearer(request, &app.service_key);
+    Ok(auth.validate_token(request).await?.into_inner())
+}
+
+/// Asks until the replica trusts its memory: before, every answer comes from the database.
+async fn warm(app: &TestApp, replica: &RunningServer, token: &str) {
+    eventually("memory is trusted", async || {
+        let before = replica.auth.counters().hits.get();
+        ask(app, replica.channel(), token, None).await.unwrap();
+        replica.auth.counters().hits.get() > before
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_revision_of_a_change_makes_a_replica_that_has_not_heard_of_it_answer_anew() {
+    let (app, replica, proxy) = with_deaf_replica().await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    warm(&app, &replica, &token).await;
+    proxy.pause_feed();
+
+    let request = DisableUserRequest {
+        user_id: user.id.clone(),
+        ..DisableUserRequest::default()
+    };
+    let disabled = app.admin(&app.service_key).disable_user(request).await;
+    let revision = disabled.unwrap().into_inner().revision;
+    let cached = ask(&app, replica.channel(), &token, None).await;
+    cached.expect("within the bound, memory may be behind");
+    let fresh = ask(&app, replica.channel(), &token, at_least(&revision)).await;
+    assert_eq!(reason(&fresh.unwrap_err()), "ACCOUNT_DISABLED");
+    // What was read so is what memory holds from then on.
+    let request = EnableUserRequest {
+        user_id: user.id.clone(),
+    };
+    let enabled = app.admin(&app.service_key).enable_user(request).await;
+    let revision = enabled.unwrap().into_inner().revision;
+    ask(&app, replica.channel(), &token, at_least(&revision))
+        .await
+        .unwrap();
+
+    let logged_out = app.auth(&token).logout(LogoutRequest {}).await;
+    let revision = logged_out.unwrap().into_inner().revision;
+    ask(&app, replica.channel(), &token, None)
+        .await
+        .expect("behind");
+    let fresh = ask(&app, replica.channel(), &token, from_database()).await;
+    assert_eq!(reason(&fresh.unwrap_err()), "SESSION_ENDED");
+    let fresh = ask(&app, replica.channel(), &token, at_least(&revision)).await;
+    assert_eq!(reason(&fresh.unwrap_err()), "SESSION_ENDED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_revision_of_a_revoked_api_key_is_seen_by_a_replica_that_has_not_heard_of_it() {
+    let (app, replica, proxy) = with_deaf_replica().await;
+    let user = app.user().create().await;
+    let key = app.api_key(&user, &[]).await;
+    warm(&app, &replica, &key.text).await;
+    proxy.pause_feed();
+    let token = app.login(&user).await.access_token;
+    let request = RevokeApiKeyRequest {
+        api_key_id: key.id.clone(),
+    };
+    let revoked = app.auth(&token).revoke_api_key(request).await;
+    let revision = revoked.unwrap().into_inner().revision;
+    ask(&app, replica.channel(), &key.text, None)
+        .await
+        .expect("behind");
+    for fresh in [at_least(&revision), from_database()] {
+        let answer = ask(&app, replica.channel(), &key.text, fresh).await;
+        assert_eq!(reason(&answer.unwrap_err()), "CREDENTIAL_INVALID");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revision_that_was_heard_of_is_answered_from_memory() {
+    let (app, replica, proxy) = with_deaf_replica().await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    let set = app.admin(&app.service_key);
+    let request = tollkeeper::proto::tollkeeper::admin::v1::SetUserTierRequest {
+        user_id: user.id,
+        tier: "builder".to_owned(),
+    };
+    let revision = { set }
+        .set_user_tier(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .revision;
+    eventually("it was heard of", async || {
+        replica.auth.freshness().known().to_string() >= revision
+    })
+    .await;
+    warm(&app, &replica, &token).await;
+    proxy.cut();
+    for _ in 0..10 {
+        let answer = ask(&app, replica.channel(), &token, at_least(&revision)).await;
+        assert_eq!(answer.unwrap().tier, "builder");
+    }
+    // What is newer, memory cannot say, nor what the database has now.
+    for fresh in [at_least("7fffffffffffffff"), from_database()] {
+        let answer = ask(&app, replica.channel(), &token, fresh).await;
+        assert_eq!(answer.unwrap_err().code(), Code::Unavailable);
+    }
+}
+
+async fn batch(
+    app: &TestApp,
+    tokens: Vec<String>,
+    min_freshness: Option<MinFreshness>,
+) -> Result<Vec<TokenResult>, Status> {
+    let request = BatchValidateTokensRequest {
+        tokens,
+        min_freshness,
+    };
+    let answer = app
+        .auth(&app.service_key)
+        .batch_validate_tokens(request)
+        .await?;
+    Ok(answer.into_inner().results)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_token_of_a_batch_is_answered_in_its_place_as_it_would_be_alone() {
+    let app = TestApp::spawn().await;
+    let (ada, bob, eve) = (
+        app.user().create().await,
+        app.user().create().await,
+        app.user().create().await,
+    );
+    let good = app.login(&ada).await.access_token;
+    let ended = app.login(&ada).await.access_token;
+    app.logout(&ended).await;
+    let disabled = app.login(&bob).await.access_token;
+    app.disable(&bob.id).await;
+    let key = app.api_key(&eve, &["read"]).await.text;
+    let tokens = [&good, "garbage", &ended, &key, &disabled, &good];
+    let tokens: Vec<String> = tokens.iter().map(|&token| token.to_owned()).collect();
+    for fresh in [None, from_database()] {
+        let results = batch(&app, tokens.clone(), fresh).await.unwrap();
+        assert_eq!(results.len(), tokens.len());
+        for (token, result) in tokens.iter().zip(results) {
+            match (app.validate(token).await, result.result.unwrap()) {
+                (Ok(alone), Worth::Valid(among)) => assert_eq!(alone, among),
+                (Err(alone), Worth::Refused(among)) => {
+                    assert_eq!(reason(&alone), among.reason);
+                    assert_eq!(alone.message(), among.message);
+                }
+                (alone, among) => panic!("{alone:?} alone, {among:?} among others"),
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_batch_is_answered_and_an_outage_fails_it_as_a_whole() {
+    let (app, proxy) = TestApp::spawn_behind_proxy(|_| {}).await;
+    let token = app.login(&app.user().create().await).await.access_token;
+    let results = batch(&app, vec![token.clone(); 1000], None).await.unwrap();
+    assert!(
+        results
+            .iter()
+            .all(|r| matches!(r.result, Some(Worth::Valid(_))))
+    );
+    assert_eq!(results.len(), 1000);
+    proxy.cut();
+    let failed = batch(&app, vec![token], from_database()).await.unwrap_err();
+    assert_eq!(reason(&failed), "DATABASE_UNAVAILABLE");
+}
