@@ -141,8 +141,10 @@ impl ChangeListener {
                 }
             }
         });
+        // A connection hears nothing while a statement of its own runs, and heartbeats have nothing to
+        // keep: they need not wait for a disk that stalls.
         client
-            .batch_execute(&format!("LISTEN {CHANNEL}"))
+            .batch_execute(&format!("SET synchronous_commit = off; LISTEN {CHANNEL}"))
             .await
             .map_err(unavailable)?;
         Ok(Self {
