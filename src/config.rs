@@ -342,7 +342,6 @@ fn default_data_dir() -> PathBuf {
         .join("tollkeeper")
 }
 
-/// Durations as people write them: `30m`, `7days`, `250ms`.
 /// An address, or none as an empty text.
 mod address {
     use std::net::SocketAddr;
@@ -369,6 +368,7 @@ mod address {
     }
 }
 
+/// Durations as people write them: `30m`, `7days`, `250ms`.
 mod duration {
     use std::time::Duration;
 

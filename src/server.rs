@@ -95,15 +95,16 @@ impl Server {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|source| ServerError::Listen { address, source })?;
-        let ops = match settings.ops.listen {
-            Some(address) => listen_for_ops(address, settings.dev).await?,
-            None => None,
-        };
         migrate(settings.database.url.expose())
             .await
             .map_err(ServerError::Migrate)?;
         let store = Store::new(&settings.database)?;
         tasks::make_partitions(&store, Utc::now()).await?;
+        // Only now: a probe is refused rather than left without an answer.
+        let ops = match settings.ops.listen {
+            Some(address) => listen_for_ops(address, settings.dev).await?,
+            None => None,
+        };
         let auth = Auth::new(
             store.clone(),
             keys,

@@ -30,7 +30,7 @@ pub(super) struct LastUse {
 #[derive(Debug, Default)]
 pub(super) struct ApiKeyUses {
     pending: Mutex<Vec<(ApiKeyId, Arc<LastUse>)>>,
-    /// Collected, and not known to be written: of no more keys than are in memory.
+    /// Collected, and not known to be written: of the keys used since writing last succeeded.
     unwritten: Mutex<BTreeMap<ApiKeyId, DateTime<Utc>>>,
 }
 

@@ -25,6 +25,8 @@ pub(super) struct ApiKeyLimits {
     pub(super) max_ttl: Duration,
 }
 
+const DAY_SECS: u64 = 24 * 60 * 60;
+
 impl Auth {
     /// Whether a key that is made now may expire then; asked ahead to name it beside the other
     /// wrong fields.
@@ -40,8 +42,11 @@ impl Auth {
         if expires_at <= now {
             Err("must be in the future".into())
         } else if expires_at > now + max_ttl {
-            let days = max_ttl.as_secs() / (24 * 60 * 60);
-            Err(format!("must be within {days} days, or unset for a key that never expires").into())
+            let max_ttl = match max_ttl.as_secs() {
+                secs if secs % DAY_SECS == 0 => format!("{} days", secs / DAY_SECS),
+                _ => humantime::format_duration(max_ttl).to_string(),
+            };
+            Err(format!("must be within {max_ttl}, or unset for a key that never expires").into())
         } else {
             Ok(())
         }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    model::{ApiKeyStanding, Change, SessionId, SessionStanding, UserId},
+    model::{ApiKey, ApiKeyStanding, Change, SessionId, SessionStanding, UserId},
     store::{ServiceStanding, Store},
 };
 
@@ -31,9 +31,9 @@ const API_KEYS_EIGHTHS: u64 = 1;
 /// The text of an access token, about.
 const TOKEN_BYTES: u64 = 600;
 /// Beside a credential's text: its value, the map's own bookkeeping, the allocator's.
-const ENTRY_BYTES: u64 = 160;
+const ENTRY_BYTES: u64 = 256;
 /// A session, or an API key without scopes, and its user with their texts.
-const STANDING_BYTES: u64 = 768;
+const STANDING_BYTES: u64 = 896;
 /// Beside the characters of a scope: its place in the set.
 const SCOPE_BYTES: u64 = 40;
 
@@ -79,13 +79,25 @@ pub(super) struct KnownApiKey {
     pub(super) last_use: Arc<LastUse>,
 }
 
-/// How much is remembered.
+/// How much is remembered of credentials, and of sessions and API keys behind them.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
+    /// Credentials.
     pub entries: u64,
     /// Estimated.
     pub bytes: u64,
     pub bytes_limit: u64,
+}
+
+/// Where an answer may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Memory; while the database is away, memory that may have missed changes too.
+    Any,
+    /// Memory only as far as all changes up to now were heard of.
+    Heard,
+    /// Not memory.
+    Database,
 }
 
 /// What the database said, and when.
@@ -130,8 +142,12 @@ impl CredentialCache {
     pub(super) fn memory(&self) -> Memory {
         Memory {
             entries: self.credentials.len() as u64,
-            bytes: self.credentials.weight(),
-            bytes_limit: self.credentials.capacity(),
+            bytes: self.credentials.weight()
+                + self.standings.weight() * STANDING_BYTES
+                + self.api_keys.weight(),
+            bytes_limit: self.credentials.capacity()
+                + self.standings.capacity() * STANDING_BYTES
+                + self.api_keys.capacity(),
         }
     }
 
@@ -190,7 +206,7 @@ impl CredentialCache {
         self.stamps.is_current(answer.stamp) && self.freshness.trust(now) == Trust::Live
     }
 
-    /// The session of a token of `user_id` as it stands; read `anew`, not from memory at all.
+    /// The session of a token of `user_id` as it stands.
     ///
     /// # Errors
     /// `Unavailable` when the database is needed and away.
@@ -198,42 +214,43 @@ impl CredentialCache {
         &self,
         id: SessionId,
         user_id: UserId,
-        anew: bool,
+        source: Source,
         now: BootTime,
     ) -> Result<Arc<Answer<SessionStanding>>> {
         let read = || self.read(user_id, || self.store.session_standing(id));
-        if anew {
+        if source == Source::Database {
             let answer = read().await?;
             self.standings.insert(id, answer.clone());
             return Ok(answer);
         }
-        self.answer(&self.standings, id, read, now).await
+        self.answer(&self.standings, id, read, source, now).await
     }
 
-    /// The API key of a hash as it stands; read `anew`, not from memory at all.
+    /// The API key of a hash as it stands.
     ///
     /// # Errors
     /// `Unavailable` when the database is needed and away.
     pub(super) async fn api_key(
         &self,
         key_hash: Vec<u8>,
-        anew: bool,
+        source: Source,
         now: BootTime,
     ) -> Result<Arc<Answer<KnownApiKey>>> {
-        if !anew
+        if source != Source::Database
             && let Some(unknown) = self.unknown_api_keys.get(&key_hash)
             && self.holds(&unknown, now)
         {
             return Ok(unknown);
         }
         let read = || self.read_api_key(&key_hash);
-        let answer = if anew {
+        let answer = if source == Source::Database {
             let answer = read().await?;
             self.api_keys.insert(key_hash.clone(), answer.clone());
             answer
         } else {
             let key_hash = key_hash.clone();
-            self.answer(&self.api_keys, key_hash, read, now).await?
+            self.answer(&self.api_keys, key_hash, read, source, now)
+                .await?
         };
         if answer.value.is_none() {
             self.api_keys.remove(&key_hash);
@@ -259,7 +276,7 @@ impl CredentialCache {
         }
         let read = || self.read(SERVICES, || self.store.service_by_key_hash(&key_hash));
         let answer = self
-            .answer(&self.services, key_hash.clone(), read, now)
+            .answer(&self.services, key_hash.clone(), read, Source::Any, now)
             .await?;
         if answer.value.is_none() {
             self.services.remove(&key_hash);
@@ -269,12 +286,13 @@ impl CredentialCache {
     }
 
     /// An answer from memory while that may be trusted, else by `read` from the database, else, when
-    /// the database is away, from memory once more for as long as that is allowed.
+    /// the database is away, from memory once more as far as `source` allows.
     async fn answer<K, V, W, F>(
         &self,
         cache: &Answers<K, V, W>,
         key: K,
         read: impl Fn() -> F,
+        source: Source,
         now: BootTime,
     ) -> Result<Arc<Answer<V>>>
     where
@@ -308,7 +326,13 @@ impl CredentialCache {
         };
         let answer = held.or_else(|| cache.get(&key)).filter(|held| {
             let stamp = held.stamp;
-            !self.stamps.is_contradicted(stamp) && self.freshness.lasts(stamp.epoch(), now)
+            match source {
+                Source::Any => {
+                    !self.stamps.is_contradicted(stamp) && self.freshness.lasts(stamp.epoch(), now)
+                }
+                Source::Heard => self.stamps.is_current(stamp),
+                Source::Database => false,
+            }
         });
         let answer = answer.ok_or(error)?;
         // For the next one, too: it may have been taken out to be read anew.
@@ -332,12 +356,12 @@ impl CredentialCache {
         let unknown = self.stamps.of(API_KEYS);
         let of_user = |user_id| self.stamps.of(user_id);
         let read = self.store.api_key_by_hash(key_hash, of_user);
+        let held = self.api_keys.peek(key_hash);
+        let held = held.and_then(|held| Some(held.value.as_ref()?.last_use.clone()));
+        let last_use = held.unwrap_or_default();
         Ok(Arc::new(match self.in_time(read).await? {
             Some((stamp, standing)) => Answer {
-                value: Some(KnownApiKey {
-                    standing,
-                    last_use: Arc::default(),
-                }),
+                value: Some(KnownApiKey { standing, last_use }),
                 stamp,
             },
             None => Answer {
@@ -360,26 +384,32 @@ impl CredentialCache {
     }
 }
 
+/// What is known of an API key counts here as well: it stays for as long as either holds it.
 #[derive(Clone)]
 struct ByLength;
 
 impl Weighter<Box<str>, Verified> for ByLength {
-    fn weight(&self, text: &Box<str>, _: &Verified) -> u64 {
-        text.len() as u64 + ENTRY_BYTES
+    fn weight(&self, text: &Box<str>, verified: &Verified) -> u64 {
+        let held = match verified {
+            Verified::User(validated) => validated.api_key().map_or(0, api_key_bytes),
+            Verified::ServiceKey(_) => 0,
+        };
+        text.len() as u64 + ENTRY_BYTES + held
     }
 }
 
-/// Scopes are as many and as long as the owner of a key likes, within bounds.
+/// By the bytes of an API key: its scopes are as many and as long as its owner likes, within bounds.
 #[derive(Clone)]
 struct ByScopes;
 
 impl Weighter<Vec<u8>, Arc<Answer<KnownApiKey>>> for ByScopes {
     fn weight(&self, _: &Vec<u8>, answer: &Arc<Answer<KnownApiKey>>) -> u64 {
-        let scopes = answer
-            .value
-            .as_ref()
-            .map(|known| &known.standing.key.scopes);
-        let bytes = |scope: &str| scope.len() as u64 + SCOPE_BYTES;
-        STANDING_BYTES + scopes.map_or(0, |scopes| scopes.iter().map(bytes).sum())
+        let known = answer.value.as_ref();
+        known.map_or(STANDING_BYTES, |known| api_key_bytes(&known.standing.key))
     }
+}
+
+fn api_key_bytes(key: &ApiKey) -> u64 {
+    let bytes = |scope: &str| scope.len() as u64 + SCOPE_BYTES;
+    STANDING_BYTES + key.scopes.iter().map(bytes).sum::<u64>()
 }

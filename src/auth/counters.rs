@@ -31,6 +31,6 @@ pub struct Counters {
     pub user_changes: Count,
     /// Changes of service accounts and their keys.
     pub service_changes: Count,
-    /// Times at which everything was forgotten: the change feed was made anew, or a table emptied.
+    /// Times at which nothing known was believed any more: the change feed was made anew, or a table emptied.
     pub flushes: Count,
 }

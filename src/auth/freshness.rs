@@ -84,7 +84,10 @@ impl Freshness {
     }
 
     /// Hearing was broken off: what is known of this epoch is as old as its newest heartbeat.
+    ///
+    /// Revisions begin anew: a standby that takes over may be behind them.
     pub(super) fn end_epoch(&self, epoch: u64) {
+        self.known.store(0, Ordering::Release);
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         ended.push_back((epoch, self.confirmed.load(Ordering::Acquire)));
         if ended.len() > EPOCHS {
@@ -153,6 +156,7 @@ mod tests {
         assert!(!freshness.lasts(0, at(1)), "nothing was ever heard");
         freshness.confirm(Revision(100), at(100));
         freshness.end_epoch(0);
+        assert_eq!(freshness.known(), Revision(0));
         freshness.confirm(Revision(120), at(120));
         assert!(freshness.lasts(0, at(130)) && freshness.lasts(1, at(150)));
         assert!(!freshness.lasts(0, at(131)) && !freshness.lasts(1, at(151)));

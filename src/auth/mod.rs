@@ -26,6 +26,8 @@ mod watch;
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::time::timeout;
+
 pub use accounts::{InitialCredential, NewAccount};
 pub use cache::Memory;
 pub use counters::{Count, Counters};
@@ -68,6 +70,9 @@ pub struct Auth {
     api_key_limits: ApiKeyLimits,
     api_key_uses: Arc<ApiKeyUses>,
 }
+
+/// For the state that a call left, beyond the call itself.
+const REVISION_WITHIN: Duration = Duration::from_millis(250);
 
 /// How long things last.
 #[derive(Clone, Copy, Debug)]
@@ -143,14 +148,19 @@ impl Auth {
         }
     }
 
-    /// Ends every watch: one that goes on would hold up the end of the server.
+    /// Ends every watch, those that begin from now on too: one that goes on would hold up the end of
+    /// the server.
     pub fn end_watches(&self) {
-        self.watchers.tell(Told::Closing);
+        self.watchers.close();
     }
 
-    /// The state that a change which has committed left; `None` when it cannot be told.
+    /// The state that a change which has committed left; `None` when it cannot be told soon: that
+    /// must not cost the answer.
     pub async fn revision(&self) -> Option<Revision> {
-        self.store.revision().await.ok()
+        timeout(REVISION_WITHIN, self.store.revision())
+            .await
+            .ok()?
+            .ok()
     }
 
     /// Up to when changes are known.

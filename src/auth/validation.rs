@@ -15,7 +15,7 @@ use chrono::{DateTime, Utc};
 use super::{
     Auth, BootTime,
     access_token::Claims,
-    cache::{Answer, KnownApiKey, Verified},
+    cache::{Answer, KnownApiKey, Source, Verified},
     key_text::{API_KEY, SERVICE_KEY},
 };
 use crate::{
@@ -184,19 +184,24 @@ impl Auth {
     ) -> Result<Validated> {
         let refused = |fault| Error::Refused { credential, fault };
         let clock = BootTime::now();
-        let anew = match min_freshness {
-            MinFreshness::Cached => false,
-            MinFreshness::AtLeast(revision) => self.freshness().known() < revision,
-            MinFreshness::FromDatabase => true,
+        let source = match min_freshness {
+            MinFreshness::Cached => Source::Any,
+            MinFreshness::AtLeast(revision) if revision <= self.freshness().known() => {
+                Source::Heard
+            }
+            MinFreshness::AtLeast(_) | MinFreshness::FromDatabase => Source::Database,
         };
-        if !anew && let Some(validated) = self.recall(token, now, clock) {
+        if source != Source::Database
+            && let Some(validated) = self.recall(token, now, clock)
+        {
             return Ok(validated);
         }
         self.cache.counters().misses.add_one();
         let (proof, good_until) = if API_KEY.matches(token) {
-            self.prove_api_key(token, refused, anew, now, clock).await?
+            self.prove_api_key(token, refused, source, now, clock)
+                .await?
         } else {
-            self.prove_token(token, refused, anew, now, clock).await?
+            self.prove_token(token, refused, source, now, clock).await?
         };
         let validated = Validated(Arc::new(Checked {
             good_until,
@@ -260,7 +265,7 @@ impl Auth {
         &self,
         token: &str,
         refused: impl Fn(Fault) -> Error,
-        anew: bool,
+        source: Source,
         now: DateTime<Utc>,
         clock: BootTime,
     ) -> Result<(Proof, i64)> {
@@ -277,7 +282,7 @@ impl Auth {
         let (session_id, user_id) = (claims.session_id(), claims.user_id());
         let answer = self
             .cache
-            .standing(session_id, user_id, anew, clock)
+            .standing(session_id, user_id, source, clock)
             .await?;
         let standing = answer.value.as_ref().ok_or(refused(Fault::SessionEnded))?;
         check(standing, &claims, now).map_err(refused)?;
@@ -302,12 +307,12 @@ impl Auth {
         &self,
         key: &str,
         refused: impl Fn(Fault) -> Error,
-        anew: bool,
+        source: Source,
         now: DateTime<Utc>,
         clock: BootTime,
     ) -> Result<(Proof, i64)> {
         let hash = API_KEY.hash(key).ok_or(refused(Fault::Invalid))?;
-        let answer = self.cache.api_key(hash, anew, clock).await?;
+        let answer = self.cache.api_key(hash, source, clock).await?;
         let known = answer.value.as_ref().ok_or(refused(Fault::Invalid))?;
         check_api_key(&known.standing, now).map_err(refused)?;
         self.note_use(known, now);

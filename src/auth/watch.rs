@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 
 use crate::{
     error::{Error, Result},
@@ -31,12 +31,15 @@ pub enum Told {
 /// Those who watch.
 pub(super) struct Watchers {
     events: broadcast::Sender<Told>,
+    /// A state, not an event: those who come later must learn of it too.
+    closing: watch::Sender<bool>,
     places: Arc<Semaphore>,
 }
 
 /// One who watches; ends when dropped.
 pub struct Watch {
     events: broadcast::Receiver<Told>,
+    closing: watch::Receiver<bool>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -44,6 +47,7 @@ impl Watchers {
     pub(super) fn new() -> Self {
         Self {
             events: broadcast::Sender::new(BACKLOG),
+            closing: watch::Sender::new(false),
             places: Arc::new(Semaphore::new(MAX_WATCHERS)),
         }
     }
@@ -59,8 +63,14 @@ impl Watchers {
         })?;
         Ok(Watch {
             events: self.events.subscribe(),
+            closing: self.closing.subscribe(),
             _place: place,
         })
+    }
+
+    /// Tells all, now and later, that the server stops.
+    pub(super) fn close(&self) {
+        self.closing.send_replace(true);
     }
 
     pub(super) fn tell(&self, event: Told) {
@@ -84,7 +94,12 @@ impl Watch {
     /// # Errors
     /// `WatchTooSlow` when events were lost to this watcher; it hears no more.
     pub async fn next(&mut self) -> Result<Told> {
-        match self.events.recv().await {
+        let told = tokio::select! {
+            biased;
+            _ = self.closing.wait_for(|closing| *closing) => return Ok(Told::Closing),
+            told = self.events.recv() => told,
+        };
+        match told {
             Ok(told) => Ok(told),
             Err(broadcast::error::RecvError::Lagged(_)) => Err(Error::WatchTooSlow),
             // The sender lives as long as the service.

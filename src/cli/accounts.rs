@@ -12,7 +12,10 @@ use super::{
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    model::{Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName, TierName, Violation},
+    model::{
+        KeyOverlap, Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName, TierName,
+        Violation,
+    },
     store::Store,
     tasks,
     usage::load_tiers,
@@ -59,9 +62,9 @@ pub(super) enum ServicesCommand {
     Rotate {
         /// Name of the service account
         name: String,
-        /// How long the old keys go on working, at most 30days; 0s: not at all
-        #[arg(long, default_value = "24h", value_parser = humantime::parse_duration)]
-        overlap: Duration,
+        /// How long the old keys go on working, at most 30days; 0s: not at all [default: 24h]
+        #[arg(long, value_parser = humantime::parse_duration)]
+        overlap: Option<Duration>,
     },
 }
 
@@ -134,9 +137,10 @@ async fn create_service(name: &str, scopes: &[String], loaded: &Loaded) -> anyho
     .await
 }
 
-async fn rotate_key(name: &str, overlap: Duration, loaded: &Loaded) -> anyhow::Result<()> {
+async fn rotate_key(name: &str, overlap: Option<Duration>, loaded: &Loaded) -> anyhow::Result<()> {
     let name: ServiceName = named("NAME", name.parse())?;
-    let overlap = named("--overlap", overlap.try_into())?;
+    let overlap = overlap.map_or(Ok(KeyOverlap::DEFAULT), Duration::try_into);
+    let overlap = named("--overlap", overlap)?;
     with_auth(loaded, async move |auth| {
         let account = auth.service_account_by_name(&name).await?;
         let rotated = auth

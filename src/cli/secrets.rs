@@ -43,9 +43,10 @@ pub(super) fn load(settings: &Settings) -> anyhow::Result<(KeyRing, MasterKey)> 
 /// Reads the signing keys once more. Makes none: a folder that was emptied is a mistake.
 pub(super) fn reload_keys(settings: &Settings) -> anyhow::Result<KeyRing> {
     let algorithm = settings.auth.algorithm;
-    if algorithm == SigningAlgorithm::Hs256 {
-        return Ok(KeyRing::from_secret(&settings.auth.jwt_secret)?);
-    }
+    anyhow::ensure!(
+        algorithm != SigningAlgorithm::Hs256,
+        "auth.jwt_secret is read at the start only"
+    );
     KeyRing::from_folder(&key_dir(settings), algorithm).context("setting auth.key_dir")
 }
 

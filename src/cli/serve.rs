@@ -3,10 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    task::JoinHandle,
-};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info};
 
 use super::{database::Database, secrets, write_private};
@@ -31,6 +28,8 @@ pub(super) async fn serve(loaded: Loaded) -> anyhow::Result<()> {
     let mut settings = loaded.settings;
     telemetry::init(&settings.log, settings.dev).map_err(anyhow::Error::msg)?;
     let mut signals = Signals::new()?;
+    // From the first moment on too: uncaught, it would end the start.
+    let hangups = caught(SignalKind::hangup())?;
     let is_private = !settings.database.url.is_set();
     let started = tokio::select! {
         started = start(&mut settings, is_private) => started?,
@@ -41,7 +40,7 @@ pub(super) async fn serve(loaded: Loaded) -> anyhow::Result<()> {
     let address = server.local_addr().context("the listener has no address")?;
     let ops = server.ops_addr().map(|ops| ops.to_string());
     info!(%address, ops, dev = settings.dev, "listening");
-    let reload = reload_on_hangup(settings, server.auth().clone())?;
+    let reload = tokio::spawn(reload_on_hangup(hangups, settings, server.auth().clone()));
     let ended = server.run(signals.received()).await;
     reload.abort();
     database.close().await?;
@@ -128,19 +127,20 @@ async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::R
 }
 
 /// Reads the signing keys again at every SIGHUP. Should they not be usable, the old ones stay.
-fn reload_on_hangup(settings: Settings, auth: Auth) -> anyhow::Result<JoinHandle<()>> {
-    let mut hangups = signal(SignalKind::hangup()).context("cannot catch signals")?;
-    Ok(tokio::spawn(async move {
-        while hangups.recv().await.is_some() {
-            match secrets::reload_keys(&settings) {
-                Ok(keys) => {
-                    auth.replace_keys(keys);
-                    info!("read the signing keys again");
-                }
-                Err(error) => error!(error = format!("{error:#}"), "the old signing keys stay"),
+async fn reload_on_hangup(mut hangups: Signal, settings: Settings, auth: Auth) {
+    while hangups.recv().await.is_some() {
+        match secrets::reload_keys(&settings) {
+            Ok(keys) => {
+                auth.replace_keys(keys);
+                info!("read the signing keys again");
             }
+            Err(error) => error!(error = format!("{error:#}"), "the old signing keys stay"),
         }
-    }))
+    }
+}
+
+fn caught(kind: SignalKind) -> anyhow::Result<Signal> {
+    signal(kind).context("cannot catch signals")
 }
 
 /// SIGTERM and SIGINT, caught from the first moment on.
@@ -151,7 +151,6 @@ struct Signals {
 
 impl Signals {
     fn new() -> anyhow::Result<Self> {
-        let caught = |kind| signal(kind).context("cannot catch signals");
         Ok(Self {
             terminate: caught(SignalKind::terminate())?,
             interrupt: caught(SignalKind::interrupt())?,

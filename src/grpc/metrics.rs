@@ -101,7 +101,7 @@ impl CallMetrics {
         } = &self.0.families;
         registry.register(
             "grpc_requests",
-            "Calls that ended, by their status",
+            "Calls that were answered, by their status; streams: when they began",
             requests.clone(),
         );
         registry.register_with_unit(

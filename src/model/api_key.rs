@@ -15,7 +15,7 @@ pub struct ApiKey {
     /// `None`: never.
     pub expires_at: Option<DateTime<Utc>>,
     pub revoked_at: Option<DateTime<Utc>>,
-    /// Behind by some minutes at most.
+    /// Behind by about a minute.
     pub last_used_at: Option<DateTime<Utc>>,
 }
 

@@ -60,7 +60,7 @@ impl Collector for Rooms {
         )?;
         out.gauge(
             "credential_bytes",
-            "Memory of credentials, estimated",
+            "Memory of credentials and of what is known about them, estimated",
             memory.bytes,
         )?;
         out.gauge(
@@ -70,7 +70,7 @@ impl Collector for Rooms {
         )?;
         out.counters(
             "changes",
-            "Changes heard of, of this replica and of others",
+            "Changes applied: those of all replicas as they are heard of, and those made here at once",
             "kind",
             &[
                 ("user", counters.user_changes.get()),

@@ -20,8 +20,8 @@ const MAX_RETRY: Duration = Duration::from_secs(2);
 
 /// Follows the change feed; runs until dropped.
 ///
-/// After every connect everything known is forgotten, for changes may have been missed. A
-/// connection that is silent beyond the staleness bound counts as lost: its end may never be told.
+/// After every connect everything known is doubted, for changes may have been missed. A connection
+/// that is silent beyond the staleness bound counts as lost: its end may never be told.
 pub async fn change_feed(store: Store, auth: Auth) {
     let mut retry = RETRY;
     loop {

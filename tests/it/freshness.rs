@@ -12,12 +12,16 @@ use tollkeeper::proto::tollkeeper::{
 };
 use tonic::{Code, Status, transport::Channel};
 
-use crate::harness::{Proxy, RunningServer, TestApp, eventually, reason, with_bearer};
+use crate::harness::{Blocker, Proxy, RunningServer, TestApp, eventually, reason, with_bearer};
 
 /// Two replicas; the second one does not hear of changes for as long as the proxy is told.
 async fn with_deaf_replica() -> (TestApp, RunningServer, Proxy) {
+    with_replica(Duration::from_secs(60)).await
+}
+
+async fn with_replica(staleness_bound: Duration) -> (TestApp, RunningServer, Proxy) {
     let app = TestApp::spawn_with(|settings| {
-        settings.auth.staleness_bound = Duration::from_secs(60);
+        settings.auth.staleness_bound = staleness_bound;
         settings.auth.max_stale = Duration::from_secs(60);
     })
     .await;
@@ -158,6 +162,32 @@ async fn a_revision_that_was_heard_of_is_answered_from_memory() {
         let answer = ask(&app, replica.channel(), &token, fresh).await;
         assert_eq!(answer.unwrap_err().code(), Code::Unavailable);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_an_outage_memory_that_missed_changes_does_not_answer_for_a_revision() {
+    let (app, replica, proxy) = with_replica(Duration::from_millis(600)).await;
+    let token = app.login(&app.user().create().await).await.access_token;
+    warm(&app, &replica, &token).await;
+    proxy.pause_feed();
+    let logged_out = app.auth(&token).logout(LogoutRequest {}).await;
+    let revision = logged_out.unwrap().into_inner().revision;
+    // With what it had to tell.
+    proxy.cut();
+    let blocker = Blocker::lock(&app, "sessions").await;
+    proxy.resume();
+    eventually("the feed is beyond the change", async || {
+        replica.auth.freshness().known().to_string() >= revision
+    })
+    .await;
+    ask(&app, replica.channel(), &token, None)
+        .await
+        .expect("memory answers in an outage");
+    let fresh = ask(&app, replica.channel(), &token, at_least(&revision)).await;
+    assert_eq!(reason(&fresh.unwrap_err()), "DATABASE_UNAVAILABLE");
+    blocker.release().await;
+    let fresh = ask(&app, replica.channel(), &token, at_least(&revision)).await;
+    assert_eq!(reason(&fresh.unwrap_err()), "SESSION_ENDED");
 }
 
 async fn batch(

@@ -10,7 +10,6 @@ use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
-use tokio_postgres::{Client, NoTls};
 use tollkeeper::proto::tollkeeper::usage::v1::{UsageEvent, record_usage_response::Outcome};
 use tonic::{Code, Status, transport::Channel};
 use tonic_health::pb::{
@@ -19,7 +18,7 @@ use tonic_health::pb::{
 use tonic_types::StatusExt as _;
 
 use crate::{
-    harness::{TestApp, eventually, reason},
+    harness::{Blocker, TestApp, eventually, reason},
     usage::{event, record_through},
 };
 
@@ -59,34 +58,6 @@ fn assert_tells_nothing(status: &Status, secrets: &[&str]) {
     let text = format!("{} {details}", status.message().to_lowercase());
     for word in INTERNALS.iter().chain(secrets) {
         assert!(!text.contains(word), "{word} in {text}");
-    }
-}
-
-/// A session past the pool that holds a table, so that calls writing to it hang.
-struct Blocker {
-    client: Client,
-}
-
-impl Blocker {
-    async fn lock(app: &TestApp, table: &str) -> Self {
-        let connected = tokio_postgres::connect(&app.database_url, NoTls).await;
-        let (client, connection) = connected.unwrap();
-        tokio::spawn(connection);
-        let lock = format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
-        client.batch_execute(&lock).await.unwrap();
-        Self { client }
-    }
-
-    /// Waits until `calls` calls hang.
-    async fn hold_up(&self, app: &TestApp, calls: i64) {
-        // Over another session: inside a transaction, this view never changes.
-        let waiting = "SELECT count(*) FROM pg_stat_activity
-             WHERE datname = current_database() AND wait_event_type = 'Lock'";
-        eventually("calls hang", async || app.count(waiting).await >= calls).await;
-    }
-
-    async fn release(self) {
-        self.client.batch_execute("COMMIT").await.unwrap();
     }
 }
 

@@ -7,6 +7,7 @@
 //! ```
 
 mod app;
+mod blocker;
 mod client;
 pub(crate) mod cluster;
 mod proxy;
@@ -14,6 +15,7 @@ mod user;
 mod wait;
 
 pub(crate) use app::{RunningServer, TestApp};
+pub(crate) use blocker::Blocker;
 pub(crate) use client::{Raw, login_through, reason, validate_through, with_bearer};
 pub(crate) use proxy::Proxy;
 pub(crate) use user::{PASSWORD, TestUser};

@@ -1,4 +1,5 @@
 use tokio::time::Instant;
+use tokio_postgres::NoTls;
 
 use super::*;
 
