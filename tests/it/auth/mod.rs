@@ -2,6 +2,7 @@
 
 mod accounts;
 mod api_keys;
+mod attacks;
 mod audit;
 mod key_rotation;
 mod keys;
