@@ -9,13 +9,16 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use chrono::Utc;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use tokio_postgres::NoTls;
 use tollkeeper::{
     auth::{generate_key_file, list_key_files},
     config::SigningAlgorithm,
     embedded::{Embedded, Options},
+    proto::tollkeeper::auth::v1::{CreateApiKeyRequest, auth_service_client::AuthServiceClient},
 };
+use tonic::{Request, transport::Channel};
 use uuid::Uuid;
 
 use crate::process::Server;
@@ -23,6 +26,8 @@ use crate::process::Server;
 const MASTER_KEY: &str = "3f9c0a7be1d2458696e0f1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d5e6";
 /// Longer than any run; the service does not care how long tokens last.
 const TOKEN_SECS: i64 = 12 * 3600;
+/// As many as the service has connections.
+const KEYS_AT_ONCE: usize = 16;
 
 /// A migrated database with people in it. [`Self::close`] stops its Postgres.
 pub(crate) struct Fixture {
@@ -120,6 +125,31 @@ impl Fixture {
     /// A token of a person's session that has expired.
     pub(crate) fn expired_token(&self, person: &Person) -> anyhow::Result<String> {
         self.signer.sign(person, -60)
+    }
+
+    /// Makes an API key for each of the first `count` people, over the wire.
+    pub(crate) async fn api_keys(
+        &self,
+        server: &Server,
+        count: usize,
+    ) -> anyhow::Result<Vec<String>> {
+        let url = format!("http://{}", server.address);
+        let channel = Channel::from_shared(url)?.connect().await?;
+        let made = self.people.iter().take(count).map(|person| {
+            let mut auth = AuthServiceClient::new(channel.clone());
+            async move {
+                let request = CreateApiKeyRequest {
+                    name: "bench".to_owned(),
+                    ..Default::default()
+                };
+                let request = with_bearer(request, &self.token(person)?)?;
+                Ok(auth.create_api_key(request).await?.into_inner().key)
+            }
+        });
+        stream::iter(made)
+            .buffered(KEYS_AT_ONCE)
+            .try_collect()
+            .await
     }
 
     pub(crate) async fn close(self) -> anyhow::Result<()> {
@@ -228,4 +258,12 @@ impl Signer {
         });
         Ok(jsonwebtoken::encode(&self.header, &claims, &self.key)?)
     }
+}
+
+/// A message as a caller sends it.
+pub(crate) fn with_bearer<T>(message: T, credential: &str) -> anyhow::Result<Request<T>> {
+    let mut request = Request::new(message);
+    let value = format!("Bearer {credential}").parse()?;
+    request.metadata_mut().insert("authorization", value);
+    Ok(request)
 }

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
@@ -23,6 +23,7 @@ pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     /// Of the operations port.
     ops: Option<SocketAddr>,
+    log: PathBuf,
     child: Child,
 }
 
@@ -42,6 +43,7 @@ impl Server {
         Ok(Self {
             address,
             ops: None,
+            log: PathBuf::new(),
             child,
         })
     }
@@ -72,6 +74,7 @@ impl Server {
                 return Ok(Self {
                     address,
                     ops,
+                    log: log.to_owned(),
                     child,
                 });
             }
@@ -114,6 +117,17 @@ impl Server {
         Ok(value
             .with_context(|| format!("no metric {name}"))?
             .parse()?)
+    }
+}
+
+impl Server {
+    /// The last lines of its log above information.
+    pub(crate) fn complaints(&self) -> String {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let complaints = log.lines().filter(|line| !line.contains("\"INFO\""));
+        let mut last: Vec<_> = complaints.rev().take(20).collect();
+        last.reverse();
+        last.join("\n")
     }
 }
 

@@ -19,11 +19,11 @@ use tollkeeper::proto::tollkeeper::{
         ValidateTokenResponse, auth_service_client::AuthServiceClient,
     },
 };
-use tonic::{Code, Request, Status, transport::Channel};
+use tonic::{Code, Status, transport::Channel};
 
 use crate::{
     Options, cores,
-    fixture::Fixture,
+    fixture::{Fixture, with_bearer},
     load::{self, Calls, InFlight, Until},
     process::Server,
     report,
@@ -172,13 +172,25 @@ fn measure(
 
 /// Keeps a replica busy until told to stop; answers the calls per second.
 fn keep_busy(server: &Server, calls: &Calls, done: &AtomicBool) -> anyhow::Result<f64> {
-    let (mut count, begun) = (0, Instant::now());
+    let (mut count, mut wrong, begun) = (0, 0, Instant::now());
     while !done.load(Ordering::Relaxed) {
         let until = Until::time(Duration::from_millis(500));
         let slice = load::run(server, calls, InFlight::new(IN_FLIGHT, 1), 1, until)?;
-        ensure!(slice.wrong == 0, "the load fails: {:?}", slice.first_wrong);
         count += slice.calls;
+        wrong += slice.wrong;
+        if let Some(first) = slice.first_wrong {
+            eprintln!(
+                "==> {} calls of the load failed, with {first}\n{}",
+                slice.wrong,
+                server.complaints()
+            );
+        }
     }
+    // A disk that stalls for seconds may cost some; that is told, and no reason to begin anew.
+    ensure!(
+        wrong * 10_000 < count,
+        "{wrong} calls of {count} of the load failed"
+    );
     Ok(count as f64 / begun.elapsed().as_secs_f64())
 }
 
@@ -205,12 +217,12 @@ async fn trial_after_trial(
         for channel in others {
             ensure!(!case.is_told(channel).await?, "known before it happened");
         }
-        // Safe to repeat: on a machine as busy as this one calls may be shed.
-        let begun = Instant::now();
-        while let Err(error) = case.revoke(first).await {
-            ensure!(begun.elapsed() < PATIENCE, error);
+        // On a machine as busy as this one calls may be shed. Whether such a one has revoked cannot be
+        // told, so it tells nothing about the time.
+        if let Err(error) = case.revoke(first).await {
+            ensure!(unavailable < trials / 10, error);
             unavailable += 1;
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
         }
         let revoked = Instant::now();
         let waits = others.iter().map(|channel| case.wait(channel, revoked));
@@ -219,7 +231,7 @@ async fn trial_after_trial(
         }
     }
     if unavailable > 0 {
-        eprintln!("==> {unavailable} calls were repeated: the database was too busy for them");
+        eprintln!("==> {unavailable} trials were left out: the database was too busy for them");
     }
     Ok(lags)
 }
@@ -357,11 +369,4 @@ impl Case {
         };
         Ok(told)
     }
-}
-
-fn with_bearer<T>(message: T, credential: &str) -> anyhow::Result<Request<T>> {
-    let mut request = Request::new(message);
-    let value = format!("Bearer {credential}").parse()?;
-    request.metadata_mut().insert("authorization", value);
-    Ok(request)
 }

@@ -6,6 +6,7 @@ use anyhow::{Context as _, ensure};
 use clap::ValueEnum;
 use prost::Message as _;
 use serde_json::json;
+use tokio::runtime::Runtime;
 use tollkeeper::{
     auth::random_alphanumeric,
     proto::tollkeeper::{auth::v1::ValidateTokenRequest, usage::v1::CheckQuotaRequest},
@@ -45,6 +46,7 @@ pub(crate) enum Part {
     One,
     Many,
     ManyOneThread,
+    ApiKeys,
     Cold,
     Garbage,
     Forged,
@@ -63,6 +65,7 @@ impl Part {
             Self::One => "one",
             Self::Many => "many",
             Self::ManyOneThread => "many-one-thread",
+            Self::ApiKeys => "api-keys",
             Self::Cold => "cold",
             Self::Garbage => "garbage",
             Self::Forged => "forged",
@@ -80,6 +83,7 @@ impl Part {
             Self::One => "ValidateToken, one token".to_owned(),
             Self::Many => format!("ValidateToken, {tokens} tokens"),
             Self::ManyOneThread => format!("ValidateToken, {tokens} tokens, one thread"),
+            Self::ApiKeys => format!("ValidateToken, {} API keys", api_keys(tokens)),
             Self::Cold => "ValidateToken, tokens never seen".to_owned(),
             Self::Garbage => "ValidateToken, garbage".to_owned(),
             Self::Forged => "ValidateToken, bad signature".to_owned(),
@@ -101,6 +105,7 @@ struct Stage<'a> {
     service_one_thread: Option<Server>,
     one: Calls,
     many: Calls,
+    api_keys: Option<Calls>,
     quota: Calls,
     /// Where the next new tokens are taken from.
     next_person: AtomicUsize,
@@ -111,7 +116,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
     let runtime = runtime()?;
     eprintln!("==> filling a database with {} sessions", plan.tokens);
     let fixture = runtime.block_on(Fixture::start(&options.service, plan.tokens, None))?;
-    let measured = measure(plan, &fixture);
+    let measured = measure(plan, &fixture, &runtime);
     runtime.block_on(fixture.close())?;
     let (panels, check) = measured?;
     for panel in &panels {
@@ -158,8 +163,12 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(plan: &Plan, fixture: &Fixture) -> anyhow::Result<(Vec<Panel>, Option<Panel>)> {
-    let stage = Stage::set(plan, fixture)?;
+fn measure(
+    plan: &Plan,
+    fixture: &Fixture,
+    runtime: &Runtime,
+) -> anyhow::Result<(Vec<Panel>, Option<Panel>)> {
+    let stage = Stage::set(plan, fixture, runtime)?;
     stage.warm_up()?;
     let parts = plan.rows();
     let mut panels = Vec::new();
@@ -207,7 +216,7 @@ impl Plan {
 }
 
 impl<'a> Stage<'a> {
-    fn set(plan: &'a Plan, fixture: &'a Fixture) -> anyhow::Result<Self> {
+    fn set(plan: &'a Plan, fixture: &'a Fixture, runtime: &Runtime) -> anyhow::Result<Self> {
         let me = std::env::current_exe()?;
         let tokens: Vec<String> = shuffled(fixture.people.len())
             .map(|index| fixture.token(&fixture.people[index]))
@@ -224,16 +233,26 @@ impl<'a> Stage<'a> {
         let one_thread = plan.rows().contains(&Part::ManyOneThread);
         let one_thread =
             one_thread.then(|| fixture.serve("one-thread", &[("TOLLKEEPER_SERVER_THREADS", "1")]));
+        let service = fixture.serve("service", &[])?;
+        let api_keys = if plan.rows().contains(&Part::ApiKeys) {
+            let count = api_keys(plan.tokens);
+            eprintln!("==> making {count} API keys");
+            let keys = runtime.block_on(fixture.api_keys(&service, count))?;
+            Some(validate(caller, keys, Code::Ok))
+        } else {
+            None
+        };
         Ok(Self {
             plan,
             fixture,
             echo_default: Server::echo(&plan.options.echo, &[])?,
             echo_shared: Server::echo(&me, &["echo", "--shape", "shared"])?,
             echo: Server::echo(&me, &["echo", "--shape", "workers"])?,
-            service: fixture.serve("service", &[])?,
+            service,
             service_one_thread: one_thread.transpose()?,
             one: validate(caller, [first], Code::Ok),
             many: validate(caller, tokens, Code::Ok),
+            api_keys,
             quota: Calls::new(CHECK_QUOTA, caller, users, Code::Ok),
             next_person: AtomicUsize::new(0),
         })
@@ -242,19 +261,20 @@ impl<'a> Stage<'a> {
     /// Sends every token once, or for a minute, so that no turn begins cold.
     fn warm_up(&self) -> anyhow::Result<()> {
         let in_flight = InFlight::new(128, 8);
-        let until = Until {
-            time: std::time::Duration::from_secs(60),
-            calls: self.many.len(),
-        };
-        for server in [Some(&self.service), self.service_one_thread.as_ref()] {
-            let Some(server) = server else { continue };
-            load::run(
-                server,
-                &self.many,
-                in_flight,
-                self.plan.options.threads(),
-                until,
-            )?;
+        let known = [
+            (Some(&self.service), Some(&self.many)),
+            (self.service_one_thread.as_ref(), Some(&self.many)),
+            (Some(&self.service), self.api_keys.as_ref()),
+        ];
+        for (server, calls) in known {
+            let (Some(server), Some(calls)) = (server, calls) else {
+                continue;
+            };
+            let until = Until {
+                time: std::time::Duration::from_secs(60),
+                calls: calls.len(),
+            };
+            load::run(server, calls, in_flight, self.plan.options.threads(), until)?;
         }
         Ok(())
     }
@@ -283,6 +303,10 @@ impl<'a> Stage<'a> {
                 let server = self.service_one_thread.as_ref();
                 run(server.context("started for this part")?, &self.many)
             }
+            Part::ApiKeys => run(
+                &self.service,
+                self.api_keys.as_ref().context("made for this part")?,
+            ),
             Part::Cold => {
                 let tokens = self.fresh(|index| self.fixture.token(&self.fixture.people[index]))?;
                 run_once(&validate(self.caller(), tokens, Code::Ok))
@@ -401,6 +425,11 @@ fn validate(
         request.encode_to_vec()
     });
     Calls::new(VALIDATE, caller, messages, expected)
+}
+
+/// Making a key takes a commit, so there are fewer than tokens.
+fn api_keys(tokens: usize) -> usize {
+    tokens.min(20_000)
 }
 
 /// Looks like a token and is none.
