@@ -184,8 +184,9 @@ impl Auth {
     }
 
     /// Signs and verifies access tokens with these keys from now on. A token of a key that is gone is
-    /// refused, though it was accepted before.
+    /// refused, though it was accepted before: whoever keeps answers must ask again.
     pub fn replace_keys(&self, keys: KeyRing) {
         self.access_tokens.replace_keys(keys);
+        self.watchers.tell(Told::Reset);
     }
 }

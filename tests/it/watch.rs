@@ -2,9 +2,16 @@
 
 use std::time::Duration;
 
-use tollkeeper::proto::tollkeeper::auth::v1::{
-    WatchReady, WatchRevocationsRequest, WatchRevocationsResponse,
-    auth_service_client::AuthServiceClient, watch_revocations_response::Event,
+use tollkeeper::{
+    auth::{KeyRing, generate_key_file},
+    config::SigningAlgorithm,
+    proto::tollkeeper::{
+        admin::v1::DisableServiceAccountRequest,
+        auth::v1::{
+            WatchReady, WatchRevocationsRequest, WatchRevocationsResponse,
+            auth_service_client::AuthServiceClient, watch_revocations_response::Event,
+        },
+    },
 };
 use tonic::{
     Code, Status, Streaming,
@@ -174,7 +181,7 @@ async fn a_watch_ends_with_the_key_that_opened_it() {
     let app = TestApp::spawn_with(|settings| settings.auth.staleness_bound = BOUND).await;
     let (id, key) = app.service("watcher", &["tokens.validate"]).await;
     let (mut events, _) = watch(&app.channel, &key).await;
-    let request = tollkeeper::proto::tollkeeper::admin::v1::DisableServiceAccountRequest {
+    let request = DisableServiceAccountRequest {
         service_account_id: id,
     };
     let mut admin = app.admin(&app.service_key);
@@ -224,4 +231,18 @@ async fn a_replica_has_256_watchers_at_most_and_takes_others_when_some_leave() {
         open(&app.channel, &app.service_key).await.is_ok()
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_replaced_reset_what_was_kept() {
+    let app = TestApp::spawn().await;
+    let (mut events, _) = watch(&app.channel, &app.service_key).await;
+    let token = app.login(&app.user().create().await).await.access_token;
+    app.validate(&token).await.unwrap();
+    let (folder, algorithm) = (tempfile::tempdir().unwrap(), SigningAlgorithm::EdDsa);
+    generate_key_file(folder.path(), algorithm, false, chrono::Utc::now()).unwrap();
+    let others = KeyRing::from_folder(folder.path(), algorithm).unwrap();
+    app.running().auth.replace_keys(others);
+    assert_eq!(next_change(&mut events).await.unwrap(), Event::Reset(()));
+    app.validate(&token).await.unwrap_err();
 }
