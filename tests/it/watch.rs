@@ -246,3 +246,37 @@ async fn keys_that_are_replaced_reset_what_was_kept() {
     assert_eq!(next_change(&mut events).await.unwrap(), Event::Reset(()));
     app.validate(&token).await.unwrap_err();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watchers_that_never_read_lose_their_places_with_their_key() {
+    let app = TestApp::spawn_with(|settings| {
+        settings.server.max_streams = 1000;
+        settings.auth.staleness_bound = BOUND;
+    })
+    .await;
+    let (id, key) = app.service("watcher", &["tokens.validate"]).await;
+    let (mut own, _) = watch(&app.channel, &app.service_key).await;
+    // A window that the first message fills.
+    let endpoint = Endpoint::from_shared(format!("http://{}", app.address)).unwrap();
+    let narrow = endpoint.initial_stream_window_size(16).connect_lazy();
+    let mut unread = vec![];
+    while let Ok(events) = open(&narrow, &key).await {
+        unread.push(events);
+    }
+    assert_eq!(unread.len(), 255);
+    // The transport holds one more message and then asks for none.
+    for _ in 0..4 {
+        let event = next(&mut own).await.unwrap();
+        assert!(matches!(event, Event::KeepAlive(_)));
+    }
+    let request = DisableServiceAccountRequest {
+        service_account_id: id,
+    };
+    let mut admin = app.admin(&app.service_key);
+    admin.disable_service_account(request).await.unwrap();
+    eventually("their places are free", async || {
+        open(&app.channel, &app.service_key).await.is_ok()
+    })
+    .await;
+    drop(unread);
+}
