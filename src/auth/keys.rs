@@ -2,7 +2,7 @@
 //! signs.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
@@ -139,8 +139,11 @@ impl KeyRing {
     }
 
     fn assemble(keys: Vec<PrivateKey>, signing: usize) -> Result<Self, KeyError> {
+        // One that lies there twice, copied rather than renamed, is one key.
+        let mut published = HashSet::new();
         let public = keys
             .iter()
+            .filter(|key| published.insert(key.kid.as_str()))
             .filter_map(|key| public_key(&key.jwk, key.algorithm))
             .collect();
         let verifying = keys

@@ -343,3 +343,15 @@ async fn a_token_for_another_audience_is_refused() {
     let refused = app.validate(&access_token(&other).await).await;
     assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_was_copied_rather_than_renamed_is_published_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let next = generate_key_file(folder.path(), SigningAlgorithm::EdDsa, true, time(0)).unwrap();
+    std::fs::copy(&next, next.to_string_lossy().replace(".next.pem", ".pem")).unwrap();
+    let app = TestApp::spawn_with(|s| folder.path().clone_into(&mut s.auth.key_dir)).await;
+    let kid = part(&access_token(&app).await, 0)["kid"].clone();
+    let jwks = jwks_over(app.channel.clone()).await;
+    let published: Vec<_> = jwks.keys.iter().map(|key| json!(key.kid)).collect();
+    assert_eq!(published, [kid]);
+}
