@@ -197,12 +197,18 @@ impl Auth {
             return Ok(validated);
         }
         self.cache.counters().misses.add_one();
-        let (proof, good_until) = if API_KEY.matches(token) {
-            self.prove_api_key(token, refused, source, now, clock)
-                .await?
+        let proved = if API_KEY.matches(token) {
+            self.prove_api_key(token, refused, source, now, clock).await
         } else {
-            self.prove_token(token, refused, source, now, clock).await?
+            self.prove_token(token, refused, source, now, clock).await
         };
+        if source == Source::Database
+            && let Err(Error::Refused { .. }) = proved
+        {
+            // The good news of before still holds as far as is heard; now it is known better.
+            self.cache.forget(token);
+        }
+        let (proof, good_until) = proved?;
         let validated = Validated(Arc::new(Checked {
             good_until,
             proof,

@@ -253,3 +253,31 @@ async fn a_full_batch_is_answered_and_an_outage_fails_it_as_a_whole() {
     let failed = batch(&app, vec![token], from_database()).await.unwrap_err();
     assert_eq!(reason(&failed), "DATABASE_UNAVAILABLE");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_that_was_read_anew_is_given_to_those_who_ask_memory_too() {
+    let (app, replica, proxy) = with_deaf_replica().await;
+    for is_api_key in [false, true] {
+        for is_by_revision in [false, true] {
+            let user = app.user().create().await;
+            let token = if is_api_key {
+                app.api_key(&user, &[]).await.text
+            } else {
+                app.login(&user).await.access_token
+            };
+            proxy.resume();
+            warm(&app, &replica, &token).await;
+            proxy.pause_feed();
+            let revision = app.disable_for_revision(&user.id).await;
+            let fresh = if is_by_revision {
+                at_least(&revision)
+            } else {
+                from_database()
+            };
+            for fresh in [fresh, None] {
+                let answer = ask(&app, replica.channel(), &token, fresh).await;
+                assert_eq!(reason(&answer.unwrap_err()), "ACCOUNT_DISABLED");
+            }
+        }
+    }
+}
