@@ -1,7 +1,15 @@
 //! Answers as fresh as asked for, for one token and for many.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
+use futures_util::future::join_all;
+use tokio::time::sleep;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{DisableUserRequest, EnableUserRequest},
     auth::v1::{
@@ -280,4 +288,110 @@ async fn a_refusal_that_was_read_anew_is_given_to_those_who_ask_memory_too() {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strange_tokens_and_revisions_spoil_no_batch_that_holds_a_good_token() {
+    let app = TestApp::spawn().await;
+    let good = app.login(&app.user().create().await).await.access_token;
+    for revision in ["", "-1", "0", "+000000000000001", "0000000016B3748D", "ä"] {
+        let refused = batch(&app, vec![good.clone()], at_least(revision)).await;
+        assert_eq!(reason(&refused.unwrap_err()), "INVALID_FIELD", "{revision}");
+    }
+    let long = "x".repeat(8193);
+    let (before, after) = (format!(" {good}"), format!("{good} "));
+    let mut tokens = vec![
+        "ä", "\0", "\u{feff}", " ", "..", "a.b.c", "tka_", "tks_", "tka_ä",
+    ];
+    tokens.extend([&*app.service_key, &long, &before, &after, &good]);
+    let tokens: Vec<String> = tokens.into_iter().map(str::to_owned).collect();
+    // A revision of the future is read from the database, too.
+    for fresh in [None, from_database(), at_least("ffffffffffffffff")] {
+        let results = batch(&app, tokens.clone(), fresh).await.unwrap();
+        let worth: Vec<_> = results.iter().map(|r| r.result.as_ref().unwrap()).collect();
+        let (last, rest) = worth.split_last().unwrap();
+        assert!(matches!(last, Worth::Valid(_)));
+        for (token, worth) in tokens.iter().zip(rest) {
+            assert!(
+                matches!(worth, Worth::Refused(refused) if refused.reason == "CREDENTIAL_INVALID"),
+                "{token}: {worth:?}"
+            );
+        }
+    }
+}
+
+/// What a user's credentials are worth: how often it changed, odd while they are refused; while it
+/// changes, all ones.
+#[derive(Default)]
+struct State {
+    changes: AtomicU64,
+    revision: Mutex<String>,
+}
+
+const CHANGING: u64 = u64::MAX;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_answer_is_older_than_a_change_that_was_answered_before_it_was_asked_for() {
+    let app = TestApp::spawn().await;
+    let replica = app.replica().await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    let key = app.api_key(&user, &[]).await.text;
+    let state = State {
+        revision: Mutex::new("0000000000000000".to_owned()),
+        ..State::default()
+    };
+    let end = Instant::now() + Duration::from_secs(3);
+    let asking = (0..12).map(async |asker: usize| {
+        let token = [&token, &key][asker % 2];
+        let mut judged = 0_u32;
+        while Instant::now() < end {
+            let before = state.changes.load(Ordering::SeqCst);
+            // The replica that made the change knows it; the other one by its revision.
+            let revision = state.revision.lock().unwrap().clone();
+            let (channel, fresh) = match asker / 2 % 3 {
+                0 => (replica.channel(), at_least(&revision)),
+                1 => (app.channel.clone(), None),
+                _ => (app.channel.clone(), from_database()),
+            };
+            let answer = ask(&app, channel, token, fresh).await;
+            if let Err(refused) = &answer {
+                assert_eq!(reason(refused), "ACCOUNT_DISABLED");
+            }
+            if before != CHANGING && before == state.changes.load(Ordering::SeqCst) {
+                judged += 1;
+                assert_eq!(answer.is_ok(), before % 2 == 0, "asker {asker}");
+            }
+        }
+        judged
+    });
+    let changing = async {
+        for change in 1.. {
+            if Instant::now() >= end {
+                break;
+            }
+            state.changes.store(CHANGING, Ordering::SeqCst);
+            *state.revision.lock().unwrap() = if change % 2 == 1 {
+                app.disable_for_revision(&user.id).await
+            } else {
+                let request = EnableUserRequest {
+                    user_id: user.id.clone(),
+                };
+                let enabled = app.admin(&app.service_key).enable_user(request).await;
+                enabled.unwrap().into_inner().revision
+            };
+            state.changes.store(change, Ordering::SeqCst);
+            if change % 5 == 0 {
+                app.sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE
+                     application_name = 'tollkeeper changes' AND datname = current_database()",
+                )
+                .await;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let ((), judged) = tokio::join!(changing, join_all(asking));
+    let judged: u32 = judged.iter().sum();
+    assert!(judged > 0, "no answer came between two changes");
 }

@@ -248,3 +248,35 @@ async fn those_who_wait_for_a_silent_database_wait_together() {
     assert!(asked.elapsed() < BOUND * 4, "{:?}", asked.elapsed());
     proxy.resume();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_is_deleted_takes_sessions_and_api_keys_along_on_every_replica() {
+    let app = TestApp::spawn().await;
+    let replica = app.replica().await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    let key = app.api_key(&user, &[]).await.text;
+    let channels = [app.channel.clone(), replica.channel()];
+    let service = &app.service_key;
+    for (channel, auth) in channels.iter().zip([&app.running().auth, &replica.auth]) {
+        for credential in [&token, &key] {
+            eventually("it is in memory", async || {
+                let hits = auth.counters().hits.get();
+                let answer = validate_through(channel, service, credential).await;
+                answer.is_ok() && auth.counters().hits.get() > hits
+            })
+            .await;
+        }
+    }
+    let statement = format!("DELETE FROM users WHERE id = '{}'", user.id);
+    app.sql(&statement).await;
+    for channel in &channels {
+        for (credential, why) in [(&token, "SESSION_ENDED"), (&key, "CREDENTIAL_INVALID")] {
+            eventually("it is refused", async || {
+                let answer = validate_through(channel, service, credential).await;
+                answer.is_err_and(|refused| reason(&refused) == why)
+            })
+            .await;
+        }
+    }
+}
