@@ -226,13 +226,14 @@ impl CredentialCache {
         self.answer(&self.standings, id, read, source, now).await
     }
 
-    /// The API key of a hash as it stands.
+    /// The API key of a hash as it stands. One that `is_known` was a key before.
     ///
     /// # Errors
     /// `Unavailable` when the database is needed and away.
     pub(super) async fn api_key(
         &self,
         key_hash: Vec<u8>,
+        is_known: bool,
         source: Source,
         now: BootTime,
     ) -> Result<Arc<Answer<KnownApiKey>>> {
@@ -242,7 +243,7 @@ impl CredentialCache {
         {
             return Ok(unknown);
         }
-        let read = || self.read_api_key(&key_hash);
+        let read = || self.read_api_key(&key_hash, is_known);
         let answer = if source == Source::Database {
             let answer = read().await?;
             self.api_keys.insert(key_hash.clone(), answer.clone());
@@ -259,13 +260,15 @@ impl CredentialCache {
         Ok(answer)
     }
 
-    /// The service account of a key, by the key's hash, as it stands.
+    /// The service account of a key, by the key's hash, as it stands. One that `is_known` was a key
+    /// before.
     ///
     /// # Errors
     /// `Unavailable` when the database is needed and away.
     pub(super) async fn service(
         &self,
         key_hash: Vec<u8>,
+        is_known: bool,
         now: BootTime,
     ) -> Result<Arc<Answer<ServiceStanding>>> {
         // Keys that are no key have a place of their own: they cannot push good ones out.
@@ -274,7 +277,8 @@ impl CredentialCache {
         {
             return Ok(unknown);
         }
-        let read = || self.read(SERVICES, || self.store.service_by_key_hash(&key_hash));
+        let look = || self.store.service_by_key_hash(&key_hash, is_known);
+        let read = || self.read(SERVICES, look);
         let answer = self
             .answer(&self.services, key_hash.clone(), read, Source::Any, now)
             .await?;
@@ -352,10 +356,14 @@ impl CredentialCache {
     }
 
     /// As [`Self::read`], for a key whose user is not known before it is looked up.
-    async fn read_api_key(&self, key_hash: &[u8]) -> Result<Arc<Answer<KnownApiKey>>> {
+    async fn read_api_key(
+        &self,
+        key_hash: &[u8],
+        is_known: bool,
+    ) -> Result<Arc<Answer<KnownApiKey>>> {
         let unknown = self.stamps.of(API_KEYS);
         let of_user = |user_id| self.stamps.of(user_id);
-        let read = self.store.api_key_by_hash(key_hash, of_user);
+        let read = self.store.api_key_by_hash(key_hash, is_known, of_user);
         let held = self.api_keys.peek(key_hash);
         let held = held.and_then(|held| Some(held.value.as_ref()?.last_use.clone()));
         let last_use = held.unwrap_or_default();

@@ -318,7 +318,8 @@ impl Auth {
         clock: BootTime,
     ) -> Result<(Proof, i64)> {
         let hash = API_KEY.hash(key).ok_or(refused(Fault::Invalid))?;
-        let answer = self.cache.api_key(hash, source, clock).await?;
+        let is_known = self.cache.credential(key).is_some();
+        let answer = self.cache.api_key(hash, is_known, source, clock).await?;
         let known = answer.value.as_ref().ok_or(refused(Fault::Invalid))?;
         check_api_key(&known.standing, now).map_err(refused)?;
         self.note_use(known, now);
@@ -340,9 +341,9 @@ impl Auth {
         let clock = BootTime::now();
         let answer = match self.cache.credential(key) {
             Some(Verified::ServiceKey(answer)) if self.cache.holds(&answer, clock) => answer,
-            _ => {
+            known => {
                 let hash = SERVICE_KEY.hash(key).ok_or(refused(Fault::Invalid))?;
-                let answer = self.cache.service(hash, clock).await?;
+                let answer = self.cache.service(hash, known.is_some(), clock).await?;
                 if answer.value.is_some() {
                     self.cache
                         .remember(key, Verified::ServiceKey(answer.clone()));

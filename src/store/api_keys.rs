@@ -92,7 +92,8 @@ impl Store {
         .await
     }
 
-    /// Finds an API key by its hash, with its user; `None` when there is no such key.
+    /// Finds an API key by its hash, with its user; `None` when there is no such key. One that
+    /// `is_known` to have been a key does not wait behind those that anybody can make up.
     ///
     /// `about_to_read` is told whose key it is before the answer is read, and what it returns comes
     /// with the answer: what outdates an answer must be noted before it is read, and depends on the
@@ -103,10 +104,10 @@ impl Store {
     pub async fn api_key_by_hash<S>(
         &self,
         key_hash: &[u8],
+        is_known: bool,
         about_to_read: impl FnOnce(UserId) -> S,
     ) -> Result<Option<(S, ApiKeyStanding)>> {
-        let lookup = self.key_lookups.acquire().await;
-        let _lookup = lookup.map_err(Error::internal)?;
+        let _turn = self.key_lookup(is_known).await?;
         let mut conn = self.conn().await?;
         let owner: Option<(Uuid, Uuid)> = api_keys::table
             .filter(api_keys::key_hash.eq(key_hash))

@@ -27,7 +27,7 @@ use diesel_async::{
 };
 use tokio::{
     runtime::Handle,
-    sync::{Mutex, Semaphore},
+    sync::{Mutex, Semaphore, SemaphorePermit},
     task::JoinSet,
     time::timeout,
 };
@@ -145,6 +145,15 @@ impl Store {
     /// Closes every connection that is idle and refuses new work.
     pub fn close(&self) {
         self.pool.close();
+    }
+
+    /// A turn to look for a key, unless it `is_known` to have been one: those are not held up.
+    async fn key_lookup(&self, is_known: bool) -> Result<Option<SemaphorePermit<'_>>> {
+        if is_known {
+            return Ok(None);
+        }
+        let turn = self.key_lookups.acquire().await;
+        turn.map(Some).map_err(Error::internal)
     }
 
     async fn conn(&self) -> Result<Conn> {

@@ -75,18 +75,22 @@ impl Store {
         .await
     }
 
-    /// Finds a key by its hash, with its account; `None` when there is no such key.
+    /// Finds a key by its hash, with its account; `None` when there is no such key. One that
+    /// `is_known` to have been a key does not wait behind those that anybody can make up.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn service_by_key_hash(&self, key_hash: &[u8]) -> Result<Option<ServiceStanding>> {
+    pub async fn service_by_key_hash(
+        &self,
+        key_hash: &[u8],
+        is_known: bool,
+    ) -> Result<Option<ServiceStanding>> {
         type Found = (
             ServiceAccountRow,
             Option<DateTime<Utc>>,
             Option<DateTime<Utc>>,
         );
-        let lookup = self.key_lookups.acquire().await;
-        let _lookup = lookup.map_err(Error::internal)?;
+        let _turn = self.key_lookup(is_known).await?;
         let mut conn = self.conn().await?;
         let found: Option<Found> = service_keys::table
             .inner_join(service_accounts::table)
