@@ -49,11 +49,7 @@ async fn follow(mut listener: ChangeListener, auth: &Auth) -> Error {
     let mut number = 0;
     loop {
         let step = tokio::select! {
-            notification = timeout(bound, listener.next()) => match notification {
-                Ok(Ok(notification)) => Ok(Some(notification)),
-                Ok(Err(error)) => Err(error),
-                Err(silence) => Err(Error::Unavailable(silence.into())),
-            },
+            notification = listener.next() => notification.map(Some),
             _ = beats.tick() => {
                 number += 1;
                 // Before it is sent: what is proved is what was committed up to here.

@@ -360,7 +360,7 @@ async fn no_answer_is_older_than_a_change_that_was_answered_before_it_was_asked_
             }
             if before != CHANGING && before == state.changes.load(Ordering::SeqCst) {
                 judged += 1;
-                assert_eq!(answer.is_ok(), before % 2 == 0, "asker {asker}");
+                assert_eq!(answer.is_ok(), before.is_multiple_of(2), "asker {asker}");
             }
         }
         judged

@@ -141,6 +141,8 @@ async fn answers_from_memory_while_the_database_is_away_are_counted() {
         settings.auth.staleness_bound = Duration::from_millis(400);
     })
     .await;
+    // What is read before nothing was heard yet does not last.
+    eventually("the feed is live", async || feed_is(&app, "live").await).await;
     let token = app.login(&app.user().create().await).await.access_token;
     let key = app.service_key.clone();
     validate_through(&app.channel, &key, &token).await.unwrap();

@@ -91,8 +91,8 @@ async fn an_emptied_table_is_heard_of() {
 #[tokio::test(flavor = "multi_thread")]
 async fn warm_calls_need_no_database() {
     let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
-        settings.auth.staleness_bound = Duration::from_secs(60);
-        settings.auth.max_stale = Duration::from_secs(60);
+        settings.auth.staleness_bound = Duration::from_secs(600);
+        settings.auth.max_stale = Duration::from_secs(600);
     })
     .await;
     let token = app.login(&app.user().create().await).await.access_token;
