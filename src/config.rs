@@ -162,11 +162,17 @@ pub enum PasswordScheme {
 }
 
 /// Tiers and the ledger.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct UsageSettings {
     /// TOML file of the tiers. Empty: the built-in ones.
     pub tiers_file: PathBuf,
+    /// Batches of usage that are written at a time while each is small; connections of the pool.
+    pub writers: usize,
+    /// Events of a batch, about: the events of one call stay together.
+    pub batch_events: usize,
+    /// Events that may wait to be written; more are refused at once.
+    pub queue_events: usize,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -300,6 +306,17 @@ impl Default for PasswordSettings {
             threads: 0,
             queue: 256,
             queue_timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Default for UsageSettings {
+    fn default() -> Self {
+        Self {
+            tiers_file: PathBuf::new(),
+            writers: 8,
+            batch_events: 1000,
+            queue_events: 20_000,
         }
     }
 }

@@ -50,6 +50,8 @@ pub enum Error {
     WatchTooSlow,
     #[error("the event id was recorded before with another payload")]
     EventConflict,
+    #[error("a month's total would be more than can be counted")]
+    TotalOutOfRange,
     #[error("too much work is waiting, retry after {retry_after:?}")]
     Overloaded { retry_after: Duration },
     #[error("the database is unavailable")]

@@ -11,7 +11,7 @@ use tokio::{
     net::TcpListener,
     sync::watch,
     task::{JoinError, JoinSet},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{error, info, warn};
@@ -112,7 +112,7 @@ impl Server {
             &settings.auth,
             &settings.password,
         )?;
-        let usage = Usage::new(store.clone(), tiers);
+        let usage = Usage::new(store.clone(), tiers, &settings.usage);
         Ok(Self {
             settings: settings.server.clone(),
             listener,
@@ -169,7 +169,7 @@ impl Server {
         health::report(&reporter, &readiness, Readiness::Starting).await;
         let routes = grpc::routes(
             auth.clone(),
-            usage,
+            usage.clone(),
             HealthService::from_health_reporter(reporter.clone()),
             settings.reflection,
             settings.max_request_bytes,
@@ -207,6 +207,7 @@ impl Server {
             metrics.register(&mut registry);
             registry.register_collector(Box::new(ops::Rooms {
                 auth: auth.clone(),
+                usage: usage.clone(),
                 store: store.clone(),
                 connections: workers.loads(),
             }));
@@ -252,10 +253,14 @@ impl Server {
         drop(listener);
         health::end_watches(reporter).await;
         auth.end_watches();
+        usage.end_streams();
         if !workers.drain(settings.drain_deadline).await {
             warn!("calls were still in flight at the deadline");
             cut.send_replace(true);
             workers.drain(LAST_WORDS).await;
+        }
+        if timeout(LAST_WORDS, usage.close()).await.is_err() {
+            warn!("usage that was not acknowledged was given up");
         }
         // Only now: calls in flight still depend on the change feed.
         background.shutdown().await;

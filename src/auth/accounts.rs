@@ -2,12 +2,12 @@
 
 use uuid::Uuid;
 
-use super::{Auth, ImportedHash};
+use super::{Auth, BootTime, ImportedHash};
 use crate::{
     error::{Error, Result},
     model::{
         Change, Identifier, Origin, Page, PageRequest, Person, Role, TierName, User, UserFilter,
-        UserId, Violation,
+        UserId, UserStanding, Violation,
     },
     store::NewUser,
 };
@@ -70,6 +70,15 @@ impl Auth {
     /// `UserNotFound` · `Unavailable`
     pub async fn user(&self, id: UserId) -> Result<User> {
         self.store.user_by_id(id).await
+    }
+
+    /// What decides about a user's usage, from memory as [`Auth::validate`] answers.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn user_standing(&self, id: UserId) -> Result<UserStanding> {
+        let answer = self.cache.user(id, BootTime::now()).await?;
+        answer.value.clone().ok_or(Error::UserNotFound)
     }
 
     /// A user by e-mail address or username, in any case.

@@ -19,14 +19,15 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    model::{ApiKey, ApiKeyStanding, Change, SessionId, SessionStanding, UserId},
+    model::{ApiKey, ApiKeyStanding, Change, SessionId, SessionStanding, UserId, UserStanding},
     store::{ServiceStanding, Store},
 };
 
-/// Eighths of the byte budget for the texts of credentials and for API keys; the rest is for
-/// sessions.
-const CREDENTIALS_EIGHTHS: u64 = 4;
-const API_KEYS_EIGHTHS: u64 = 1;
+/// Sixteenths of the byte budget for the texts of credentials, for API keys and for users without
+/// either; the rest is for sessions.
+const CREDENTIALS_SIXTEENTHS: u64 = 6;
+const API_KEYS_SIXTEENTHS: u64 = 2;
+const USERS_SIXTEENTHS: u64 = 1;
 
 /// The text of an access token, about.
 const TOKEN_BYTES: u64 = 600;
@@ -34,6 +35,8 @@ const TOKEN_BYTES: u64 = 600;
 const ENTRY_BYTES: u64 = 256;
 /// A session, or an API key without scopes, and its user with their texts.
 const STANDING_BYTES: u64 = 896;
+/// What decides about a user's usage.
+const USER_BYTES: u64 = 192;
 /// Beside the characters of a scope: its place in the set.
 const SCOPE_BYTES: u64 = 40;
 
@@ -53,6 +56,7 @@ pub(super) struct CredentialCache {
     store: Store,
     credentials: Cache<Box<str>, Verified, ByLength>,
     standings: Answers<SessionId, SessionStanding>,
+    users: Answers<UserId, UserStanding>,
     /// By the hash of a key, as are the next ones.
     api_keys: Answers<Vec<u8>, KnownApiKey, ByScopes>,
     unknown_api_keys: Answers<Vec<u8>, KnownApiKey>,
@@ -110,8 +114,10 @@ pub(super) struct Answer<T> {
 impl CredentialCache {
     /// A cache of about `bytes` at most.
     pub(super) fn new(store: Store, bytes: u64, freshness: Freshness) -> Self {
-        let credentials = bytes / 8 * CREDENTIALS_EIGHTHS;
-        let api_keys = bytes / 8 * API_KEYS_EIGHTHS;
+        let credentials = bytes / 16 * CREDENTIALS_SIXTEENTHS;
+        let api_keys = bytes / 16 * API_KEYS_SIXTEENTHS;
+        let users = bytes / 16 * USERS_SIXTEENTHS;
+        let standings = bytes - credentials - api_keys - users;
         let items = |bytes: u64, each: u64| {
             let items = (bytes / each).max(1);
             usize::try_from(items).unwrap_or(usize::MAX)
@@ -120,7 +126,8 @@ impl CredentialCache {
         Self {
             store,
             credentials: Cache::with_weighter(typical, credentials, ByLength),
-            standings: Cache::new(items(bytes - credentials - api_keys, STANDING_BYTES)),
+            standings: Cache::new(items(standings, STANDING_BYTES)),
+            users: Cache::new(items(users, USER_BYTES)),
             api_keys: Cache::with_weighter(items(api_keys, STANDING_BYTES), api_keys, ByScopes),
             unknown_api_keys: Cache::new(UNKNOWN_KEYS),
             services: Cache::new(SERVICE_KEYS),
@@ -144,10 +151,12 @@ impl CredentialCache {
             entries: self.credentials.len() as u64,
             bytes: self.credentials.weight()
                 + self.standings.weight() * STANDING_BYTES
-                + self.api_keys.weight(),
+                + self.api_keys.weight()
+                + self.users.weight() * USER_BYTES,
             bytes_limit: self.credentials.capacity()
                 + self.standings.capacity() * STANDING_BYTES
-                + self.api_keys.capacity(),
+                + self.api_keys.capacity()
+                + self.users.capacity() * USER_BYTES,
         }
     }
 
@@ -224,6 +233,29 @@ impl CredentialCache {
             return Ok(answer);
         }
         self.answer(&self.standings, id, read, source, now).await
+    }
+
+    /// What decides about a user's usage, as it stands.
+    ///
+    /// # Errors
+    /// `Unavailable` when the database is needed and away.
+    pub(super) async fn user(
+        &self,
+        id: UserId,
+        now: BootTime,
+    ) -> Result<Arc<Answer<UserStanding>>> {
+        if let Some(known) = self.users.get(&id)
+            && self.holds(&known, now)
+        {
+            return Ok(known);
+        }
+        let read = || self.read(id, || self.store.user_standing(id));
+        let answer = self.answer(&self.users, id, read, Source::Any, now).await?;
+        if answer.value.is_none() {
+            // Anybody can make ids up, and the feed does not tell of new users.
+            self.users.remove(&id);
+        }
+        Ok(answer)
     }
 
     /// The API key of a hash as it stands. One that `is_known` was a key before.

@@ -1,20 +1,6 @@
 //! What this room has done, for whoever watches.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Counts up from the start of the process.
-#[derive(Debug, Default)]
-pub struct Count(AtomicU64);
-
-impl Count {
-    pub(super) fn add_one(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
+use crate::model::Count;
 
 /// What became of questions about credentials, and of changes heard of.
 #[derive(Debug, Default)]

@@ -30,7 +30,7 @@ use tokio::time::timeout;
 
 pub use accounts::{InitialCredential, NewAccount};
 pub use cache::Memory;
-pub use counters::{Count, Counters};
+pub use counters::Counters;
 pub use freshness::{BootTime, Freshness, Trust};
 pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
 pub use master_key::MasterKey;

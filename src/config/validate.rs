@@ -42,6 +42,9 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         password.bcrypt_cost: 10, 16;
         password.threads: 0, 1024;
         password.queue: 0, 100_000;
+        usage.writers: 1, 64;
+        usage.batch_events: 1, 10_000;
+        usage.queue_events: 1000, 10_000_000;
     }
     hold! { lasts, settings,
         server.max_deadline: second, day;

@@ -15,7 +15,7 @@ use crate::{
         Tiers, TokenCounts, UsageEvent, UsageRecord, UsageTotals, User, UserId, Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
-    usage::check_occurred_at,
+    usage::{Recorded, check_occurred_at},
 };
 
 /// Reads the fields of a message and collects what is wrong with them.
@@ -149,15 +149,14 @@ pub(super) fn key_overlap(
     overlap.unwrap_or(Duration::MAX).try_into()
 }
 
-/// Reads a usage event; `field` is its path in the request.
+/// Reads a usage event; `path` is what its fields' names begin with in the request.
 pub(super) fn usage_event(
     fields: &mut Fields,
-    field: &str,
-    event: Option<usage::v1::UsageEvent>,
+    path: &str,
+    event: usage::v1::UsageEvent,
     now: DateTime<Utc>,
 ) -> Option<UsageEvent> {
-    let event = fields.take(field, event.ok_or("must be set".into()))?;
-    let path = |name: &str| format!("{field}.{name}");
+    let path = |name: &str| format!("{path}{name}");
     let event_id: Option<EventId> = fields.parse(&path("event_id"), &event.event_id);
     let occurred_at =
         timestamp(event.occurred_at).and_then(|at| check_occurred_at(at, now).map(|()| at));
@@ -341,6 +340,48 @@ pub(super) fn revision(revision: Option<Revision>) -> String {
     revision
         .map(|revision| revision.to_string())
         .unwrap_or_default()
+}
+
+/// What became of one event of many; an error that is not the event's fails the whole call.
+pub(super) fn usage_result(recorded: Result<Recorded>) -> Result<usage::v1::UsageResult> {
+    use usage::v1::usage_result::Result as Worth;
+    let worth = match recorded {
+        Ok(recorded) => Worth::Outcome(outcome(recorded).into()),
+        Err(error) => Worth::Failure(usage_failure(error)?),
+    };
+    Ok(usage::v1::UsageResult {
+        result: Some(worth),
+    })
+}
+
+/// Why an event is refused for good.
+///
+/// # Errors
+/// The error itself, when it is not for good.
+pub(super) fn usage_failure(error: Error) -> Result<usage::v1::UsageFailure> {
+    let (reason, message) = (status::event_reason(&error), error.to_string());
+    let fields = match (reason, error) {
+        (None, error) => return Err(error),
+        (_, Error::Invalid(Violations(violations))) => violations,
+        _ => Vec::new(),
+    };
+    let field = |FieldViolation { field, description }| usage::v1::FieldFailure {
+        field,
+        description: description.to_string(),
+    };
+    Ok(usage::v1::UsageFailure {
+        reason: reason.unwrap_or_default().to_owned(),
+        message,
+        fields: fields.into_iter().map(field).collect(),
+    })
+}
+
+pub(super) fn outcome(recorded: Recorded) -> usage::v1::record_usage_response::Outcome {
+    use usage::v1::record_usage_response::Outcome;
+    match recorded {
+        Recorded::Now => Outcome::Recorded,
+        Recorded::Before => Outcome::Duplicate,
+    }
 }
 
 /// What one token of many is worth; an error that is not the token's fails the whole call.

@@ -69,6 +69,7 @@ impl From<Error> for Status {
             }
             Error::WatchTooSlow => status(Code::ResourceExhausted, Reason::WatchTooSlow, message),
             Error::EventConflict => status(Code::AlreadyExists, Reason::EventConflict, message),
+            Error::TotalOutOfRange => status(Code::OutOfRange, Reason::TotalOutOfRange, message),
             Error::Overloaded { retry_after } => {
                 let mut details = info(Reason::Overloaded, []);
                 details.set_retry_info(Some(retry_after));
@@ -101,6 +102,20 @@ fn reason_of(fault: Fault) -> ErrorReason {
 /// The name of a fault's reason, as `ErrorInfo` has it.
 pub(super) fn reason_name(fault: Fault) -> &'static str {
     short_name(reason_of(fault))
+}
+
+/// The name of the reason, as `ErrorInfo` has it, for which an event is refused for good; `None` for
+/// what is not its own fault.
+pub(super) fn event_reason(error: &Error) -> Option<&'static str> {
+    let reason = match error {
+        Error::Invalid(_) => ErrorReason::InvalidField,
+        Error::UserNotFound => ErrorReason::UserNotFound,
+        Error::EventConflict => ErrorReason::EventConflict,
+        Error::TotalOutOfRange => ErrorReason::TotalOutOfRange,
+        Error::Internal(_) => ErrorReason::Internal,
+        _ => return None,
+    };
+    Some(short_name(reason))
 }
 
 fn short_name(reason: ErrorReason) -> &'static str {

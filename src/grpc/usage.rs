@@ -1,20 +1,21 @@
 use chrono::Utc;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    access::Caller,
+    access::{Caller, bearer},
     convert::{self, Fields, only},
+    recording,
 };
 use crate::{
     auth::Auth,
     model::{Period, UserId},
     proto::tollkeeper::usage::v1::{
-        CheckQuotaRequest, CheckQuotaResponse, GetMonthlyUsageRequest, GetMonthlyUsageResponse,
-        ListTiersRequest, ListTiersResponse, ListUsageRecordsRequest, ListUsageRecordsResponse,
-        RecordUsageRequest, RecordUsageResponse, check_quota_response, record_usage_response,
-        usage_service_server::UsageService,
+        BatchRecordUsageRequest, BatchRecordUsageResponse, CheckQuotaRequest, CheckQuotaResponse,
+        GetMonthlyUsageRequest, GetMonthlyUsageResponse, ListTiersRequest, ListTiersResponse,
+        ListUsageRecordsRequest, ListUsageRecordsResponse, RecordUsageRequest, RecordUsageResponse,
+        StreamUsageRequest, check_quota_response, usage_service_server::UsageService,
     },
-    usage::{Decision, Usage},
+    usage::{Decision, Usage, WhenFull},
 };
 
 /// `UsageService`.
@@ -29,18 +30,45 @@ impl UsageService for Handler {
         &self,
         request: Request<RecordUsageRequest>,
     ) -> Result<Response<RecordUsageResponse>, Status> {
-        let (event, now) = (request.into_inner().event, Utc::now());
-        let event = only(|fields| convert::usage_event(fields, "event", event, now))?;
-        self.auth.user(event.user_id).await?;
-        let recorded = self.usage.record(&event, now).await?;
-        let outcome = if recorded {
-            record_usage_response::Outcome::Recorded
-        } else {
-            record_usage_response::Outcome::Duplicate
-        };
+        let event = only(|fields| {
+            let event = fields.take(
+                "event",
+                request.into_inner().event.ok_or("must be set".into()),
+            );
+            convert::usage_event(fields, "event.", event?, Utc::now())
+        })?;
+        self.auth.user_standing(event.user_id).await?;
+        let outcome = convert::outcome(self.usage.record(event).await?);
         Ok(Response::new(RecordUsageResponse {
             outcome: outcome.into(),
         }))
+    }
+
+    async fn batch_record_usage(
+        &self,
+        request: Request<BatchRecordUsageRequest>,
+    ) -> Result<Response<BatchRecordUsageResponse>, Status> {
+        let events = request.into_inner().events;
+        let events = only(|fields| fields.take("events", recording::batch(events)))?;
+        let recorded = recording::record(&self.auth, &self.usage, events, WhenFull::Refuse).await?;
+        let results = recorded.into_iter().map(convert::usage_result);
+        Ok(Response::new(BatchRecordUsageResponse {
+            results: results.collect::<Result<_, _>>()?,
+        }))
+    }
+
+    type StreamUsageStream = recording::Acknowledgements;
+
+    async fn stream_usage(
+        &self,
+        request: Request<Streaming<StreamUsageRequest>>,
+    ) -> Result<Response<Self::StreamUsageStream>, Status> {
+        let credential = bearer(&request.metadata().clone().into_headers())?.to_owned();
+        let (auth, usage) = (self.auth.clone(), self.usage.clone());
+        let requests = request.into_inner();
+        Ok(Response::new(recording::acknowledge(
+            auth, usage, credential, requests,
+        )))
     }
 
     async fn check_quota(
@@ -52,7 +80,7 @@ impl UsageService for Handler {
         let user_id: Option<UserId> = fields.parse("user_id", &request.user_id);
         let tokens = fields.take("tokens", convert::token_count(request.tokens));
         let (user_id, tokens) = fields.finish(user_id.zip(tokens))?;
-        let user = self.auth.user(user_id).await?;
+        let user = self.auth.user_standing(user_id).await?;
         let (decision, quota) = self.usage.check_quota(&user, tokens, Utc::now()).await?;
         let decision = match decision {
             Decision::Allowed => check_quota_response::Decision::Allowed,
@@ -133,7 +161,7 @@ impl Handler {
     ) -> crate::error::Result<UserId> {
         let subject = Caller::subject_of(request, named)?;
         if named.is_some() {
-            self.auth.user(subject).await?;
+            self.auth.user_standing(subject).await?;
         }
         Ok(subject)
     }

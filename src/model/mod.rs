@@ -6,6 +6,7 @@
 mod api_key;
 mod audit;
 mod change;
+mod count;
 mod ids;
 mod names;
 mod page;
@@ -21,6 +22,7 @@ mod user;
 pub use api_key::{ApiKey, ApiKeyScopes, ApiKeyStanding};
 pub use audit::{Actor, AuditAction, AuditEvent, Origin};
 pub use change::Change;
+pub use count::Count;
 pub use ids::{ApiKeyId, EventId, ServiceAccountId, ServiceKeyId, SessionId, UserId};
 pub use names::{
     ApiKeyName, Email, FullName, Identifier, ModelName, ServiceName, TierName, Username,
@@ -36,7 +38,7 @@ pub use usage::{
     Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent, UsageRecord,
     UsageTotals,
 };
-pub use user::{Person, Role, User, UserFilter};
+pub use user::{Person, Role, User, UserFilter, UserStanding};
 
 /// What is wrong with a value, as a sentence that ends an error message: "must be …".
 pub type Violation = std::borrow::Cow<'static, str>;

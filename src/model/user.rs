@@ -24,6 +24,14 @@ pub struct User {
     pub last_login_at: Option<DateTime<Utc>>,
 }
 
+/// What of a user decides about their usage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserStanding {
+    pub id: UserId,
+    pub tier: TierName,
+    pub is_active: bool,
+}
+
 /// Who an account is for, by the names that they chose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Person {

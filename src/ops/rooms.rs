@@ -11,11 +11,13 @@ use prometheus_client::{
 use crate::{
     auth::{Auth, BootTime, Trust},
     store::Store,
+    usage::Usage,
 };
 
 /// Reads the rooms at every scrape, so that nothing has to be kept in step.
 pub struct Rooms {
     pub auth: Auth,
+    pub usage: Usage,
     pub store: Store,
     /// Open connections of each thread that serves.
     pub connections: Box<dyn Fn() -> Vec<usize> + Send + Sync>,
@@ -78,6 +80,30 @@ impl Collector for Rooms {
                 ("flush", counters.flushes.get()),
             ],
         )?;
+        let ledger = self.usage.counters();
+        out.counters(
+            "usage_events",
+            "Usage events by what became of them, but for those that were refused",
+            "outcome",
+            &[
+                ("recorded", ledger.recorded.get()),
+                ("duplicate", ledger.duplicates.get()),
+                ("conflict", ledger.conflicts.get()),
+            ],
+        )?;
+        out.counter(
+            "usage_batches",
+            "Statements that booked them, those that failed too",
+            ledger.batches.get(),
+        )?;
+        let (waiting, writing) = self.usage.backlog();
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        out.gauges(
+            "usage_backlog",
+            "Usage events that wait to be booked, and those that are being booked",
+            "state",
+            &[("waiting", count(waiting)), ("writing", count(writing))],
+        )?;
         let is = |state| u64::from(trust == state);
         out.gauges(
             "change_feed_state",
@@ -96,7 +122,6 @@ impl Collector for Rooms {
                 .silence(now)
                 .map_or(f64::INFINITY, |silence| silence.as_secs_f64()),
         )?;
-        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         out.gauges(
             "pool_connections",
             "Connections to the database",

@@ -8,6 +8,7 @@ mod audit;
 mod changes;
 mod conn;
 mod errors;
+mod ledger;
 mod migrations;
 mod partitions;
 #[rustfmt::skip]
@@ -36,10 +37,10 @@ use conn::Conn;
 
 pub use api_keys::NewApiKey;
 pub use changes::{ChangeListener, Notification};
+pub use ledger::UsageInsert;
 pub use migrations::{MigrationStatus, Migrator};
 pub use service_accounts::{NewServiceAccount, ServiceStanding};
 pub use sessions::{NewSession, RefreshOutcome};
-pub use usage::UsageInsert;
 pub use users::{Credentials, NewUser};
 
 use crate::{

@@ -18,7 +18,7 @@ use crate::{
     error::{Error, Result},
     model::{
         AuditAction, AuditEvent, Identifier, Origin, Page, PageRequest, Person, Role, TierName,
-        User, UserFilter, UserId,
+        User, UserFilter, UserId, UserStanding,
     },
 };
 
@@ -75,6 +75,30 @@ impl Store {
     pub async fn user_by_id(&self, id: UserId) -> Result<User> {
         let mut conn = self.conn().await?;
         user_by_id_in_txn(id, &mut conn).await
+    }
+
+    /// Reads what decides about a user's usage; `None` for nobody's id.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn user_standing(&self, id: UserId) -> Result<Option<UserStanding>> {
+        let mut conn = self.conn().await?;
+        let found: Option<(String, bool)> = users::table
+            .find(id.0)
+            .select((users::tier, users::is_active))
+            .first(&mut conn)
+            .await
+            .optional()?;
+        found
+            .map(|(tier, is_active)| {
+                let tier = stored("users.tier", &tier)?;
+                Ok(UserStanding {
+                    id,
+                    tier,
+                    is_active,
+                })
+            })
+            .transpose()
     }
 
     /// Finds a user, in any case of the name.

@@ -1,8 +1,13 @@
 //! Booking and reading usage.
 
+use std::sync::Arc;
+
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::Usage;
+use super::{
+    Usage,
+    writer::{Booked, NotBooked, WhenFull},
+};
 use crate::{
     error::{Error, Result},
     model::{
@@ -18,22 +23,44 @@ const MAX_AGE: TimeDelta = TimeDelta::days(35);
 /// How far a client's clock may be ahead.
 const MAX_AHEAD: TimeDelta = TimeDelta::minutes(5);
 
+/// What became of an event that was accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recorded {
+    /// Booked now.
+    Now,
+    /// Booked before; counted once.
+    Before,
+}
+
 impl Usage {
-    /// Books an event once, however often it is sent. Returns whether it was booked now.
+    /// Books an event once, however often it is sent.
     ///
-    /// The caller has checked that the user exists. Durable when it returns; a dropped future leaves it
-    /// booked as a whole or not at all.
+    /// The caller has checked the event's time and that its user exists. Durable when it returns; a
+    /// dropped future leaves it behind to be booked.
     ///
     /// # Errors
-    /// `Invalid` (outside the window) · `EventConflict` · `Unavailable`
-    pub async fn record(&self, event: &UsageEvent, now: DateTime<Utc>) -> Result<bool> {
-        check_occurred_at(event.occurred_at, now)
-            .map_err(|violation| Error::invalid("event.occurred_at", violation))?;
-        match self.store.usage_insert(event).await? {
-            UsageInsert::Recorded => Ok(true),
-            UsageInsert::Duplicate => Ok(false),
-            UsageInsert::Conflict => Err(Error::EventConflict),
+    /// `EventConflict` · `TotalOutOfRange` · `Overloaded` · `Unavailable`
+    pub async fn record(&self, event: UsageEvent) -> Result<Recorded> {
+        let booked = self.record_all(vec![event], WhenFull::Refuse).await?.pop();
+        booked.ok_or_else(|| Error::internal("an event was left out"))?
+    }
+
+    /// Books events as [`Usage::record`] does, and says what became of each, in their order.
+    ///
+    /// # Errors
+    /// `Overloaded`: nothing was done · `Unavailable`, `Internal`: some may be booked, repeat all.
+    /// Those of an event are in its place: `EventConflict` · `TotalOutOfRange` · `Internal`: Postgres
+    /// refused just this one
+    pub async fn record_all(
+        &self,
+        events: Vec<UsageEvent>,
+        when_full: WhenFull,
+    ) -> Result<Vec<Result<Recorded>>> {
+        if events.is_empty() {
+            return Ok(Vec::new());
         }
+        let booked = self.writers.insert(events, when_full).await?;
+        booked.into_iter().map(settled).collect()
     }
 
     /// A user's month; zeroes when nothing was used.
@@ -55,6 +82,26 @@ impl Usage {
         page: &PageRequest<UsageCursor>,
     ) -> Result<Page<UsageRecord>> {
         self.store.usage_list(user_id, period, page).await
+    }
+}
+
+/// What an outcome means for the event and, outside, for those beside it.
+fn settled(booked: Booked) -> Result<Result<Recorded>> {
+    match booked {
+        Ok(UsageInsert::Recorded) => Ok(Ok(Recorded::Now)),
+        Ok(UsageInsert::Duplicate) => Ok(Ok(Recorded::Before)),
+        Ok(UsageInsert::Conflict) => Ok(Err(Error::EventConflict)),
+        Err(NotBooked::Refused(error)) => Ok(Err(shared(error))),
+        Err(NotBooked::Failed(error)) => Err(shared(error)),
+    }
+}
+
+/// The error of a batch, for one of those that were in it.
+fn shared(error: Arc<Error>) -> Error {
+    match *error {
+        Error::Unavailable(_) => Error::Unavailable(error.into()),
+        Error::TotalOutOfRange => Error::TotalOutOfRange,
+        _ => Error::Internal(error.into()),
     }
 }
 

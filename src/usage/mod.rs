@@ -3,17 +3,26 @@
 //! Knows no protocol, no SQL and no credentials. [`Usage`] is the public face; decisions beneath it
 //! are pure.
 
+mod counters;
 mod ledger;
 mod quota;
 mod tiers;
+mod writer;
 
 use std::sync::Arc;
 
-pub use ledger::check_occurred_at;
+use tokio::sync::watch;
+
+pub use counters::Counters;
+pub use ledger::{Recorded, check_occurred_at};
 pub use quota::Decision;
 pub use tiers::{TiersError, load_tiers};
+pub use writer::WhenFull;
+
+use writer::Writers;
 
 use crate::{
+    config::UsageSettings,
     error::{Error, Result},
     model::{TierLimits, TierName, Tiers},
     store::Store,
@@ -24,14 +33,47 @@ use crate::{
 pub struct Usage {
     store: Store,
     tiers: Arc<Tiers>,
+    writers: Writers,
+    counters: Arc<Counters>,
+    closing: watch::Sender<bool>,
 }
 
 impl Usage {
-    pub fn new(store: Store, tiers: Tiers) -> Self {
+    /// The ledger is written on the current runtime.
+    pub fn new(store: Store, tiers: Tiers, settings: &UsageSettings) -> Self {
+        let counters = Arc::<Counters>::default();
         Self {
-            store,
             tiers: Arc::new(tiers),
+            writers: Writers::new(store.clone(), settings, counters.clone()),
+            counters,
+            closing: watch::Sender::new(false),
+            store,
         }
+    }
+
+    /// Asks streams of events to end: one that goes on would hold up the end of the server.
+    pub fn end_streams(&self) {
+        self.closing.send_replace(true);
+    }
+
+    /// Turns true when streams of events are to end.
+    pub fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    /// Books nothing more; returns once everything that was taken is durable or has failed.
+    pub async fn close(&self) {
+        self.writers.close().await;
+    }
+
+    /// What the ledger has done.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Events that wait to be written, and events that are being written.
+    pub fn backlog(&self) -> (usize, usize) {
+        self.writers.backlog()
     }
 
     pub fn tiers(&self) -> &Tiers {

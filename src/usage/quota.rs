@@ -5,7 +5,7 @@ use chrono::{DateTime, Utc};
 use super::Usage;
 use crate::{
     error::{Error, Result},
-    model::{Period, QuotaStanding, TierLimits, User},
+    model::{Period, QuotaStanding, TierLimits, TierName, UserId, UserStanding},
 };
 
 /// The answer to a wish for tokens.
@@ -23,13 +23,18 @@ impl Usage {
     ///
     /// # Errors
     /// `Unavailable` · `Internal` when the user's tier is configured no longer
-    pub async fn quota(&self, user: &User, now: DateTime<Utc>) -> Result<QuotaStanding> {
-        let limits = self.limits(&user.tier)?;
+    pub async fn quota(
+        &self,
+        user_id: UserId,
+        tier: &TierName,
+        now: DateTime<Utc>,
+    ) -> Result<QuotaStanding> {
+        let limits = self.limits(tier)?;
         let period = Period::containing(now);
-        let used_tokens = self.store.usage_month_tokens(user.id, period).await?;
+        let used_tokens = self.store.usage_month_tokens(user_id, period).await?;
         Ok(QuotaStanding {
             period,
-            tier: user.tier.clone(),
+            tier: tier.clone(),
             limit_tokens: limits.monthly_tokens,
             used_tokens,
         })
@@ -41,14 +46,14 @@ impl Usage {
     /// `AccountDisabled` · those of [`Usage::quota`]
     pub async fn check_quota(
         &self,
-        user: &User,
+        user: &UserStanding,
         wanted: i64,
         now: DateTime<Utc>,
     ) -> Result<(Decision, QuotaStanding)> {
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
-        let standing = self.quota(user, now).await?;
+        let standing = self.quota(user.id, &user.tier, now).await?;
         Ok((
             decide(self.limits(&user.tier)?, &standing, wanted),
             standing,

@@ -8,6 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use prost::Message;
+use tollkeeper::proto::tollkeeper::usage::v1::{
+    BatchRecordUsageRequest, BatchRecordUsageResponse, RecordUsageRequest, StreamUsageRequest,
+    StreamUsageResponse, UsageEvent, usage_result,
+};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 use wrong::Wrong;
@@ -76,6 +80,14 @@ fn every_field_of_every_request_has_a_wrong_value_in_the_table() {
         .iter()
         .map(|row| (row.rpc.to_owned(), row.field.clone()));
     let mut covered: BTreeSet<(String, String)> = covered.collect();
+    // Each is wrong among others as it is alone, which the test after this one shows.
+    for row in rows.iter().filter(|row| row.rpc == wrong::RECORD) {
+        if let Some(field) = row.field.strip_prefix("event.") {
+            for rpc in [wrong::RECORD_BATCH, wrong::RECORD_STREAM] {
+                covered.insert((rpc.to_owned(), format!("events.{field}")));
+            }
+        }
+    }
     let any = ANY_VALUE.map(|(rpc, field, _)| (rpc.to_owned(), field.to_owned()));
     covered.extend(any);
     let mut declared = BTreeSet::new();
@@ -99,6 +111,44 @@ fn every_field_of_every_request_has_a_wrong_value_in_the_table() {
         stale.is_empty(),
         "in the table, but not in the contract: {stale:#?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_event_is_refused_among_others_as_it_is_alone() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let rows = wrong::rows(&user).into_iter();
+    let rows: Vec<Wrong> = rows.filter(|row| row.rpc == wrong::RECORD).collect();
+    let events: Vec<UsageEvent> = rows
+        .iter()
+        .filter_map(|row| {
+            RecordUsageRequest::decode(row.message.clone())
+                .unwrap()
+                .event
+        })
+        .collect();
+    let request = BatchRecordUsageRequest {
+        events: events.clone(),
+    };
+    let batch: BatchRecordUsageResponse = ask(&app, wrong::RECORD_BATCH, request).await.unwrap();
+    let request = StreamUsageRequest { offset: 7, events };
+    let stream: StreamUsageResponse = ask(&app, wrong::RECORD_STREAM, request).await.unwrap();
+    assert_eq!(stream.acknowledged, 7 + stream.failures.len() as i64);
+    let with_event = rows.iter().filter(|row| row.field != "event");
+    let batch = batch.results.into_iter().map(|one| one.result.unwrap());
+    let mut seen = 0;
+    for ((row, result), of_stream) in with_event.zip(batch).zip(stream.failures) {
+        let usage_result::Result::Failure(failure) = result else {
+            panic!("{} = {:?} was booked", row.field, row.value);
+        };
+        assert_eq!(failure.reason, "INVALID_FIELD");
+        let fields: Vec<_> = failure.fields.iter().map(|field| &field.field).collect();
+        assert_eq!(fields, [row.field.trim_start_matches("event.")]);
+        assert_eq!(of_stream.failure, Some(failure));
+        seen += 1;
+    }
+    assert!(seen > 50, "{seen} wrong events");
+    app.assert_books_balance(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,10 @@ use tokio::{
 };
 use tollkeeper::{grpc::health, proto::tollkeeper::auth::v1::LoginRequest, server::ServerError};
 
-use crate::harness::{TestApp, eventually, validate_through};
+use crate::{
+    harness::{TestApp, eventually, validate_through},
+    usage::event,
+};
 
 const OK_CALLS: &str = r#"tollkeeper_grpc_requests_total{service="tollkeeper.auth.v1.AuthService",method="ValidateToken",code="Ok"}"#;
 
@@ -78,6 +81,31 @@ async fn calls_are_counted_exactly_by_their_codes_whichever_way_they_take() {
         2.0,
         "the token and the caller's key"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_counted_by_what_became_of_them() {
+    let app = TestApp::spawn().await;
+    let mut event = event(&app.user().create().await.id);
+    for _ in 0..3 {
+        app.record(&event).await.unwrap();
+    }
+    event.model.push('!');
+    app.record(&event).await.unwrap_err();
+    let series = scrape(app.ops_address).await;
+    for (outcome, events) in [("recorded", 1.0), ("duplicate", 2.0), ("conflict", 1.0)] {
+        let name = format!(r#"usage_events_total{{outcome="{outcome}"}}"#);
+        assert_eq!(value(&series, &name), events, "{outcome}");
+    }
+    assert_eq!(value(&series, "usage_batches_total"), 4.0);
+    // The answer may overtake the end of the batch.
+    eventually("nothing is left", async || {
+        let series = scrape(app.ops_address).await;
+        let states =
+            ["waiting", "writing"].map(|state| format!(r#"usage_backlog{{state="{state}"}}"#));
+        states.iter().all(|name| value(&series, name) == 0.0)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

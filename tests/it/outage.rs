@@ -10,7 +10,10 @@ use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
-use tollkeeper::proto::tollkeeper::usage::v1::{UsageEvent, record_usage_response::Outcome};
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::SetUserTierRequest,
+    usage::v1::{GetMonthlyUsageRequest, UsageEvent, record_usage_response::Outcome},
+};
 use tonic::{Code, Status, transport::Channel};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -65,6 +68,32 @@ fn assert_tells_nothing(status: &Status, secrets: &[&str]) {
 fn start_recording(app: &TestApp, event: UsageEvent) -> JoinHandle<Result<Outcome, Status>> {
     let (channel, key) = (app.channel.clone(), app.service_key.clone());
     tokio::spawn(async move { record_through(&channel, &key, &event).await })
+}
+
+/// Starts to read a month, on a connection and a task of its own.
+fn start_reading(app: &TestApp, user_id: &str) -> JoinHandle<()> {
+    let request = GetMonthlyUsageRequest {
+        user_id: user_id.to_owned(),
+        month: String::new(),
+    };
+    let mut usage = app.usage(&app.service_key);
+    tokio::spawn(async move {
+        usage
+            .get_monthly_usage(request)
+            .await
+            .map(drop)
+            .unwrap_or(())
+    })
+}
+
+/// Starts to change a user's tier, on a task of its own.
+fn start_changing(app: &TestApp, user_id: &str) -> JoinHandle<()> {
+    let request = SetUserTierRequest {
+        user_id: user_id.to_owned(),
+        tier: "builder".to_owned(),
+    };
+    let mut admin = app.admin(&app.service_key);
+    tokio::spawn(async move { admin.set_user_tier(request).await.map(drop).unwrap_or(()) })
 }
 
 async fn health(channel: &Channel) -> Result<ServingStatus, Status> {

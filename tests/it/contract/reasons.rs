@@ -26,6 +26,7 @@ use super::{
 use crate::{
     descriptor,
     harness::{PASSWORD, TestApp, cluster, reason},
+    usage,
 };
 
 /// Reasons that no test brings about, and why.
@@ -224,6 +225,17 @@ async fn of_things(app: &TestApp) -> Vec<Status> {
             .await
             .unwrap_err(),
     );
+    let full = app.user().create().await;
+    usage::use_up(app, &full.id).await;
+    let beyond = UsageEvent {
+        tokens: Some(TokenCounts {
+            input: 1_000_000,
+            ..TokenCounts::default()
+        }),
+        ..event(&full)
+    };
+    let answer = app.usage(key).record_usage(request(beyond)).await;
+    errors.push(answer.unwrap_err());
     errors
 }
 

@@ -18,8 +18,8 @@ use tollkeeper::proto::tollkeeper::{
         ValidateTokenRequest, min_freshness::AtLeast,
     },
     usage::v1::{
-        CheckQuotaRequest, GetMonthlyUsageRequest, ListUsageRecordsRequest, RecordUsageRequest,
-        TokenCounts, UsageEvent,
+        BatchRecordUsageRequest, CheckQuotaRequest, GetMonthlyUsageRequest,
+        ListUsageRecordsRequest, RecordUsageRequest, StreamUsageRequest, TokenCounts, UsageEvent,
     },
 };
 use uuid::Uuid;
@@ -46,6 +46,8 @@ pub(super) const KEYS: &str = "auth.v1.AuthService/ListApiKeys";
 pub(super) const REVOKE_KEY: &str = "auth.v1.AuthService/RevokeApiKey";
 pub(super) const BATCH: &str = "auth.v1.AuthService/BatchValidateTokens";
 pub(super) const RECORD: &str = "usage.v1.UsageService/RecordUsage";
+pub(super) const RECORD_BATCH: &str = "usage.v1.UsageService/BatchRecordUsage";
+pub(super) const RECORD_STREAM: &str = "usage.v1.UsageService/StreamUsage";
 pub(super) const CHECK: &str = "usage.v1.UsageService/CheckQuota";
 pub(super) const MONTH: &str = "usage.v1.UsageService/GetMonthlyUsage";
 pub(super) const RECORDS: &str = "usage.v1.UsageService/ListUsageRecords";
@@ -311,6 +313,21 @@ fn usage(t: &mut Table, user: &TestUser) {
             &value,
             record(UsageEvent { labels, ..event() }),
         );
+    }
+
+    for (value, count) in [("none", 0), ("too many", 1001)] {
+        let events = vec![event(); count];
+        let message = BatchRecordUsageRequest {
+            events: events.clone(),
+        };
+        t.row(RECORD_BATCH, "events", value, message);
+        let message = StreamUsageRequest { offset: 0, events };
+        t.row(RECORD_STREAM, "events", value, message);
+    }
+    for offset in [-1, i64::MIN, i64::MAX, (1 << 62) + 1] {
+        let events = vec![event()];
+        let message = StreamUsageRequest { offset, events };
+        t.row(RECORD_STREAM, "offset", &offset.to_string(), message);
     }
 
     t.texts(CHECK, "user_id", IDS, |user_id| CheckQuotaRequest {
@@ -603,6 +620,10 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         page_size: -1,
         page_token: bad(),
     };
+    let stream = StreamUsageRequest {
+        offset: -1,
+        events: vec![],
+    };
     let check = CheckQuotaRequest {
         user_id: bad(),
         tokens: -1,
@@ -657,6 +678,7 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
             &["event.occurred_at", "event.model"],
             encode(&RecordUsageRequest { event: Some(late) }),
         ),
+        (RECORD_STREAM, &["offset", "events"], encode(&stream)),
         (CHECK, &["user_id", "tokens"], encode(&check)),
         (MONTH, &["user_id", "month"], encode(&month)),
         (

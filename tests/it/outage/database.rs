@@ -12,7 +12,7 @@ const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
      WHERE datname = current_database() AND application_name = 'tollkeeper'";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn terminated_connections_cost_retries_and_nothing_else() {
+async fn terminated_connections_cost_a_retry_at_most() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
     let enough = Arc::new(AtomicBool::new(false));
@@ -40,7 +40,7 @@ async fn terminated_connections_cost_retries_and_nothing_else() {
             app.count(booked).await >= round * 20
         })
         .await;
-        app.sql(TERMINATE).await;
+        assert!(!app.sql(TERMINATE).await.is_empty(), "nothing was hit");
     }
     enough.store(true, Ordering::Relaxed);
     let (mut events, mut failures) = (0, Vec::new());
@@ -49,7 +49,6 @@ async fn terminated_connections_cost_retries_and_nothing_else() {
         events += i64::try_from(booked.len()).unwrap();
         failures.extend(failed);
     }
-    assert!(!failures.is_empty(), "nothing was hit");
     for status in &failures {
         assert_database_unavailable(status);
     }
@@ -100,7 +99,7 @@ async fn a_statement_over_its_time_is_unavailable_and_books_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cancelled_call_books_all_or_nothing_and_gives_its_connection_back() {
+async fn what_cancelled_calls_brought_is_booked_and_their_connections_are_free() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
     let events: Vec<_> = (0..8).map(|_| event(&user.id)).collect();
@@ -110,8 +109,8 @@ async fn a_cancelled_call_books_all_or_nothing_and_gives_its_connection_back() {
             .iter()
             .map(|event| start_recording(&app, event.clone()))
             .collect();
-        // As many as the pool has connections.
-        blocker.hold_up(&app, 8).await;
+        // As many as may be written at a time; the others wait.
+        blocker.hold_up(&app, 4).await;
         for call in &calls {
             call.abort();
         }
@@ -119,23 +118,21 @@ async fn a_cancelled_call_books_all_or_nothing_and_gives_its_connection_back() {
             assert!(call.await.unwrap_err().is_cancelled());
         }
         blocker.release().await;
+        eventually("all are booked", async || {
+            app.count("SELECT count(*) FROM usage_records").await == 8
+        })
+        .await;
         let open = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
              AND application_name = 'tollkeeper' AND state <> 'idle'";
         eventually("no transaction is left open", async || {
             app.count(open).await == 0
         })
         .await;
-        let booked = app.count("SELECT count(*) FROM usage_records").await;
-        app.assert_books_balance(booked).await;
+        app.assert_books_balance(8).await;
     }
-    let calls: Vec<_> = events
-        .iter()
-        .map(|event| start_recording(&app, event.clone()))
-        .collect();
-    for call in calls {
-        call.await.unwrap().unwrap();
+    for event in &events {
+        assert_eq!(app.record(event).await.unwrap(), Outcome::Duplicate);
     }
-    app.assert_books_balance(8).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,13 +170,12 @@ async fn a_fault_of_ours_shows_nothing_of_its_cause() {
 async fn calls_that_give_up_leave_no_sessions_behind() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
-    app.record(&event(&user.id)).await.unwrap();
-    let blocker = Blocker::lock(&app, "monthly_usage").await;
+    let blocker = Blocker::lock(&app, "users").await;
     let sessions = "SELECT count(*) FROM pg_stat_activity
          WHERE datname = current_database() AND application_name = 'tollkeeper'";
     let mut most = 0;
     for _ in 0..12 {
-        let calls = (0..16).map(|_| start_recording(&app, event(&user.id)));
+        let calls = (0..16).map(|_| start_changing(&app, &user.id));
         let calls: Vec<_> = calls.collect();
         sleep(Duration::from_millis(100)).await;
         for call in &calls {
@@ -206,8 +202,8 @@ async fn a_pool_in_use_is_no_dead_database() {
         health.check(request).await.unwrap().into_inner().status()
     };
     eventually("serving", async || status().await == ServingStatus::Serving).await;
-    let blocker = Blocker::lock(&app, "monthly_usage").await;
-    let calls = (0..16).map(|_| start_recording(&app, event(&user.id)));
+    let blocker = Blocker::lock(&app, "monthly_model_usage").await;
+    let calls = (0..16).map(|_| start_reading(&app, &user.id));
     let calls: Vec<_> = calls.collect();
     blocker.hold_up(&app, 8).await;
     for _ in 0..40 {

@@ -1,11 +1,13 @@
 //! The ledger and the quota, from outside.
 
+mod batch;
 mod concurrent;
 mod list;
 mod month;
 mod quota;
 mod record;
 mod replay;
+mod stream;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use prost_types::Timestamp;
@@ -101,6 +103,29 @@ pub(crate) fn event(user_id: &str) -> UsageEvent {
         request_id: "req-1".to_owned(),
         labels: [("team".to_owned(), "blue".to_owned())].into(),
     }
+}
+
+/// From now on Postgres refuses events of this model, as a fault of its own would look.
+async fn refuse_model(app: &TestApp, model: &str) {
+    app.sql(
+        "CREATE FUNCTION refuse_model() RETURNS trigger LANGUAGE plpgsql AS
+         $$ BEGIN RAISE 'refused'; END $$",
+    )
+    .await;
+    app.sql(&format!(
+        "CREATE TRIGGER refuse_model BEFORE INSERT ON usage_records
+         FOR EACH ROW WHEN (NEW.model = '{model}') EXECUTE FUNCTION refuse_model()"
+    ))
+    .await;
+}
+
+/// Brings a user's total of this month up to 807 tokens below what can be counted.
+pub(crate) async fn use_up(app: &TestApp, user_id: &str) {
+    let this = Period::containing(Utc::now());
+    app.sql(&format!(
+        "INSERT INTO monthly_usage VALUES ('{user_id}', '{this}', 9223372036854775000, 0, 0, 0, 0, 1)",
+    ))
+    .await;
 }
 
 /// To the microsecond, as it comes back.

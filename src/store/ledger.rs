@@ -1,0 +1,325 @@
+//! Booking events: the one statement that does it, for one or many at once.
+
+use std::collections::{HashMap, HashSet};
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    pg::Pg,
+    prelude::*,
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    result::Error as DieselError,
+    sql_types::{Array, BigInt, Jsonb, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::{Store, usage::UsageRow};
+use crate::{
+    error::{Error, Result},
+    model::{UsageEvent, UsageRecord},
+};
+
+/// What became of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UsageInsert {
+    /// Booked, and added to the sums.
+    Recorded,
+    /// Booked before with the same payload; counted once.
+    Duplicate,
+    /// Booked before with another payload; nothing was done.
+    Conflict,
+}
+
+/// What makes an event the same event.
+type Key = (String, Uuid, Uuid);
+
+impl Store {
+    /// Books events, each with its months' sums, and says what became of each, in their order.
+    ///
+    /// All that are recorded are durable when it returns, in one transaction. Any number of calls
+    /// with one event count once; events that are in `events` twice as well.
+    ///
+    /// # Errors
+    /// `Unavailable`: perhaps all are booked, perhaps none; it is safe to repeat · `TotalOutOfRange`,
+    /// `Internal`: none is
+    pub async fn usage_insert(&self, events: &[&UsageEvent]) -> Result<Vec<UsageInsert>> {
+        let mut conn = self.conn().await?;
+        insert(events, &mut conn)
+            .await
+            .map_err(|error| match error {
+                Error::Internal(cause) if is_overflow(&*cause) => Error::TotalOutOfRange,
+                error => error,
+            })
+    }
+}
+
+/// Whether a sum grew beyond its column. The driver does not hand the SQLSTATE on.
+fn is_overflow(cause: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(
+        cause.downcast_ref(),
+        Some(DieselError::DatabaseError(_, info)) if info.message() == "bigint out of range"
+    )
+}
+
+async fn insert(events: &[&UsageEvent], conn: &mut AsyncPgConnection) -> Result<Vec<UsageInsert>> {
+    let keys: Vec<Key> = events.iter().map(|event| key_of(event)).collect();
+    let mut order: Vec<usize> = (0..events.len()).collect();
+    // Stable: of events with one key the first one counts.
+    order.sort_by(|&a, &b| keys[a].cmp(&keys[b]));
+    order.dedup_by(|&mut later, &mut first| keys[later] == keys[first]);
+    let firsts: Vec<&UsageEvent> = order.iter().map(|&index| events[index]).collect();
+    let new: Vec<Key> = InsertEvents::new(&firsts).load(conn).await?;
+    let new: HashSet<Key> = new.into_iter().collect();
+    let known: Vec<&UsageEvent> = order
+        .iter()
+        .filter(|&&index| !new.contains(&keys[index]))
+        .map(|&index| events[index])
+        .collect();
+    // A statement of its own: its snapshot sees what the insert stumbled over.
+    let booked = match known.is_empty() {
+        true => HashMap::new(),
+        false => booked(&known, conn).await?,
+    };
+    let firsts: HashMap<&Key, usize> = order.iter().map(|&index| (&keys[index], index)).collect();
+    let outcome = |index: usize| {
+        let (event, key) = (events[index], &keys[index]);
+        let first = firsts[key];
+        let same = match new.contains(key) {
+            true if first == index => return UsageInsert::Recorded,
+            true => *events[first] == *event,
+            false => booked.get(key).is_some_and(|booked| *booked == *event),
+        };
+        if same {
+            UsageInsert::Duplicate
+        } else {
+            UsageInsert::Conflict
+        }
+    };
+    Ok((0..events.len()).map(outcome).collect())
+}
+
+/// The events that are booked under the keys of `events`.
+async fn booked(
+    events: &[&UsageEvent],
+    conn: &mut AsyncPgConnection,
+) -> Result<HashMap<Key, UsageEvent>> {
+    let rows: Vec<UsageRow> = BookedEvents::under(events).load(conn).await?;
+    rows.into_iter()
+        .map(|row| {
+            let event = UsageRecord::try_from(row)?.event;
+            Ok((key_of(&event), event))
+        })
+        .collect()
+}
+
+fn key_of(event: &UsageEvent) -> Key {
+    (
+        event.period().to_string(),
+        event.user_id.0,
+        event.event_id.0,
+    )
+}
+
+/// Looks events up by their keys, row by row: as lists of months, users and ids, Postgres would look
+/// for every combination of them.
+struct BookedEvents {
+    months: Vec<String>,
+    user_ids: Vec<Uuid>,
+    event_ids: Vec<Uuid>,
+}
+
+impl BookedEvents {
+    fn under(events: &[&UsageEvent]) -> Self {
+        Self {
+            months: events
+                .iter()
+                .map(|event| event.period().to_string())
+                .collect(),
+            user_ids: events.iter().map(|event| event.user_id.0).collect(),
+            event_ids: events.iter().map(|event| event.event_id.0).collect(),
+        }
+    }
+}
+
+impl QueryFragment<Pg> for BookedEvents {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "SELECT r.user_id, r.event_id, r.occurred_at, r.model, r.input_tokens, r.output_tokens,
+                 r.cached_input_tokens, r.cache_write_tokens, r.reasoning_tokens, r.request_id,
+                 r.labels, r.recorded_at
+             FROM unnest(",
+        );
+        out.push_bind_param::<Array<Text>, _>(&self.months)?;
+        for ids in [&self.user_ids, &self.event_ids] {
+            out.push_sql(", ");
+            out.push_bind_param::<Array<SqlUuid>, _>(ids)?;
+        }
+        out.push_sql(
+            ") AS k (usage_month, user_id, event_id)
+             JOIN usage_records AS r USING (usage_month, user_id, event_id)",
+        );
+        Ok(())
+    }
+}
+
+impl QueryId for BookedEvents {
+    type QueryId = Self;
+    const HAS_STATIC_QUERY_ID: bool = true;
+}
+
+impl Query for BookedEvents {
+    type SqlType = (
+        SqlUuid,
+        SqlUuid,
+        Timestamptz,
+        Text,
+        BigInt,
+        BigInt,
+        BigInt,
+        BigInt,
+        BigInt,
+        Text,
+        Jsonb,
+        Timestamptz,
+    );
+}
+
+/// Inserts events that are not there yet and adds just those to both sums; returns their keys.
+///
+/// A fragment of its own with a static id: diesel would prepare an upsert anew on every call. Keys
+/// are inserted and upserted in sorted order, so that concurrent batches never wait for each other in
+/// a circle.
+struct InsertEvents {
+    months: Vec<String>,
+    user_ids: Vec<Uuid>,
+    event_ids: Vec<Uuid>,
+    occurred_at: Vec<DateTime<Utc>>,
+    models: Vec<String>,
+    input: Vec<i64>,
+    output: Vec<i64>,
+    cached_input: Vec<i64>,
+    cache_write: Vec<i64>,
+    reasoning: Vec<i64>,
+    request_ids: Vec<String>,
+    labels: Vec<Value>,
+}
+
+impl InsertEvents {
+    fn new(events: &[&UsageEvent]) -> Self {
+        let column =
+            |value: fn(&UsageEvent) -> i64| events.iter().map(|event| value(event)).collect();
+        Self {
+            months: events
+                .iter()
+                .map(|event| event.period().to_string())
+                .collect(),
+            user_ids: events.iter().map(|event| event.user_id.0).collect(),
+            event_ids: events.iter().map(|event| event.event_id.0).collect(),
+            occurred_at: events.iter().map(|event| event.occurred_at).collect(),
+            models: events.iter().map(|event| event.model.to_string()).collect(),
+            input: column(|event| event.tokens.input),
+            output: column(|event| event.tokens.output),
+            cached_input: column(|event| event.tokens.cached_input),
+            cache_write: column(|event| event.tokens.cache_write),
+            reasoning: column(|event| event.tokens.reasoning),
+            request_ids: events
+                .iter()
+                .map(|event| event.request_id.clone())
+                .collect(),
+            labels: events
+                .iter()
+                .map(|event| {
+                    event
+                        .labels
+                        .iter()
+                        .map(|(key, value)| (key.clone(), value.as_str().into()))
+                        .collect()
+                })
+                .map(Value::Object)
+                .collect(),
+        }
+    }
+}
+
+impl QueryFragment<Pg> for InsertEvents {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "WITH new AS (
+                INSERT INTO usage_records (usage_month, user_id, event_id, occurred_at, model,
+                    input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+                    reasoning_tokens, request_id, labels)
+                SELECT * FROM unnest(",
+        );
+        out.push_bind_param::<Array<Text>, _>(&self.months)?;
+        for ids in [&self.user_ids, &self.event_ids] {
+            out.push_sql(", ");
+            out.push_bind_param::<Array<SqlUuid>, _>(ids)?;
+        }
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Timestamptz>, _>(&self.occurred_at)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Text>, _>(&self.models)?;
+        for counts in [
+            &self.input,
+            &self.output,
+            &self.cached_input,
+            &self.cache_write,
+            &self.reasoning,
+        ] {
+            out.push_sql(", ");
+            out.push_bind_param::<Array<BigInt>, _>(counts)?;
+        }
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Text>, _>(&self.request_ids)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Jsonb>, _>(&self.labels)?;
+        out.push_sql(
+            ")
+                ON CONFLICT DO NOTHING
+                RETURNING *
+            ), by_model AS (
+                INSERT INTO monthly_model_usage AS m (user_id, month, model,
+                    input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+                    reasoning_tokens, request_count)
+                SELECT user_id, usage_month, model,
+                    sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
+                    sum(cache_write_tokens), sum(reasoning_tokens), count(*)
+                FROM new GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+                ON CONFLICT (user_id, month, model) DO UPDATE SET
+                    input_tokens = m.input_tokens + EXCLUDED.input_tokens,
+                    output_tokens = m.output_tokens + EXCLUDED.output_tokens,
+                    cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
+                    cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
+                    reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
+                    request_count = m.request_count + EXCLUDED.request_count
+            ), by_month AS (
+                INSERT INTO monthly_usage AS m (user_id, month,
+                    input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+                    reasoning_tokens, request_count)
+                SELECT user_id, usage_month,
+                    sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
+                    sum(cache_write_tokens), sum(reasoning_tokens), count(*)
+                FROM new GROUP BY 1, 2 ORDER BY 1, 2
+                ON CONFLICT (user_id, month) DO UPDATE SET
+                    input_tokens = m.input_tokens + EXCLUDED.input_tokens,
+                    output_tokens = m.output_tokens + EXCLUDED.output_tokens,
+                    cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
+                    cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
+                    reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
+                    request_count = m.request_count + EXCLUDED.request_count
+            )
+            SELECT usage_month, user_id, event_id FROM new",
+        );
+        Ok(())
+    }
+}
+
+impl QueryId for InsertEvents {
+    type QueryId = Self;
+    const HAS_STATIC_QUERY_ID: bool = true;
+}
+
+impl Query for InsertEvents {
+    type SqlType = (Text, SqlUuid, SqlUuid);
+}

@@ -1,0 +1,390 @@
+//! Group commit: what arrives while others are written becomes the next batch.
+//!
+//! Handlers hand events over and wait. While little is being written a batch starts at once, so few
+//! callers never wait for each other; beyond that few batches are written at a time, and those that
+//! wait grow. Nobody waits for a timer: a lonely event is a batch of one.
+//!
+//! A batch is a task of its own: a handler that is cut short leaves its events with it, and they are
+//! booked.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
+};
+use tracing::warn;
+
+use super::counters::Counters;
+use crate::{
+    config::UsageSettings,
+    error::{Error, Result},
+    model::UsageEvent,
+    store::{Store, UsageInsert},
+};
+
+/// Batches at a time when much is written: one is on its way to the disk while another is read by
+/// Postgres. More would only be smaller.
+const BUSY_BATCHES: usize = 2;
+
+/// Attempts at a batch: a connection may prove to be gone, a transaction may lose to another.
+const ATTEMPTS: u32 = 3;
+/// No further attempt after so long: callers wait.
+const ATTEMPTS_WITHIN: Duration = Duration::from_secs(1);
+
+/// When to come back to a full queue: a batch takes milliseconds.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// What became of one event.
+pub(super) type Booked = Result<UsageInsert, NotBooked>;
+
+/// Why an event is not known to be booked. Errors are shared by those of a batch.
+#[derive(Clone, Debug)]
+pub(super) enum NotBooked {
+    /// Its own fault: Postgres took others and refused it.
+    Refused(Arc<Error>),
+    /// That of all, or of none.
+    Failed(Arc<Error>),
+}
+
+/// Books events in batches. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Writers(Arc<Shared>);
+
+struct Shared {
+    store: Store,
+    /// Where batches run: the threads that serve have other things to do.
+    runtime: Handle,
+    counters: Arc<Counters>,
+    /// One per event that waits or is being written.
+    places: Arc<Semaphore>,
+    queue: Mutex<Queue>,
+    idle: Notify,
+}
+
+/// What waits, and how much is being written.
+struct Queue {
+    waiting: VecDeque<Submission>,
+    batches: usize,
+    writing: usize,
+    /// Most batches at a time.
+    max_batches: usize,
+    /// A batch takes more submissions while it has fewer events.
+    batch_events: usize,
+    is_closed: bool,
+}
+
+/// Events of one caller.
+struct Submission {
+    events: Vec<UsageEvent>,
+    reply: oneshot::Sender<Vec<Booked>>,
+    _places: OwnedSemaphorePermit,
+}
+
+/// What a caller does when too much waits already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    Refuse,
+    Wait,
+}
+
+impl Writers {
+    /// Batches will run on the current runtime.
+    pub(super) fn new(store: Store, settings: &UsageSettings, counters: Arc<Counters>) -> Self {
+        // The other half of the pool is for everybody else.
+        let max_batches = settings
+            .writers
+            .min(store.pool_status().max_size / 2)
+            .max(1);
+        Self(Arc::new(Shared {
+            store,
+            runtime: Handle::current(),
+            counters,
+            places: Arc::new(Semaphore::new(settings.queue_events)),
+            queue: Mutex::new(Queue {
+                waiting: VecDeque::new(),
+                batches: 0,
+                writing: 0,
+                max_batches,
+                batch_events: settings.batch_events,
+                is_closed: false,
+            }),
+            idle: Notify::new(),
+        }))
+    }
+
+    /// Books events; says what became of each, in their order.
+    ///
+    /// What is recorded is durable when it returns. A dropped future leaves the events behind to be
+    /// booked.
+    ///
+    /// # Errors
+    /// `Overloaded`: nothing was done · `Unavailable` on the way down
+    pub(super) async fn insert(
+        &self,
+        events: Vec<UsageEvent>,
+        when_full: WhenFull,
+    ) -> Result<Vec<Booked>> {
+        let shared = &self.0;
+        let wanted = u32::try_from(events.len()).map_err(Error::internal)?;
+        let places = shared.places.clone();
+        let places = match when_full {
+            WhenFull::Refuse => places.try_acquire_many_owned(wanted).ok(),
+            WhenFull::Wait => places.acquire_many_owned(wanted).await.ok(),
+        };
+        let places = places.ok_or(Error::Overloaded {
+            retry_after: RETRY_AFTER,
+        })?;
+        let (reply, answer) = oneshot::channel();
+        {
+            let mut queue = shared.queue();
+            if queue.is_closed {
+                return Err(closed());
+            }
+            queue.waiting.push_back(Submission {
+                events,
+                reply,
+                _places: places,
+            });
+        }
+        start(shared);
+        answer.await.map_err(|_| closed())
+    }
+
+    /// Takes no more, and returns once everything that was taken is written or has failed.
+    pub(super) async fn close(&self) {
+        self.0.queue().is_closed = true;
+        loop {
+            let idle = self.0.idle.notified();
+            if self.0.queue().is_idle() {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    /// Events that wait, and events that are being written.
+    pub(super) fn backlog(&self) -> (usize, usize) {
+        let queue = self.0.queue();
+        let waiting = queue.waiting.iter().map(|one| one.events.len()).sum();
+        (waiting, queue.writing)
+    }
+}
+
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue {
+    /// Takes the next batch, if one may start now.
+    fn next_batch(&mut self) -> Option<Vec<Submission>> {
+        let may_start = self.batches < BUSY_BATCHES || self.writing < self.max_batches;
+        if !may_start || self.waiting.is_empty() {
+            return None;
+        }
+        let (mut batch, mut events) = (Vec::new(), 0);
+        while events < self.batch_events
+            && let Some(next) = self.waiting.pop_front()
+        {
+            events += next.events.len();
+            batch.push(next);
+        }
+        self.batches += 1;
+        self.writing += events;
+        Some(batch)
+    }
+
+    fn end_batch(&mut self, events: usize) {
+        self.batches -= 1;
+        self.writing -= events;
+    }
+
+    fn is_idle(&self) -> bool {
+        self.batches == 0 && self.waiting.is_empty()
+    }
+}
+
+/// A batch that is being written. Its end, however it comes, lets the next one start.
+struct Turn {
+    shared: Arc<Shared>,
+    events: usize,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.shared.queue().end_batch(self.events);
+        start(&self.shared);
+        if self.shared.queue().is_idle() {
+            self.shared.idle.notify_waiters();
+        }
+    }
+}
+
+/// Starts as many batches as may start.
+fn start(shared: &Arc<Shared>) {
+    loop {
+        let Some(batch) = shared.queue().next_batch() else {
+            return;
+        };
+        let turn = Turn {
+            shared: shared.clone(),
+            events: batch.iter().map(|one| one.events.len()).sum(),
+        };
+        shared.runtime.spawn(async move {
+            commit(&turn.shared, batch).await;
+        });
+    }
+}
+
+/// Writes a batch and tells its callers. What Postgres refuses is halved until the refused event
+/// stands alone: it fails, the others do not.
+async fn commit(shared: &Shared, batch: Vec<Submission>) {
+    let events: Vec<&UsageEvent> = batch.iter().flat_map(|one| &one.events).collect();
+    let mut booked: Vec<Option<Booked>> = vec![None; events.len()];
+    let all = 0..events.len();
+    let mut ranges = vec![all];
+    let mut some_are_booked = false;
+    while let Some(range) = ranges.pop() {
+        shared.counters.batches.add_one();
+        match insert(&shared.store, &events[range.clone()]).await {
+            Ok(inserts) => {
+                some_are_booked = true;
+                for (place, insert) in booked[range].iter_mut().zip(inserts) {
+                    shared.counters.count(insert);
+                    *place = Some(Ok(insert));
+                }
+            }
+            Err(Error::Internal(_) | Error::TotalOutOfRange) if range.len() > 1 => {
+                let middle = range.start + range.len() / 2;
+                ranges.extend([middle..range.end, range.start..middle]);
+            }
+            Err(error @ Error::TotalOutOfRange) => {
+                booked[range].fill(Some(Err(NotBooked::Refused(Arc::new(error)))));
+            }
+            Err(error) => booked[range].fill(Some(Err(NotBooked::Failed(Arc::new(error))))),
+        }
+    }
+    // While none can be booked it is no event's fault.
+    let mut booked = booked.into_iter().flatten().map(|booked| match booked {
+        Err(NotBooked::Failed(error)) if some_are_booked && is_refusal(&error) => {
+            Err(NotBooked::Refused(error))
+        }
+        booked => booked,
+    });
+    for Submission { events, reply, .. } in batch {
+        // An error means that the caller has gone.
+        let _ = reply.send(booked.by_ref().take(events.len()).collect());
+    }
+}
+
+fn is_refusal(error: &Error) -> bool {
+    matches!(error, Error::Internal(_))
+}
+
+async fn insert(store: &Store, events: &[&UsageEvent]) -> Result<Vec<UsageInsert>> {
+    let begun = Instant::now();
+    let mut attempt = 1;
+    loop {
+        match store.usage_insert(events).await {
+            Err(error @ Error::Unavailable(_))
+                if attempt < ATTEMPTS && begun.elapsed() < ATTEMPTS_WITHIN =>
+            {
+                warn!(%error, attempt, "usage is written once more");
+                attempt += 1;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// The service is on its way down.
+fn closed() -> Error {
+    Error::Unavailable("the ledger is closed".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{EventId, Labels, TokenCounts, UserId};
+
+    fn queue() -> Queue {
+        Queue {
+            waiting: VecDeque::new(),
+            batches: 0,
+            writing: 0,
+            max_batches: 8,
+            batch_events: 100,
+            is_closed: false,
+        }
+    }
+
+    fn event() -> UsageEvent {
+        UsageEvent {
+            event_id: EventId(uuid::Uuid::nil()),
+            occurred_at: chrono::DateTime::UNIX_EPOCH,
+            user_id: UserId::new(),
+            model: "m".parse().expect("valid"),
+            tokens: TokenCounts::default(),
+            request_id: String::new(),
+            labels: Labels::new(),
+        }
+    }
+
+    /// Submissions of these numbers of events arrive.
+    fn arrive(queue: &mut Queue, sizes: &[usize]) {
+        let places = Arc::new(Semaphore::new(sizes.len()));
+        for &size in sizes {
+            queue.waiting.push_back(Submission {
+                events: vec![event(); size],
+                reply: oneshot::channel().0,
+                _places: places.clone().try_acquire_owned().expect("enough"),
+            });
+        }
+    }
+
+    fn next(queue: &mut Queue) -> Option<usize> {
+        let batch = queue.next_batch()?;
+        Some(batch.iter().map(|one| one.events.len()).sum())
+    }
+
+    #[test]
+    fn few_events_start_at_once_and_many_wait_for_two() {
+        let mut queue = queue();
+        assert_eq!(next(&mut queue), None);
+        for _ in 0..8 {
+            arrive(&mut queue, &[1]);
+            assert_eq!(next(&mut queue), Some(1));
+        }
+        arrive(&mut queue, &[1; 50]);
+        assert_eq!(next(&mut queue), None, "eight are being written");
+        queue.end_batch(1);
+        assert_eq!(next(&mut queue), Some(50));
+        arrive(&mut queue, &[1; 20]);
+        for _ in 0..6 {
+            queue.end_batch(1);
+            assert_eq!(next(&mut queue), None);
+        }
+        queue.end_batch(1);
+        assert_eq!(next(&mut queue), Some(20), "one large batch is left");
+        arrive(&mut queue, &[1]);
+        assert_eq!(next(&mut queue), None);
+    }
+
+    #[test]
+    fn a_batch_has_a_size_and_submissions_stay_whole() {
+        let mut queue = queue();
+        arrive(&mut queue, &[60, 60, 1, 300]);
+        assert_eq!(next(&mut queue), Some(120));
+        assert_eq!(next(&mut queue), Some(301));
+        assert!(queue.waiting.is_empty() && !queue.is_idle());
+        queue.end_batch(120);
+        queue.end_batch(301);
+        assert!(queue.is_idle());
+    }
+}
