@@ -21,7 +21,7 @@ use tollkeeper::{
 use tonic::{Request, transport::Channel};
 use uuid::Uuid;
 
-use crate::process::Server;
+use crate::process::{Postgres, Server};
 
 const MASTER_KEY: &str = "3f9c0a7be1d2458696e0f1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d5e6";
 /// Longer than any run; the service does not care how long tokens last.
@@ -108,6 +108,11 @@ impl Fixture {
         self.postgres.database_url()
     }
 
+    /// Its Postgres, to look at the processor time it uses.
+    pub(crate) fn postgres(&self) -> anyhow::Result<Postgres> {
+        Postgres::of(&self.folder.path().join("data/postgres"))
+    }
+
     /// The folder of the signing keys.
     pub(crate) fn key_dir(&self) -> &str {
         let found = self
@@ -181,6 +186,10 @@ impl Fixture {
             "tokens.validate",
             "--scope",
             "quota",
+            "--scope",
+            "usage.write",
+            "--scope",
+            "usage.read",
             "--scope",
             "admin",
         ])?;

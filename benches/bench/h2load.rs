@@ -25,7 +25,7 @@ pub(crate) fn run(
     time: Duration,
     body: &Path,
 ) -> anyhow::Result<Slice> {
-    std::fs::write(body, calls.first_body())?;
+    std::fs::write(body, calls.body(0))?;
     let mut command = Command::new("h2load");
     command
         .arg(format!("--clients={}", in_flight.connections))

@@ -5,6 +5,7 @@
 //! write, and of an answer only the status is looked at. What it measures is held against h2load.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     io::ErrorKind,
     net::SocketAddr,
@@ -26,13 +27,20 @@ use crate::process::{Server, cpu_of};
 pub(crate) struct Calls {
     path: &'static str,
     headers: Vec<(&'static str, String)>,
-    /// gRPC messages in the order of their use, and around again.
-    bodies: Vec<Vec<u8>>,
-    /// Drawn evenly instead, the same ones in every run.
-    is_random: bool,
+    bodies: Bodies,
     next: AtomicUsize,
     /// The `grpc-status` that is right.
     expected: u32,
+}
+
+/// gRPC messages as they are on the wire.
+enum Bodies {
+    /// In the order of their use, and around again.
+    InTurn(Vec<Vec<u8>>),
+    /// Drawn evenly instead, the same ones in every run.
+    AtRandom(Vec<Vec<u8>>),
+    /// Made for each call, by its number.
+    Fresh(Box<dyn Fn(usize) -> Vec<u8> + Send + Sync>),
 }
 
 impl Calls {
@@ -42,6 +50,22 @@ impl Calls {
         messages: impl IntoIterator<Item = Vec<u8>>,
         expected: tonic::Code,
     ) -> Self {
+        let bodies = messages.into_iter().map(framed).collect();
+        Self::of(path, caller, Bodies::InTurn(bodies), expected)
+    }
+
+    /// Calls no two of which are alike.
+    pub(crate) fn fresh(
+        path: &'static str,
+        caller: Option<&str>,
+        message: impl Fn(usize) -> Vec<u8> + Send + Sync + 'static,
+        expected: tonic::Code,
+    ) -> Self {
+        let bodies = Bodies::Fresh(Box::new(move |call| framed(message(call))));
+        Self::of(path, caller, bodies, expected)
+    }
+
+    fn of(path: &'static str, caller: Option<&str>, bodies: Bodies, expected: tonic::Code) -> Self {
         let mut headers = vec![
             ("content-type", "application/grpc".to_owned()),
             ("te", "trailers".to_owned()),
@@ -51,22 +75,26 @@ impl Calls {
         Self {
             path,
             headers,
-            bodies: messages.into_iter().map(framed).collect(),
-            is_random: false,
+            bodies,
             next: AtomicUsize::new(0),
             expected: u32::try_from(i32::from(expected)).unwrap_or_default(),
         }
     }
 
     pub(crate) fn drawn_at_random(self) -> Self {
-        Self {
-            is_random: true,
-            ..self
-        }
+        let bodies = match self.bodies {
+            Bodies::InTurn(bodies) => Bodies::AtRandom(bodies),
+            other => other,
+        };
+        Self { bodies, ..self }
     }
 
+    /// How many there are; of fresh ones there is no end.
     pub(crate) fn len(&self) -> usize {
-        self.bodies.len()
+        match &self.bodies {
+            Bodies::InTurn(bodies) | Bodies::AtRandom(bodies) => bodies.len(),
+            Bodies::Fresh(_) => usize::MAX,
+        }
     }
 
     pub(crate) fn path(&self) -> &'static str {
@@ -77,14 +105,18 @@ impl Calls {
         &self.headers
     }
 
-    /// The body of the first call, as it is on the wire.
-    pub(crate) fn first_body(&self) -> &[u8] {
-        &self.bodies[0]
+    /// The body of a call, as it is on the wire.
+    pub(crate) fn body(&self, call: usize) -> Cow<'_, [u8]> {
+        match &self.bodies {
+            Bodies::InTurn(bodies) => Cow::from(&bodies[call % bodies.len()]),
+            Bodies::AtRandom(bodies) => Cow::from(&bodies[scattered(call) % bodies.len()]),
+            Bodies::Fresh(make) => make(call).into(),
+        }
     }
 }
 
 /// A number without pattern for each number (`SplitMix64`, Steele et al. 2014).
-fn scattered(number: usize) -> usize {
+pub(crate) fn scattered(number: usize) -> usize {
     let mut z = (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -141,6 +173,8 @@ pub(crate) struct Slice {
     pub(crate) seconds: f64,
     /// Processor time of the server, in microseconds.
     pub(crate) server_cpu_us: f64,
+    /// The same of Postgres, where it is looked at.
+    pub(crate) postgres_cpu_us: f64,
     /// The same of the generator.
     pub(crate) client_cpu_us: f64,
     pub(crate) p50_us: f64,
@@ -155,7 +189,27 @@ impl Slice {
     }
 
     pub(crate) fn cpu_us_per_call(&self) -> f64 {
-        self.server_cpu_us / self.calls as f64
+        (self.server_cpu_us + self.postgres_cpu_us) / self.calls as f64
+    }
+}
+
+/// Of work that is not done by this generator.
+impl Slice {
+    /// What calls of these latencies are, one event each, without processor times.
+    pub(crate) fn of(mut latencies: Vec<Duration>, took: Duration) -> Self {
+        latencies.sort_unstable();
+        let quantile = |q: f64| {
+            let at = (latencies.len() as f64 * q) as usize;
+            let found = latencies.get(at.min(latencies.len().saturating_sub(1)));
+            found.map_or(f64::NAN, |found| found.as_secs_f64() * 1e6)
+        };
+        Self {
+            calls: latencies.len() as u64,
+            seconds: took.as_secs_f64(),
+            p50_us: quantile(0.50),
+            p99_us: quantile(0.99),
+            ..Self::default()
+        }
     }
 }
 
@@ -410,11 +464,7 @@ impl<'a> Connection<'a> {
             return true;
         }
         let next = calls.next.fetch_add(1, Ordering::Relaxed);
-        let index = match calls.is_random {
-            true => scattered(next) % calls.bodies.len(),
-            false => next % calls.bodies.len(),
-        };
-        let body = &calls.bodies[index];
+        let body = calls.body(next);
         let bytes = i64::try_from(body.len()).expect("a small body");
         if self.window < bytes {
             budget.fetch_add(1, Ordering::Relaxed);
@@ -430,7 +480,7 @@ impl<'a> Connection<'a> {
         } else {
             frame(&mut self.out, HEADERS, END_HEADERS, stream, &self.indexed);
         }
-        frame(&mut self.out, DATA, END_STREAM, stream, body);
+        frame(&mut self.out, DATA, END_STREAM, stream, &body);
         self.begun.insert(stream, now);
         self.tally.sent_bytes += body.len() as u64;
         true

@@ -8,6 +8,7 @@ mod echo;
 mod fixture;
 mod h2load;
 mod layers;
+mod ledger;
 mod load;
 mod login;
 mod memory;
@@ -81,6 +82,31 @@ enum Command {
         #[arg(long)]
         trials: Option<usize>,
     },
+    /// Booking usage, against a naive handler and against Postgres alone
+    Ledger {
+        #[command(flatten)]
+        options: Options,
+        /// Only these [default: all]
+        #[arg(long, value_delimiter = ',', value_name = "PART,…")]
+        parts: Vec<ledger::Part>,
+        /// Calls under way at once [default: 8,16,64,1024]
+        #[arg(long, value_delimiter = ',', value_name = "N,…")]
+        in_flight: Vec<usize>,
+        /// Users whose usage it is [default: 100000, quick 2000]
+        #[arg(long)]
+        users: Option<usize>,
+    },
+    /// Books usage as one would write it first, until standard input ends
+    #[command(hide = true)]
+    Naive {
+        #[arg(long, value_enum)]
+        shape: ledger::Shape,
+        #[arg(long)]
+        database_url: String,
+    },
+    /// Keeps every core busy until standard input ends
+    #[command(hide = true)]
+    Burn,
     /// Serves the echo as the product serves, until standard input ends
     #[command(hide = true)]
     Echo {
@@ -178,6 +204,31 @@ fn main() -> anyhow::Result<()> {
         Command::Revocation { options, trials } => {
             let trials = trials.unwrap_or(if options.quick { 50 } else { 1_000 });
             revocation::run(&options, trials.max(1))
+        }
+        Command::Ledger {
+            options,
+            parts,
+            in_flight,
+            users,
+        } => ledger::run(&ledger::Plan {
+            in_flight: match (in_flight.is_empty(), options.quick) {
+                (true, true) => vec![16, 256],
+                (true, false) => vec![8, 16, 64, 1024],
+                (false, _) => in_flight,
+            },
+            users: users
+                .unwrap_or(if options.quick { 2_000 } else { 100_000 })
+                .max(1),
+            parts,
+            options,
+        }),
+        Command::Naive {
+            shape,
+            database_url,
+        } => ledger::serve_naively(shape, &database_url),
+        Command::Burn => {
+            process::burn();
+            Ok(())
         }
         Command::Echo { shape } => serve_echo::serve(shape),
     }

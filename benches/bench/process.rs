@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    thread::sleep,
+    thread::{self, sleep},
     time::{Duration, Instant},
 };
 
@@ -148,6 +148,76 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A Postgres, as the kernel sees it.
+#[derive(Clone, Copy)]
+pub(crate) struct Postgres {
+    postmaster: u32,
+}
+
+impl Postgres {
+    /// The one that runs in a data folder.
+    pub(crate) fn of(folder: &Path) -> anyhow::Result<Self> {
+        let text = fs::read_to_string(folder.join("postmaster.pid"))?;
+        let first = text.lines().next().context("an empty postmaster.pid")?;
+        Ok(Self {
+            postmaster: first.trim().parse()?,
+        })
+    }
+
+    /// Processor time so far of all its processes, those that have ended included.
+    pub(crate) fn cpu(&self) -> anyhow::Result<Duration> {
+        let own = format!("/proc/{}/stat", self.postmaster);
+        let mut sum = sum_of(&own, [14, 15])? + sum_of(&own, [16, 17])?;
+        for entry in fs::read_dir("/proc")? {
+            let stat = entry?.path().join("stat");
+            let stat = stat.to_string_lossy();
+            // What is no process, or ends meanwhile, is none of its own for long.
+            let Ok(text) = fs::read_to_string(&*stat) else {
+                continue;
+            };
+            let parent = text
+                .rsplit_once(')')
+                .map(|(_, rest)| rest.split_whitespace());
+            if parent.and_then(|mut rest| rest.nth(1)) == Some(&self.postmaster.to_string()) {
+                sum += cpu_of(&stat).unwrap_or_default();
+            }
+        }
+        Ok(sum)
+    }
+}
+
+/// A process that keeps every core busy. Dropping it ends it.
+pub(crate) struct Burner(Child);
+
+impl Burner {
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        let child = Command::new(std::env::current_exe()?)
+            .arg("burn")
+            .stdin(Stdio::piped())
+            .spawn()?;
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Burner {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Spins on every core until standard input ends.
+pub(crate) fn burn() {
+    for _ in 0..crate::cores() {
+        thread::spawn(|| {
+            loop {
+                std::hint::spin_loop();
+            }
+        });
+    }
+    let _ = std::io::stdin().read(&mut [0]);
 }
 
 /// The addresses in the log line that says where the service listens.

@@ -77,6 +77,7 @@ impl Row {
             "title": self.title,
             "per_second": self.spread(Slice::per_second).json(),
             "server_cpu_us": self.spread(Slice::cpu_us_per_call).json(),
+            "of_it_postgres_us": self.spread(|s| s.postgres_cpu_us / s.calls as f64).json(),
             "client_cpu_us": self.spread(|s| s.client_cpu_us / s.calls as f64).json(),
             "p50_us": self.spread(|s| s.p50_us).json(),
             "p99_us": self.spread(|s| s.p99_us).json(),
@@ -84,6 +85,8 @@ impl Row {
             "response_bytes": self.spread(|s| s.response_bytes).median,
             "per_second_ratio": base.map(|b| self.ratio(b, Slice::per_second).json()),
             "server_cpu_ratio": base.map(|b| self.ratio(b, Slice::cpu_us_per_call).json()),
+            "p50_ratio": base.map(|b| self.ratio(b, |s| s.p50_us).json()),
+            "p99_ratio": base.map(|b| self.ratio(b, |s| s.p99_us).json()),
             "wrong": self.rounds.iter().map(|s| s.wrong).sum::<u64>(),
             "rounds": self.rounds.iter().map(|s| json!({
                 "calls": s.calls, "seconds": s.seconds, "per_second": s.per_second(),
@@ -134,11 +137,11 @@ impl Panel {
     }
 }
 
-fn times(ratio: Option<f64>) -> String {
+pub(crate) fn times(ratio: Option<f64>) -> String {
     ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"))
 }
 
-fn wrong(row: &Row) -> String {
+pub(crate) fn wrong(row: &Row) -> String {
     let wrong: u64 = row.rounds.iter().map(|s| s.wrong).sum();
     let said = row.rounds.iter().find_map(|s| s.first_wrong.as_deref());
     said.map_or_else(String::new, |said| format!("  {wrong} WRONG: {said}"))
@@ -162,14 +165,28 @@ const HEAD: f64 = 70.0;
 const PANEL_HEAD: f64 = 34.0;
 const PANEL_FOOT: f64 = 44.0;
 
-/// Writes `name.svg`: throughput of each row as a multiple of the row `base`, with the spread.
+/// What a chart says beside its bars.
+pub(crate) struct Chart<'a> {
+    pub(crate) title: &'a str,
+    /// The row whose throughput is one, and what to call it.
+    pub(crate) base: &'static str,
+    pub(crate) base_title: &'a str,
+    /// Whose processor time stands beside the bars.
+    pub(crate) cpu_of: &'a str,
+    /// What is counted.
+    pub(crate) unit: &'a str,
+    /// Beginnings of the names of rows that are there for comparison.
+    pub(crate) grey: &'a [&'a str],
+}
+
+/// Writes `name.svg`: throughput of each row as a multiple of the chart's base, with the spread.
 pub(crate) fn write_chart(
     folder: &Path,
     name: &str,
-    title: &str,
+    chart: &Chart<'_>,
     panels: &[Panel],
-    base: &str,
 ) -> anyhow::Result<()> {
+    let base = chart.base;
     let height = |panel: &Panel| PANEL_HEAD + STEP * panel.rows.len() as f64 + PANEL_FOOT;
     let total: f64 = HEAD + panels.iter().map(height).sum::<f64>();
     let widest = panels
@@ -189,12 +206,14 @@ pub(crate) fn write_chart(
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
          <text x=\"20\" y=\"28\" font-size=\"18\" font-weight=\"bold\">{}</text>\n\
          <text x=\"20\" y=\"50\" fill=\"#555555\">Median of the rounds; the line shows the lowest \
-         and the highest. Right: times the echo, and the server's CPU time per call.</text>\n",
-        escaped(title),
+         and the highest. Right: times {}, and CPU time of {}.</text>\n",
+        escaped(chart.title),
+        escaped(chart.base_title),
+        escaped(chart.cpu_of),
     );
     let mut top = HEAD;
     for panel in panels {
-        chart_panel(&mut svg, panel, base, top, scale, widest)?;
+        chart_panel(&mut svg, chart, panel, top, scale, widest)?;
         top += height(panel);
     }
     svg.push_str("</svg>\n");
@@ -205,13 +224,13 @@ pub(crate) fn write_chart(
 
 fn chart_panel(
     svg: &mut String,
+    chart: &Chart<'_>,
     panel: &Panel,
-    base: &str,
     top: f64,
     scale: f64,
     widest: f64,
 ) -> anyhow::Result<()> {
-    let Some(to) = panel.row(base) else {
+    let Some(to) = panel.row(chart.base) else {
         return Ok(());
     };
     writeln!(
@@ -222,7 +241,11 @@ fn chart_panel(
     )?;
     let first = top + PANEL_HEAD;
     let bottom = first + STEP * panel.rows.len() as f64;
-    let step = if widest > 2.0 { 0.5 } else { 0.25 };
+    let step = match widest {
+        ..=2.0 => 0.25,
+        ..=8.0 => 0.5,
+        _ => 2.0,
+    };
     let mut tick = 0.0;
     while tick <= widest {
         let x = LEFT + tick * scale;
@@ -238,15 +261,17 @@ fn chart_panel(
     }
     writeln!(
         svg,
-        "<text x=\"{LEFT}\" y=\"{}\" fill=\"#555555\" font-size=\"11\">calls per second, as a \
-         multiple of the no-op echo on the same serving shape</text>",
+        "<text x=\"{LEFT}\" y=\"{}\" fill=\"#555555\" font-size=\"11\">{} per second, as a \
+         multiple of {}</text>",
         bottom + 30.0,
+        escaped(chart.unit),
+        escaped(chart.base_title),
     )?;
     for (index, row) in panel.rows.iter().enumerate() {
         let y = first + STEP * index as f64 + (STEP - BAR) / 2.0;
         let (middle, text) = (y + BAR / 2.0, y + BAR - 4.5);
         let ratio = row.ratio(to, Slice::per_second);
-        let colour = if row.part.starts_with("echo") {
+        let colour = if chart.grey.iter().any(|start| row.part.starts_with(start)) {
             "#9aa5b1"
         } else {
             "#2f6fb0"

@@ -19,7 +19,7 @@ use crate::{
     h2load,
     load::{self, Calls, InFlight, Slice, Until},
     process::Server,
-    report::{self, Panel, Row, Spread},
+    report::{self, Chart, Panel, Row, Spread},
     runtime,
 };
 
@@ -148,7 +148,15 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
         "Calls against a no-op echo, {} cores for client and server",
         cores()
     );
-    report::write_chart(&options.results, "wire", &title, &panels, "echo")?;
+    let chart = Chart {
+        title: &title,
+        base: "echo",
+        base_title: "the no-op echo on the same serving shape",
+        cpu_of: "the server per call",
+        unit: "calls",
+        grey: &["echo"],
+    };
+    report::write_chart(&options.results, "wire", &chart, &panels)?;
     println!(
         "written to {0}/wire.json and {0}/wire.svg",
         options.results.display()

@@ -1,0 +1,320 @@
+//! Part `ledger`: what booking usage costs, against a naive handler and against Postgres alone.
+//!
+//! All of it with Postgres' defaults: what is acknowledged is on the disk. After each panel the sums
+//! are held against the events that were acknowledged, so that nothing is measured that did not
+//! happen.
+
+mod events;
+mod naive;
+mod raw;
+mod singles;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::ensure;
+use clap::ValueEnum;
+use serde_json::json;
+use tokio::runtime::Runtime;
+use tokio_postgres::NoTls;
+use uuid::Uuid;
+
+use crate::{
+    Options, cores,
+    fixture::Fixture,
+    load::{self, Calls, InFlight, Slice, Until},
+    process::{Postgres, Server},
+    report::{self, Chart, Panel, Row, times, wrong},
+    runtime,
+};
+use events::{Events, MODELS, Users};
+pub(crate) use naive::{Shape, serve as serve_naively};
+
+/// Connections of the load at most.
+const CONNECTIONS: usize = 8;
+
+pub(crate) struct Plan {
+    pub(crate) options: Options,
+    pub(crate) parts: Vec<Part>,
+    pub(crate) in_flight: Vec<usize>,
+    pub(crate) users: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// One event a call, many calls at once
+    Single,
+    /// One event at a time
+    Lonely,
+}
+
+/// What is measured against what in the panels of one part.
+struct Comparison {
+    part: &'static str,
+    chart: Chart<'static>,
+    panels: Vec<Panel>,
+}
+
+pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    eprintln!("==> filling a database with {} users", plan.users);
+    let service = &plan.options.service;
+    let fixture = runtime.block_on(Fixture::start(service, plan.users, None))?;
+    let measured = measure(plan, &fixture, &runtime);
+    runtime.block_on(fixture.close())?;
+    let wrong: u64 = measured?.iter().map(Comparison::wrong).sum();
+    ensure!(wrong == 0, "{wrong} calls had another status than expected");
+    Ok(())
+}
+
+/// Each part is told of as soon as it is done: later ones take long.
+fn measure(plan: &Plan, fixture: &Fixture, runtime: &Runtime) -> anyhow::Result<Vec<Comparison>> {
+    let stage = Stage::set(plan, fixture, runtime)?;
+    let parts = Part::value_variants().iter();
+    let wanted = parts.filter(|part| plan.parts.is_empty() || plan.parts.contains(part));
+    let mut comparisons = Vec::new();
+    for part in wanted {
+        let comparison = match part {
+            Part::Single => singles::many(&stage)?,
+            Part::Lonely => singles::lonely(&stage)?,
+        };
+        comparison.tell(plan)?;
+        comparisons.push(comparison);
+    }
+    Ok(comparisons)
+}
+
+/// A database with people, and the service on it.
+struct Stage<'a> {
+    plan: &'a Plan,
+    fixture: &'a Fixture,
+    runtime: &'a Runtime,
+    people: Arc<[Uuid]>,
+    service: Server,
+    postgres: Postgres,
+}
+
+impl<'a> Stage<'a> {
+    fn set(plan: &'a Plan, fixture: &'a Fixture, runtime: &'a Runtime) -> anyhow::Result<Self> {
+        let stage = Self {
+            plan,
+            fixture,
+            runtime,
+            people: fixture.people.iter().map(|person| person.user).collect(),
+            service: fixture.serve("service", &[])?,
+            postgres: fixture.postgres()?,
+        };
+        // As in the middle of a month: everybody has used every model.
+        let models = MODELS.map(|model| format!("('{model}')")).join(", ");
+        stage.sql(&format!(
+            "INSERT INTO monthly_model_usage (user_id, month, model, input_tokens, output_tokens,
+                 cached_input_tokens, cache_write_tokens, reasoning_tokens, request_count)
+             SELECT id, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), model, 0, 0, 0, 0, 0, 0
+             FROM users, (VALUES {models}) AS models (model)"
+        ))?;
+        // The service reads every user once.
+        let calls = stage.calls(Users::InTurn);
+        let until = Until {
+            time: Duration::from_secs(60),
+            calls: stage.people.len(),
+        };
+        let slice = load::run(&stage.service, &calls, InFlight::new(512, 8), 1, until)?;
+        ensure!(
+            slice.wrong == 0,
+            "{} calls failed, with {:?}\n{}",
+            slice.wrong,
+            slice.first_wrong,
+            stage.service.complaints(),
+        );
+        Ok(stage)
+    }
+
+    fn calls(&self, users: Users) -> Calls {
+        Events::of(&self.people, users).calls(&self.fixture.service_key)
+    }
+
+    /// Takes the events away and leaves the sums as they are, so that each panel begins alike.
+    fn clear(&self) -> anyhow::Result<()> {
+        for statement in [
+            "TRUNCATE usage_records",
+            "VACUUM ANALYZE usage_records, monthly_usage, monthly_model_usage",
+            "CHECKPOINT",
+        ] {
+            self.sql(statement)?;
+        }
+        Ok(())
+    }
+
+    fn sql(&self, statement: &str) -> anyhow::Result<()> {
+        self.runtime.block_on(async {
+            let url = self.fixture.database_url();
+            let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+            let connection = tokio::spawn(connection);
+            client.batch_execute(statement).await?;
+            drop(client);
+            Ok(connection.await??)
+        })
+    }
+
+    /// How many events both kinds of sums and the table hold.
+    fn counts(&self) -> anyhow::Result<Counts> {
+        self.runtime.block_on(async {
+            let url = self.fixture.database_url();
+            let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+            let connection = tokio::spawn(connection);
+            let row = client
+                .query_one(
+                    "SELECT (SELECT count(*) FROM usage_records),
+                         (SELECT sum(request_count)::bigint FROM monthly_usage),
+                         (SELECT sum(request_count)::bigint FROM monthly_model_usage)",
+                    &[],
+                )
+                .await?;
+            drop(client);
+            connection.await??;
+            Ok(Counts {
+                events: row.try_get(0)?,
+                by_month: row.try_get(1)?,
+                by_model: row.try_get(2)?,
+            })
+        })
+    }
+
+    /// Measures `work`, which answers a slice without processor times.
+    fn watch_postgres(
+        &self,
+        work: impl FnOnce() -> anyhow::Result<Slice>,
+    ) -> anyhow::Result<Slice> {
+        let before = self.postgres.cpu()?;
+        let slice = work()?;
+        let cpu = self.postgres.cpu()? - before;
+        Ok(Slice {
+            postgres_cpu_us: cpu.as_secs_f64() * 1e6,
+            ..slice
+        })
+    }
+
+    /// One turn of a server under load.
+    fn turn(&self, server: &Server, calls: &Calls, in_flight: usize) -> anyhow::Result<Slice> {
+        let options = &self.plan.options;
+        let (threads, until) = (options.threads(), Until::time(options.slice()));
+        let in_flight = InFlight::new(in_flight, CONNECTIONS);
+        self.watch_postgres(|| load::run(server, calls, in_flight, threads, until))
+    }
+
+    /// Lets all rows have their turns, round by round, and checks that all was booked.
+    fn panel(
+        &self,
+        title: String,
+        mut rows: Vec<Row>,
+        turn: impl Fn(usize) -> anyhow::Result<Slice>,
+    ) -> anyhow::Result<Panel> {
+        eprintln!("==> {title}");
+        self.clear()?;
+        let before = self.counts()?;
+        let mut booked = 0;
+        // The first round fills pools and caches and writes pages in full after the checkpoint.
+        for index in 0..rows.len() {
+            booked += turn(index)?.right();
+        }
+        for round in 0..self.plan.options.rounds() {
+            for step in 0..rows.len() {
+                let index = (step + round) % rows.len();
+                let slice = turn(index)?;
+                booked += slice.right();
+                rows[index].rounds.push(slice);
+            }
+        }
+        before.check(&self.counts()?, booked)?;
+        Ok(Panel { title, rows })
+    }
+}
+
+struct Counts {
+    events: i64,
+    by_month: i64,
+    by_model: i64,
+}
+
+impl Counts {
+    /// Whether just what was acknowledged has been booked since.
+    fn check(&self, now: &Self, acknowledged: u64) -> anyhow::Result<()> {
+        let grown = [
+            now.events - self.events,
+            now.by_month - self.by_month,
+            now.by_model - self.by_model,
+        ];
+        let acknowledged = i64::try_from(acknowledged)?;
+        ensure!(
+            grown == [acknowledged; 3],
+            "{acknowledged} events were acknowledged; the events and the sums by month and by model \
+             grew by {grown:?}"
+        );
+        Ok(())
+    }
+}
+
+impl Slice {
+    fn right(&self) -> u64 {
+        self.calls - self.wrong
+    }
+}
+
+impl Comparison {
+    fn wrong(&self) -> u64 {
+        let rows = self.panels.iter().flat_map(|panel| &panel.rows);
+        rows.flat_map(|row| &row.rounds)
+            .map(|slice| slice.wrong)
+            .sum()
+    }
+
+    /// Prints and writes what there is.
+    fn tell(&self, plan: &Plan) -> anyhow::Result<()> {
+        for panel in &self.panels {
+            self.print(panel);
+        }
+        let (options, base) = (&plan.options, self.chart.base);
+        let name = format!("ledger-{}", self.part);
+        let result = json!({
+            "cores": cores(), "rounds": options.rounds(),
+            "slice_seconds": options.slice().as_secs_f64(), "client_threads": options.threads(),
+            "users": plan.users,
+            "panels": self.panels.iter().map(|panel| panel.json(base)).collect::<Vec<_>>(),
+        });
+        report::write_json(&options.results, &name, &result)?;
+        report::write_chart(&options.results, &name, &self.chart, &self.panels)?;
+        println!(
+            "written to {0}/{name}.json and {0}/{name}.svg",
+            options.results.display()
+        );
+        Ok(())
+    }
+
+    fn print(&self, panel: &Panel) {
+        let base = panel.row(self.chart.base);
+        println!("\n{}", panel.title);
+        println!(
+            "  {:<40} {:>8} {:>6} {:>11} {:>7} {:>6} {:>7} {:>8} {:>6} {:>9} {:>6}",
+            "", "events/s", "×", "spread", "CPU µs", "×", "Pg. µs", "p50 µs", "×", "p99 µs", "×"
+        );
+        for row in &panel.rows {
+            let ratio = |of: fn(&Slice) -> f64| base.map(|base| row.ratio(base, of));
+            let median = |of: fn(&Slice) -> f64| row.spread(of).median;
+            let against = ratio(Slice::per_second);
+            println!(
+                "  {:<40} {:>8.0} {:>6} {:>11} {:>7.1} {:>6} {:>7.1} {:>8.0} {:>6} {:>9.0} {:>6}{}",
+                row.title,
+                median(Slice::per_second),
+                times(against.map(|s| s.median)),
+                against.map_or_else(String::new, |s| format!("{:.2}–{:.2}", s.min, s.max)),
+                median(Slice::cpu_us_per_call),
+                times(ratio(Slice::cpu_us_per_call).map(|s| s.median)),
+                median(|s| s.postgres_cpu_us / s.calls as f64),
+                median(|s| s.p50_us),
+                times(ratio(|s| s.p50_us).map(|s| s.median)),
+                median(|s| s.p99_us),
+                times(ratio(|s| s.p99_us).map(|s| s.median)),
+                wrong(row),
+            );
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Postgres without a service before it: one connection, one statement, many rows.
+
+use std::error::Error as StdError;
+
+use bytes::BytesMut;
+use tokio_postgres::{
+    Client, NoTls, Statement,
+    types::{IsNull, ToSql, Type, to_sql_checked},
+};
+use tollkeeper::model::Period;
+use uuid::Uuid;
+
+use super::events::{Event, LABEL};
+
+/// The statement of `src/store/ledger.rs`.
+const BOOK: &str = "
+    WITH new AS (
+        INSERT INTO usage_records (usage_month, user_id, event_id, occurred_at, model,
+            input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+            reasoning_tokens, request_id, labels)
+        SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+        ON CONFLICT DO NOTHING
+        RETURNING *
+    ), by_model AS (
+        INSERT INTO monthly_model_usage AS m (user_id, month, model,
+            input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+            reasoning_tokens, request_count)
+        SELECT user_id, usage_month, model,
+            sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
+            sum(cache_write_tokens), sum(reasoning_tokens), count(*)
+        FROM new GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+        ON CONFLICT (user_id, month, model) DO UPDATE SET
+            input_tokens = m.input_tokens + EXCLUDED.input_tokens,
+            output_tokens = m.output_tokens + EXCLUDED.output_tokens,
+            cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
+            cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
+            reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
+            request_count = m.request_count + EXCLUDED.request_count
+    ), by_month AS (
+        INSERT INTO monthly_usage AS m (user_id, month,
+            input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+            reasoning_tokens, request_count)
+        SELECT user_id, usage_month,
+            sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
+            sum(cache_write_tokens), sum(reasoning_tokens), count(*)
+        FROM new GROUP BY 1, 2 ORDER BY 1, 2
+        ON CONFLICT (user_id, month) DO UPDATE SET
+            input_tokens = m.input_tokens + EXCLUDED.input_tokens,
+            output_tokens = m.output_tokens + EXCLUDED.output_tokens,
+            cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
+            cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
+            reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
+            request_count = m.request_count + EXCLUDED.request_count
+    )
+    SELECT usage_month, user_id, event_id FROM new";
+
+const BOOK_TYPES: [Type; 12] = [
+    Type::TEXT_ARRAY,
+    Type::UUID_ARRAY,
+    Type::UUID_ARRAY,
+    Type::TIMESTAMPTZ_ARRAY,
+    Type::TEXT_ARRAY,
+    Type::INT8_ARRAY,
+    Type::INT8_ARRAY,
+    Type::INT8_ARRAY,
+    Type::INT8_ARRAY,
+    Type::INT8_ARRAY,
+    Type::TEXT_ARRAY,
+    Type::JSONB_ARRAY,
+];
+
+/// A connection with the statements prepared.
+pub(crate) struct Connection {
+    client: Client,
+    book: Statement,
+}
+
+impl Connection {
+    pub(crate) async fn open(database_url: &str) -> anyhow::Result<Self> {
+        let (client, connection) = tokio_postgres::connect(database_url, NoTls).await?;
+        tokio::spawn(connection);
+        let book = client.prepare_typed(BOOK, &BOOK_TYPES).await?;
+        Ok(Self { client, book })
+    }
+
+    /// Books new events in one transaction.
+    pub(crate) async fn book(&self, events: &[Event]) -> anyhow::Result<()> {
+        let months: Vec<_> = events.iter().map(month).collect();
+        let users: Vec<_> = events.iter().map(|event| Bytes16(event.user)).collect();
+        let ids: Vec<_> = events.iter().map(|event| Bytes16(event.id)).collect();
+        let times: Vec<_> = events.iter().map(time).collect();
+        let models: Vec<_> = events.iter().map(|event| event.model).collect();
+        let input: Vec<_> = events.iter().map(|event| event.input).collect();
+        let output: Vec<_> = events.iter().map(|event| event.output).collect();
+        let cached: Vec<_> = events.iter().map(|event| event.cached_input).collect();
+        let none = vec![0_i64; events.len()];
+        let requests: Vec<_> = events.iter().map(|event| &*event.request_id).collect();
+        let labels: Vec<_> = events.iter().map(|_| Labels).collect();
+        let rows = self
+            .client
+            .query(
+                &self.book,
+                &[
+                    &months, &users, &ids, &times, &models, &input, &output, &cached, &none, &none,
+                    &requests, &labels,
+                ],
+            )
+            .await?;
+        anyhow::ensure!(rows.len() == events.len(), "some were booked before");
+        Ok(())
+    }
+}
+
+fn month(event: &Event) -> String {
+    Period::containing(event.occurred_at).to_string()
+}
+
+fn time(event: &Event) -> std::time::SystemTime {
+    event.occurred_at.into()
+}
+
+/// A UUID; the driver's own conversion is a feature that the product does not build.
+#[derive(Debug)]
+struct Bytes16(Uuid);
+
+impl ToSql for Bytes16 {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+        out.extend_from_slice(self.0.as_bytes());
+        Ok(IsNull::No)
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::UUID
+    }
+
+    to_sql_checked!();
+}
+
+/// The labels of every event, as `jsonb`.
+#[derive(Debug)]
+struct Labels;
+
+impl ToSql for Labels {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+        let (key, value) = LABEL;
+        // The version of the format, and JSON.
+        out.extend_from_slice(format!("\x01{{\"{key}\":\"{value}\"}}").as_bytes());
+        Ok(IsNull::No)
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::JSONB
+    }
+
+    to_sql_checked!();
+}
