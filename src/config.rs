@@ -167,7 +167,8 @@ pub enum PasswordScheme {
 pub struct UsageSettings {
     /// TOML file of the tiers. Empty: the built-in ones.
     pub tiers_file: PathBuf,
-    /// Batches of usage that are written at a time while each is small; connections of the pool.
+    /// Batches of usage that are written at a time while each is small, each on a connection; at most
+    /// two thirds of the pool.
     pub writers: usize,
     /// Events of a batch, about: the events of one call stay together.
     pub batch_events: usize,
@@ -264,7 +265,7 @@ impl Default for DatabaseSettings {
     fn default() -> Self {
         Self {
             url: Secret::default(),
-            pool_size: 16,
+            pool_size: 24,
             acquire_timeout: Duration::from_secs(3),
             statement_timeout: Duration::from_secs(10),
         }
@@ -314,7 +315,7 @@ impl Default for UsageSettings {
     fn default() -> Self {
         Self {
             tiers_file: PathBuf::new(),
-            writers: 8,
+            writers: 16,
             batch_events: 1000,
             queue_events: 20_000,
         }

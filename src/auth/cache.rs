@@ -235,6 +235,15 @@ impl CredentialCache {
         self.answer(&self.standings, id, read, source, now).await
     }
 
+    /// What decides about a user's usage, if memory alone can say so.
+    pub(super) fn known_user(
+        &self,
+        id: UserId,
+        now: BootTime,
+    ) -> Option<Arc<Answer<UserStanding>>> {
+        self.users.get(&id).filter(|known| self.holds(known, now))
+    }
+
     /// What decides about a user's usage, as it stands.
     ///
     /// # Errors
@@ -244,11 +253,6 @@ impl CredentialCache {
         id: UserId,
         now: BootTime,
     ) -> Result<Arc<Answer<UserStanding>>> {
-        if let Some(known) = self.users.get(&id)
-            && self.holds(&known, now)
-        {
-            return Ok(known);
-        }
         let read = || self.read(id, || self.store.user_standing(id));
         let answer = self.answer(&self.users, id, read, Source::Any, now).await?;
         if answer.value.is_none() {

@@ -14,10 +14,10 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Store, usage::UsageRow};
+use super::{Store, errors::stored, usage::UsageRow};
 use crate::{
     error::{Error, Result},
-    model::{UsageEvent, UsageRecord},
+    model::{Period, UsageEvent, UsageRecord},
 };
 
 /// What became of an event.
@@ -32,7 +32,7 @@ pub enum UsageInsert {
 }
 
 /// What makes an event the same event.
-type Key = (String, Uuid, Uuid);
+type Key = (Period, Uuid, Uuid);
 
 impl Store {
     /// Books events, each with its months' sums, and says what became of each, in their order.
@@ -69,8 +69,15 @@ async fn insert(events: &[&UsageEvent], conn: &mut AsyncPgConnection) -> Result<
     order.sort_by(|&a, &b| keys[a].cmp(&keys[b]));
     order.dedup_by(|&mut later, &mut first| keys[later] == keys[first]);
     let firsts: Vec<&UsageEvent> = order.iter().map(|&index| events[index]).collect();
-    let new: Vec<Key> = InsertEvents::new(&firsts).load(conn).await?;
-    let new: HashSet<Key> = new.into_iter().collect();
+    let new: Vec<(String, Uuid, Uuid)> = InsertEvents::new(&firsts).load(conn).await?;
+    if new.len() == events.len() {
+        return Ok(vec![UsageInsert::Recorded; new.len()]);
+    }
+    let new = new.into_iter().map(|(month, user_id, event_id)| {
+        let period = stored("usage_records.usage_month", &month)?;
+        Ok((period, user_id, event_id))
+    });
+    let new: HashSet<Key> = new.collect::<Result<_>>()?;
     let known: Vec<&UsageEvent> = order
         .iter()
         .filter(|&&index| !new.contains(&keys[index]))
@@ -114,11 +121,7 @@ async fn booked(
 }
 
 fn key_of(event: &UsageEvent) -> Key {
-    (
-        event.period().to_string(),
-        event.user_id.0,
-        event.event_id.0,
-    )
+    (event.period(), event.user_id.0, event.event_id.0)
 }
 
 /// Looks events up by their keys, row by row: as lists of months, users and ids, Postgres would look
@@ -277,14 +280,15 @@ impl QueryFragment<Pg> for InsertEvents {
         out.push_sql(
             ")
                 ON CONFLICT DO NOTHING
-                RETURNING *
+                RETURNING usage_month, user_id, event_id, model, input_tokens, output_tokens,
+                    cached_input_tokens, cache_write_tokens, reasoning_tokens
             ), by_model AS (
                 INSERT INTO monthly_model_usage AS m (user_id, month, model,
                     input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
                     reasoning_tokens, request_count)
                 SELECT user_id, usage_month, model,
-                    sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
-                    sum(cache_write_tokens), sum(reasoning_tokens), count(*)
+                    sum_bigint(input_tokens), sum_bigint(output_tokens), sum_bigint(cached_input_tokens),
+                    sum_bigint(cache_write_tokens), sum_bigint(reasoning_tokens), count(*)
                 FROM new GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
                 ON CONFLICT (user_id, month, model) DO UPDATE SET
                     input_tokens = m.input_tokens + EXCLUDED.input_tokens,
@@ -298,8 +302,8 @@ impl QueryFragment<Pg> for InsertEvents {
                     input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
                     reasoning_tokens, request_count)
                 SELECT user_id, usage_month,
-                    sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
-                    sum(cache_write_tokens), sum(reasoning_tokens), count(*)
+                    sum_bigint(input_tokens), sum_bigint(output_tokens), sum_bigint(cached_input_tokens),
+                    sum_bigint(cache_write_tokens), sum_bigint(reasoning_tokens), count(*)
                 FROM new GROUP BY 1, 2 ORDER BY 1, 2
                 ON CONFLICT (user_id, month) DO UPDATE SET
                     input_tokens = m.input_tokens + EXCLUDED.input_tokens,

@@ -95,11 +95,9 @@ pub enum WhenFull {
 impl Writers {
     /// Batches will run on the current runtime.
     pub(super) fn new(store: Store, settings: &UsageSettings, counters: Arc<Counters>) -> Self {
-        // The other half of the pool is for everybody else.
-        let max_batches = settings
-            .writers
-            .min(store.pool_status().max_size / 2)
-            .max(1);
+        // The rest of the pool is for everybody else.
+        let two_thirds = store.pool_status().max_size * 2 / 3;
+        let max_batches = settings.writers.min(two_thirds).max(1);
         Self(Arc::new(Shared {
             store,
             runtime: Handle::current(),
