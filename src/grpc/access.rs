@@ -78,6 +78,15 @@ impl Caller {
             )),
         }
     }
+
+    /// Admits those who may read the data of every user: services, by their scope, and administrators.
+    pub(super) fn may_read_all<T>(request: &tonic::Request<T>) -> Result<()> {
+        match Self::of(request)? {
+            Principal::User(user) if user.role == Role::Admin => Ok(()),
+            Principal::User(_) => Err(Error::CallerNotAllowed),
+            Principal::Service { .. } => Ok(()),
+        }
+    }
 }
 
 /// Who may call each RPC, by its path.

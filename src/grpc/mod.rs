@@ -13,6 +13,7 @@ pub mod fuzzing;
 pub mod health;
 mod memory;
 mod metrics;
+mod reading;
 mod recording;
 mod request_id;
 mod status;

@@ -4,16 +4,17 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     access::{Caller, bearer},
     convert::{self, Fields, only},
-    recording,
+    reading, recording,
 };
 use crate::{
     auth::Auth,
     model::{Period, UserId},
     proto::tollkeeper::usage::v1::{
         BatchRecordUsageRequest, BatchRecordUsageResponse, CheckQuotaRequest, CheckQuotaResponse,
-        GetMonthlyUsageRequest, GetMonthlyUsageResponse, ListTiersRequest, ListTiersResponse,
-        ListUsageRecordsRequest, ListUsageRecordsResponse, RecordUsageRequest, RecordUsageResponse,
-        StreamUsageRequest, check_quota_response, usage_service_server::UsageService,
+        ExportUsageRequest, GetMonthlyUsageRequest, GetMonthlyUsageResponse, ListTiersRequest,
+        ListTiersResponse, ListUsageRecordsRequest, ListUsageRecordsResponse, QueryUsageRequest,
+        QueryUsageResponse, RecordUsageRequest, RecordUsageResponse, StreamUsageRequest,
+        check_quota_response, usage_service_server::UsageService,
     },
     usage::{Decision, Usage, WhenFull},
 };
@@ -109,32 +110,66 @@ impl UsageService for Handler {
         ))
     }
 
+    async fn query_usage(
+        &self,
+        request: Request<QueryUsageRequest>,
+    ) -> Result<Response<QueryUsageResponse>, Status> {
+        let (named, query) =
+            only(|fields| reading::usage_query(fields, request.get_ref(), Utc::now()))?;
+        let user_id = self.subject(&request, named).await?;
+        let answer = self.usage.query(user_id, query).await?;
+        Ok(Response::new(reading::answer(user_id, answer)))
+    }
+
     async fn list_usage_records(
         &self,
         request: Request<ListUsageRecordsRequest>,
     ) -> Result<Response<ListUsageRecordsResponse>, Status> {
         let message = request.get_ref();
         let mut fields = Fields::default();
-        let user_id = fields.parse_optional("user_id", &message.user_id);
-        let month = fields.parse_optional("month", &message.month);
+        let asked = reading::list_filter(&mut fields, message);
         // An empty user_id is another list for every caller.
-        let subject = match user_id {
-            Some(named) => Some(Caller::subject_of(&request, named)?),
+        let subject = match &asked {
+            Some((named, _)) => Some(Caller::subject_of(&request, *named)?),
             None => None,
         };
-        let list = format!("usage {subject:?} {}", message.month);
+        let filter = asked.as_ref().map(|(_, filter)| filter);
+        let list = format!("usage {subject:?} {filter:?}");
         let page = fields.page(message.page_size, &message.page_token, &list);
-        let ((named, period), page) = fields.finish(user_id.zip(month).zip(page))?;
+        let ((named, filter), page) = fields.finish(asked.zip(page))?;
         let user_id = self.subject(&request, named).await?;
         let page = self
             .usage
-            .records(user_id, period, &page)
+            .records(user_id, &filter, &page)
             .await?
             .map(Into::into);
         Ok(Response::new(ListUsageRecordsResponse {
             records: page.items,
             next_page_token: page.next_token.unwrap_or_default(),
         }))
+    }
+
+    type ExportUsageStream = reading::Chunks;
+
+    async fn export_usage(
+        &self,
+        request: Request<ExportUsageRequest>,
+    ) -> Result<Response<Self::ExportUsageStream>, Status> {
+        let asked = only(|fields| reading::export(fields, request.get_ref()))?;
+        let whose = if asked.all_users {
+            Caller::may_read_all(&request)?;
+            None
+        } else {
+            Some(self.subject(&request, asked.named).await?)
+        };
+        let credential = bearer(&request.metadata().clone().into_headers())?.to_owned();
+        let export = self.usage.export(whose, asked.filter, asked.format);
+        Ok(Response::new(reading::chunks(
+            self.auth.clone(),
+            &self.usage,
+            credential,
+            export,
+        )))
     }
 
     async fn list_tiers(

@@ -17,6 +17,7 @@ mod scope;
 mod service_account;
 mod session;
 mod usage;
+mod usage_reads;
 mod user;
 
 pub use api_key::{ApiKey, ApiKeyScopes, ApiKeyStanding};
@@ -37,6 +38,9 @@ pub use session::{RefreshRefusal, RefreshStep, Session, SessionStanding};
 pub use usage::{
     Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent, UsageRecord,
     UsageTotals,
+};
+pub use usage_reads::{
+    Interval, TimeRange, UsageCell, UsageCells, UsageFilter, UsageGroup, UsageGrouping, UsageSource,
 };
 pub use user::{Person, Role, User, UserFilter, UserStanding};
 

@@ -172,21 +172,24 @@ impl QueryId for BookedEvents {
 }
 
 impl Query for BookedEvents {
-    type SqlType = (
-        SqlUuid,
-        SqlUuid,
-        Timestamptz,
-        Text,
-        BigInt,
-        BigInt,
-        BigInt,
-        BigInt,
-        BigInt,
-        Text,
-        Jsonb,
-        Timestamptz,
-    );
+    type SqlType = UsageRowTypes;
 }
+
+/// The types of the columns of [`UsageRow`].
+pub(super) type UsageRowTypes = (
+    SqlUuid,
+    SqlUuid,
+    Timestamptz,
+    Text,
+    BigInt,
+    BigInt,
+    BigInt,
+    BigInt,
+    BigInt,
+    Text,
+    Jsonb,
+    Timestamptz,
+);
 
 /// Inserts events that are not there yet and adds just those to both sums; returns their keys.
 ///

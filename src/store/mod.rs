@@ -16,6 +16,8 @@ mod schema;
 mod service_accounts;
 mod sessions;
 mod usage;
+mod usage_cells;
+mod usage_export;
 mod users;
 
 use std::{sync::Arc, time::Duration};
@@ -62,6 +64,9 @@ pub struct Store {
     statement_timeout: Duration,
     /// Anybody can make a key up that has to be looked for: that takes a part of the pool only.
     key_lookups: Arc<Semaphore>,
+    /// Reads of many rows take a part of the pool only, so that they do not hold up the calls that
+    /// read one.
+    bulk_reads: Arc<Semaphore>,
 }
 
 impl Store {
@@ -112,6 +117,7 @@ impl Store {
             ping: Arc::default(),
             statement_timeout,
             key_lookups: Arc::new(Semaphore::new(settings.pool_size.div_ceil(4))),
+            bulk_reads: Arc::new(Semaphore::new(settings.pool_size.div_ceil(4))),
         })
     }
 

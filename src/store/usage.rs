@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     model::{
         EventId, Labels, ModelUsage, MonthlyUsage, Page, PageRequest, Period, TokenCounts,
-        UsageCursor, UsageEvent, UsageRecord, UsageTotals, UserId,
+        UsageCursor, UsageEvent, UsageFilter, UsageRecord, UsageTotals, UserId,
     },
 };
 
@@ -84,14 +84,14 @@ impl Store {
         })
     }
 
-    /// A user's events, newest first; of one month or of all.
+    /// A user's events that `filter` leaves, newest first.
     ///
     /// # Errors
     /// `Unavailable`
     pub async fn usage_list(
         &self,
         user_id: UserId,
-        period: Option<Period>,
+        filter: &UsageFilter,
         page: &PageRequest<UsageCursor>,
     ) -> Result<Page<UsageRecord>> {
         let mut query = usage_records::table
@@ -103,8 +103,17 @@ impl Store {
             ))
             .limit(page.size + 1)
             .into_boxed();
-        if let Some(period) = period {
-            query = query.filter(usage_records::usage_month.eq(period.to_string()));
+        let range = filter.range();
+        // Follows from the times below; leaves other partitions alone.
+        query = query.filter(usage_records::usage_month.between(
+            range.first_month().to_string(),
+            range.last_month().to_string(),
+        ));
+        query = query
+            .filter(usage_records::occurred_at.ge(range.start))
+            .filter(usage_records::occurred_at.lt(range.end));
+        if let Some(model) = &filter.model {
+            query = query.filter(usage_records::model.eq(model.as_str()));
         }
         if let Some(after) = page.after {
             query = query.filter(
@@ -132,7 +141,7 @@ impl Store {
 
 /// The five dimensions and the count of requests.
 #[derive(Queryable)]
-struct SumsRow {
+pub(super) struct SumsRow {
     input: i64,
     output: i64,
     cached_input: i64,

@@ -11,8 +11,8 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        MonthlyUsage, Page, PageRequest, Period, UsageCursor, UsageEvent, UsageRecord, UserId,
-        Violation,
+        MonthlyUsage, Page, PageRequest, Period, UsageCursor, UsageEvent, UsageFilter, UsageRecord,
+        UserId, Violation,
     },
     store::UsageInsert,
 };
@@ -71,17 +71,17 @@ impl Usage {
         self.store.usage_month(user_id, period).await
     }
 
-    /// A user's events, newest first; of one month or of all.
+    /// A user's events that `filter` leaves, newest first.
     ///
     /// # Errors
     /// `Unavailable`
     pub async fn records(
         &self,
         user_id: UserId,
-        period: Option<Period>,
+        filter: &UsageFilter,
         page: &PageRequest<UsageCursor>,
     ) -> Result<Page<UsageRecord>> {
-        self.store.usage_list(user_id, period, page).await
+        self.store.usage_list(user_id, filter, page).await
     }
 }
 

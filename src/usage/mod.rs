@@ -4,7 +4,9 @@
 //! are pure.
 
 mod counters;
+mod export;
 mod ledger;
+mod query;
 mod quota;
 mod tiers;
 mod writer;
@@ -14,7 +16,9 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 pub use counters::Counters;
+pub use export::{Export, ExportFormat, Written};
 pub use ledger::{Recorded, check_occurred_at};
+pub use query::{GroupBy, UsageQuery, UsageSeries, UsageSeriesSet};
 pub use quota::Decision;
 pub use tiers::{TiersError, load_tiers};
 pub use writer::WhenFull;
@@ -24,7 +28,7 @@ use writer::Writers;
 use crate::{
     config::UsageSettings,
     error::{Error, Result},
-    model::{TierLimits, TierName, Tiers},
+    model::{TierLimits, TierName, Tiers, UsageFilter, UserId},
     store::Store,
 };
 
@@ -74,6 +78,16 @@ impl Usage {
     /// Events that wait to be written, and events that are being written.
     pub fn backlog(&self) -> (usize, usize) {
         self.writers.backlog()
+    }
+
+    /// An export of one user's records, or of everybody's.
+    pub fn export(
+        &self,
+        whose: Option<UserId>,
+        filter: UsageFilter,
+        format: ExportFormat,
+    ) -> Export {
+        Export::new(self.store.clone(), whose, filter, format)
     }
 
     pub fn tiers(&self) -> &Tiers {

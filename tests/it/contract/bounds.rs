@@ -385,7 +385,7 @@ async fn a_page_token_of_another_list_is_refused() {
         user_id: user.id.clone(),
         page_size: 1,
         page_token: page_token.to_owned(),
-        month: String::new(),
+        ..ListUsageRecordsRequest::default()
     };
     let page: ListUsageRecordsResponse = ask(&app, RECORDS, list(&users[0], "")).await.unwrap();
     let token = page.next_page_token;

@@ -18,8 +18,10 @@ use tollkeeper::proto::tollkeeper::{
         ValidateTokenRequest, min_freshness::AtLeast,
     },
     usage::v1::{
-        BatchRecordUsageRequest, CheckQuotaRequest, GetMonthlyUsageRequest,
-        ListUsageRecordsRequest, RecordUsageRequest, StreamUsageRequest, TokenCounts, UsageEvent,
+        BatchRecordUsageRequest, CheckQuotaRequest, ExportUsageRequest, GetMonthlyUsageRequest,
+        ListUsageRecordsRequest, QueryUsageRequest, RecordUsageRequest, StreamUsageRequest,
+        TokenCounts, UsageEvent,
+        query_usage_request::{GroupBy, Interval},
     },
 };
 use uuid::Uuid;
@@ -51,6 +53,8 @@ pub(super) const RECORD_STREAM: &str = "usage.v1.UsageService/StreamUsage";
 pub(super) const CHECK: &str = "usage.v1.UsageService/CheckQuota";
 pub(super) const MONTH: &str = "usage.v1.UsageService/GetMonthlyUsage";
 pub(super) const RECORDS: &str = "usage.v1.UsageService/ListUsageRecords";
+pub(super) const QUERY: &str = "usage.v1.UsageService/QueryUsage";
+pub(super) const EXPORT: &str = "usage.v1.UsageService/ExportUsage";
 pub(super) const CREATE_USER: &str = "admin.v1.AdminService/CreateUser";
 pub(super) const GET_USER: &str = "admin.v1.AdminService/GetUser";
 pub(super) const LOOKUP: &str = "admin.v1.AdminService/LookupUser";
@@ -374,6 +378,167 @@ fn usage(t: &mut Table, user: &TestUser) {
             ..list.clone()
         }
     });
+    reads(t, user);
+}
+
+/// The filters of the reads, and what is asked of usage over time.
+fn reads(t: &mut Table, user: &TestUser) {
+    let user_id = user.id.clone();
+    let list = ListUsageRecordsRequest {
+        user_id: user_id.clone(),
+        ..Default::default()
+    };
+    let export = ExportUsageRequest {
+        user_id: user_id.clone(),
+        ..Default::default()
+    };
+    let query = QueryUsageRequest {
+        user_id,
+        ..Default::default()
+    };
+    t.texts(EXPORT, "user_id", IDS, |user_id| ExportUsageRequest {
+        user_id,
+        ..export.clone()
+    });
+    t.texts(QUERY, "user_id", IDS, |user_id| QueryUsageRequest {
+        user_id,
+        ..query.clone()
+    });
+    t.texts(EXPORT, "month", MONTHS, |month| ExportUsageRequest {
+        month,
+        ..export.clone()
+    });
+    for model in ["a model", "mödel", "model\u{0}", &"x".repeat(129)] {
+        let text = || model.to_owned();
+        let message = ListUsageRecordsRequest {
+            model: text(),
+            ..list.clone()
+        };
+        t.row(RECORDS, "model", model, message);
+        let message = ExportUsageRequest {
+            model: text(),
+            ..export.clone()
+        };
+        t.row(EXPORT, "model", model, message);
+        let message = QueryUsageRequest {
+            model: text(),
+            ..query.clone()
+        };
+        t.row(QUERY, "model", model, message);
+    }
+    let ranges = wrong_ranges().into_iter();
+    for (field, value, start_time, end_time) in ranges {
+        let message = ListUsageRecordsRequest {
+            start_time,
+            end_time,
+            ..list.clone()
+        };
+        t.row(RECORDS, field, value, message);
+        let message = ExportUsageRequest {
+            start_time,
+            end_time,
+            ..export.clone()
+        };
+        t.row(EXPORT, field, value, message);
+        let message = QueryUsageRequest {
+            start_time,
+            end_time,
+            ..query.clone()
+        };
+        t.row(QUERY, field, value, message);
+    }
+    let both = ExportUsageRequest {
+        all_users: true,
+        ..export.clone()
+    };
+    t.row(EXPORT, "all_users", "with a user", both);
+    for number in [-1, 4, i32::MAX] {
+        let value = number.to_string();
+        let message = QueryUsageRequest {
+            interval: number,
+            ..query.clone()
+        };
+        t.row(QUERY, "interval", &value, message);
+        let message = QueryUsageRequest {
+            group_by: number,
+            ..query.clone()
+        };
+        t.row(QUERY, "group_by", &value, message);
+        let format = if number == 4 { 3 } else { number };
+        let message = ExportUsageRequest {
+            format,
+            ..export.clone()
+        };
+        t.row(EXPORT, "format", &format.to_string(), message);
+    }
+    for max_groups in [-1, i32::MIN, 101, i32::MAX] {
+        let message = QueryUsageRequest {
+            max_groups,
+            ..query.clone()
+        };
+        t.row(QUERY, "max_groups", &max_groups.to_string(), message);
+    }
+    let by_label = QueryUsageRequest {
+        group_by: GroupBy::Label.into(),
+        ..query.clone()
+    };
+    for key in ["", "nul\u{0}nul", &"k".repeat(65)] {
+        let message = QueryUsageRequest {
+            label: key.to_owned(),
+            ..by_label.clone()
+        };
+        t.row(QUERY, "label", key, message);
+    }
+    for group_by in [GroupBy::Unspecified, GroupBy::Model, GroupBy::Dimension] {
+        let message = QueryUsageRequest {
+            group_by: group_by.into(),
+            label: "team".to_owned(),
+            ..query.clone()
+        };
+        t.row(QUERY, "label", "team", message);
+    }
+    for (interval, days) in [
+        (Interval::Hour, 42),
+        (Interval::Day, 367),
+        // By months, but not by whole ones.
+        (Interval::Month, 367),
+        (Interval::Month, 1001 * 31),
+    ] {
+        let message = QueryUsageRequest {
+            interval: interval.into(),
+            start_time: Some(ago(days * DAY)),
+            end_time: Some(ago(0)),
+            ..query.clone()
+        };
+        t.row(QUERY, "start_time", "too long ago", message);
+    }
+}
+
+type Range = (
+    &'static str,
+    &'static str,
+    Option<Timestamp>,
+    Option<Timestamp>,
+);
+
+/// Ranges of time with one wrong bound.
+fn wrong_ranges() -> Vec<Range> {
+    let at = |seconds, nanos| Some(Timestamp { seconds, nanos });
+    let now = ago(0).seconds;
+    let mut ranges = vec![
+        ("start_time", "the end", at(now, 0), at(now, 0)),
+        ("start_time", "after the end", at(now, 1000), at(now, 0)),
+    ];
+    for (value, wrong) in [
+        ("before the epoch", at(-1, 0)),
+        ("past the year 9999", at(i64::MAX, 0)),
+        ("negative nanos", at(now, -1)),
+        ("nanos of a second", at(now, 1_000_000_000)),
+    ] {
+        ranges.push(("start_time", value, wrong, None));
+        ranges.push(("end_time", value, None, wrong));
+    }
+    ranges
 }
 
 fn admin(t: &mut Table, user: &TestUser) {
@@ -562,6 +727,10 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         seconds: 1,
         nanos: 0,
     };
+    let never = Some(Timestamp {
+        seconds: -1,
+        nanos: 0,
+    });
     let counts = TokenCounts {
         input: -1,
         output: -1,
@@ -589,6 +758,28 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         month: bad(),
         page_size: -1,
         page_token: bad(),
+        start_time: never,
+        end_time: never,
+        model: " ".to_owned(),
+    };
+    let query = QueryUsageRequest {
+        user_id: bad(),
+        start_time: never,
+        end_time: never,
+        interval: 9,
+        group_by: 9,
+        label: String::new(),
+        model: " ".to_owned(),
+        max_groups: 0,
+    };
+    let export = ExportUsageRequest {
+        user_id: bad(),
+        all_users: true,
+        month: bad(),
+        start_time: never,
+        end_time: never,
+        model: " ".to_owned(),
+        format: 9,
     };
     let users = ListUsersRequest {
         page_size: -1,
@@ -683,8 +874,41 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         (MONTH, &["user_id", "month"], encode(&month)),
         (
             RECORDS,
-            &["user_id", "month", "page_size", "page_token"],
+            &[
+                "user_id",
+                "month",
+                "page_size",
+                "page_token",
+                "start_time",
+                "end_time",
+                "model",
+            ],
             encode(&list),
+        ),
+        (
+            QUERY,
+            &[
+                "user_id",
+                "start_time",
+                "end_time",
+                "interval",
+                "group_by",
+                "model",
+            ],
+            encode(&query),
+        ),
+        (
+            EXPORT,
+            &[
+                "user_id",
+                "all_users",
+                "month",
+                "start_time",
+                "end_time",
+                "model",
+                "format",
+            ],
+            encode(&export),
         ),
         (USERS, &["page_size", "page_token", "tier"], encode(&users)),
         (SET_TIER, &["user_id", "tier"], encode(&tier)),

@@ -142,6 +142,92 @@ async fn a_page_token_of_another_user_is_refused() {
     assert_eq!(next.records.len(), 1);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn times_and_a_model_leave_their_records_and_pages_stay_within_them() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let (last, first, before, _) = turn_of_the_month();
+    let mut sent = Vec::new();
+    for n in 0..24_i32 {
+        let instant = first + TimeDelta::minutes((n - 12).into());
+        let event = UsageEvent {
+            occurred_at: Some(at(instant)),
+            model: format!("model-{}", n % 2),
+            ..event(&user.id)
+        };
+        app.record(&event).await.unwrap();
+        sent.push((instant, event));
+    }
+    let minutes = |n| first + TimeDelta::minutes(n);
+    for (start, end, month, model) in [
+        (Some(minutes(-5)), None, "", ""),
+        (None, Some(minutes(-5)), "", ""),
+        (Some(minutes(-5)), Some(minutes(7)), "", "model-1"),
+        (Some(minutes(-5)), Some(minutes(7)), &before.to_string(), ""),
+        (Some(last), Some(first), "", ""),
+        (None, None, "", "model-0"),
+        (None, None, "", "no-model"),
+    ] {
+        let asked = ListUsageRecordsRequest {
+            user_id: user.id.clone(),
+            start_time: start.map(at),
+            end_time: end.map(at),
+            month: month.to_owned(),
+            model: model.to_owned(),
+            page_size: 3,
+            ..ListUsageRecordsRequest::default()
+        };
+        let wanted = sent.iter().rev().filter(|(instant, event)| {
+            start.is_none_or(|start| *instant >= start)
+                && end.is_none_or(|end| *instant < end)
+                && (month.is_empty() || *instant < first)
+                && (model.is_empty() || event.model == model)
+        });
+        let wanted: Vec<&UsageEvent> = wanted.map(|(_, event)| event).collect();
+        let mut seen = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = ListUsageRecordsRequest {
+                page_token,
+                ..asked.clone()
+            };
+            let mut usage = app.usage(&app.service_key);
+            let page = usage.list_usage_records(request).await.unwrap();
+            let page = page.into_inner();
+            seen.extend(page.records.into_iter().map(|record| record.event.unwrap()));
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(seen.iter().collect::<Vec<_>>(), wanted, "{asked:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_token_of_other_filters_is_refused() {
+    let app = TestApp::spawn().await;
+    let user = users_with_two(&app).await;
+    let page = list(&app, &app.service_key, &user.id, "", 1, "").await;
+    let asked = ListUsageRecordsRequest {
+        user_id: user.id.clone(),
+        page_token: page.unwrap().next_page_token,
+        ..ListUsageRecordsRequest::default()
+    };
+    let long_ago = Some(at(chrono::Utc::now() - TimeDelta::days(30)));
+    let far_ahead = Some(at(chrono::Utc::now() + TimeDelta::days(30)));
+    let mut others = vec![asked.clone(); 3];
+    others[0].start_time = long_ago;
+    others[1].end_time = far_ahead;
+    "gpt-x".clone_into(&mut others[2].model);
+    for other in others {
+        let refused = app.usage(&app.service_key).list_usage_records(other).await;
+        assert_page_token_refused(&refused.unwrap_err());
+    }
+    let mut usage = app.usage(&app.service_key);
+    usage.list_usage_records(asked).await.unwrap();
+}
+
 async fn users_with_two(app: &TestApp) -> TestUser {
     let user = app.user().create().await;
     for _ in 0..2 {
@@ -169,6 +255,7 @@ async fn list(
         month: month.to_owned(),
         page_size,
         page_token: page_token.to_owned(),
+        ..ListUsageRecordsRequest::default()
     };
     let page = app.usage(credential).list_usage_records(request).await?;
     Ok(page.into_inner())

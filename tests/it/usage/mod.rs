@@ -2,8 +2,10 @@
 
 mod batch;
 mod concurrent;
+mod export;
 mod list;
 mod month;
+mod query;
 mod quota;
 mod record;
 mod replay;

@@ -1,0 +1,259 @@
+//! Reading the ledger: what its questions mean, and the stream of an export.
+
+use std::pin::Pin;
+
+use chrono::{DateTime, Utc};
+use futures_util::{Stream, stream};
+use prost_types::Timestamp;
+use tokio::sync::watch;
+use tonic::Status;
+
+use super::{
+    convert::{self, Fields, time},
+    status,
+};
+use crate::{
+    auth::Auth,
+    model::{Interval, ModelName, UsageFilter, UsageGroup, UserId, Violation},
+    proto::tollkeeper::usage::v1::{
+        ExportSummary, ExportUsageRequest, ExportUsageResponse, ListUsageRecordsRequest,
+        QueryUsageRequest, QueryUsageResponse, UsageBucket,
+        export_usage_request::Format,
+        export_usage_response::Content,
+        query_usage_request::{self as query, GroupBy as AskedGroupBy},
+        usage_series::Kind,
+    },
+    usage::{Export, ExportFormat, GroupBy, Usage, UsageQuery, UsageSeries, UsageSeriesSet},
+};
+
+/// Whom a question names, and what it asks.
+pub(super) type Asked<T> = (Option<UserId>, T);
+
+/// Reads what usage over time is asked for.
+pub(super) fn usage_query(
+    fields: &mut Fields,
+    message: &QueryUsageRequest,
+    now: DateTime<Utc>,
+) -> Option<Asked<UsageQuery>> {
+    let user_id = fields.parse_optional("user_id", &message.user_id);
+    let interval = fields.take("interval", interval(message.interval));
+    let group_by = fields.take("group_by", asked_group_by(message.group_by));
+    let label = group_by.and_then(|by| fields.take("label", label(by, &message.label)));
+    let group_by = group_by.zip(label).map(|(by, key)| match by {
+        AskedGroupBy::Unspecified => GroupBy::Nothing,
+        AskedGroupBy::Model => GroupBy::Model,
+        AskedGroupBy::Dimension => GroupBy::Dimension,
+        AskedGroupBy::Label => GroupBy::Label(key.to_owned()),
+    });
+    let model: Option<Option<ModelName>> = fields.parse_optional("model", &message.model);
+    let bounds = bounds(fields, message.start_time, message.end_time);
+    let (interval, group_by) = (interval?, group_by?);
+    let range = bounds.and_then(|(start, end)| {
+        let range = UsageQuery::range(start, end, interval, &group_by, now);
+        fields.take("start_time", range)
+    })?;
+    let max_groups = UsageQuery::max_groups(message.max_groups, range, interval);
+    let max_groups = fields.take("max_groups", max_groups)?;
+    let query = UsageQuery::new(range, interval, group_by, model?, max_groups);
+    Some((user_id?, query))
+}
+
+/// Reads which records are listed.
+pub(super) fn list_filter(
+    fields: &mut Fields,
+    message: &ListUsageRecordsRequest,
+) -> Option<Asked<UsageFilter>> {
+    let user_id = fields.parse_optional("user_id", &message.user_id);
+    let times = (message.start_time, message.end_time);
+    let filter = filter(fields, &message.month, times, &message.model);
+    user_id.zip(filter)
+}
+
+/// What is exported: of whom, if not of all, which records, and how.
+pub(super) struct AskedExport {
+    pub(super) named: Option<UserId>,
+    pub(super) all_users: bool,
+    pub(super) filter: UsageFilter,
+    pub(super) format: ExportFormat,
+}
+
+/// Reads what is exported.
+pub(super) fn export(fields: &mut Fields, message: &ExportUsageRequest) -> Option<AskedExport> {
+    let named = fields.parse_optional("user_id", &message.user_id);
+    let all_users = match message.all_users {
+        true if !message.user_id.is_empty() => Err("must not be set with user_id".into()),
+        all_users => Ok(all_users),
+    };
+    let all_users = fields.take("all_users", all_users);
+    let times = (message.start_time, message.end_time);
+    let filter = filter(fields, &message.month, times, &message.model);
+    let format = match Format::try_from(message.format) {
+        Ok(Format::Unspecified | Format::Csv) => Ok(ExportFormat::Csv),
+        Ok(Format::Ndjson) => Ok(ExportFormat::Ndjson),
+        Err(_) => Err("must be a known format".into()),
+    };
+    let format = fields.take("format", format);
+    Some(AskedExport {
+        named: named?,
+        all_users: all_users?,
+        filter: filter?,
+        format: format?,
+    })
+}
+
+fn filter(
+    fields: &mut Fields,
+    month: &str,
+    (start, end): (Option<Timestamp>, Option<Timestamp>),
+    model: &str,
+) -> Option<UsageFilter> {
+    let period = fields.parse_optional("month", month);
+    let model = fields.parse_optional("model", model);
+    let bounds = bounds(fields, start, end).and_then(|(start, end)| {
+        let holds = match start.zip(end) {
+            Some((start, end)) if start >= end => Err("must be before end_time".into()),
+            _ => Ok(()),
+        };
+        fields.take("start_time", holds).map(|()| (start, end))
+    });
+    let (start, end) = bounds?;
+    Some(UsageFilter {
+        period: period?,
+        start,
+        end,
+        model: model?,
+    })
+}
+
+type Bound = Option<DateTime<Utc>>;
+
+fn bounds(
+    fields: &mut Fields,
+    start: Option<Timestamp>,
+    end: Option<Timestamp>,
+) -> Option<(Bound, Bound)> {
+    let bound = |value: Option<Timestamp>| {
+        value
+            .map(|value| convert::timestamp(Some(value)))
+            .transpose()
+    };
+    let start = fields.take("start_time", bound(start));
+    start.zip(fields.take("end_time", bound(end)))
+}
+
+fn interval(value: i32) -> Result<Interval, Violation> {
+    match query::Interval::try_from(value) {
+        Ok(query::Interval::Hour) => Ok(Interval::Hour),
+        Ok(query::Interval::Unspecified | query::Interval::Day) => Ok(Interval::Day),
+        Ok(query::Interval::Month) => Ok(Interval::Month),
+        Err(_) => Err("must be a known interval".into()),
+    }
+}
+
+fn asked_group_by(value: i32) -> Result<AskedGroupBy, Violation> {
+    AskedGroupBy::try_from(value).map_err(|_| "must be a known grouping".into())
+}
+
+fn label(by: AskedGroupBy, key: &str) -> Result<&str, Violation> {
+    match (by, key) {
+        (AskedGroupBy::Label, key) if (1..=64).contains(&key.len()) && !key.contains('\0') => {
+            Ok(key)
+        }
+        (AskedGroupBy::Label, _) => {
+            Err("must be the key of a label, 1 to 64 bytes without NUL".into())
+        }
+        (_, "") => Ok(key),
+        _ => Err("must be empty unless group_by is GROUP_BY_LABEL".into()),
+    }
+}
+
+/// The answer to a question about `user_id`.
+pub(super) fn answer(user_id: UserId, answer: UsageSeriesSet) -> QueryUsageResponse {
+    QueryUsageResponse {
+        user_id: user_id.to_string(),
+        start_time: Some(time(answer.range.start)),
+        end_time: Some(time(answer.range.end)),
+        series: answer.series.into_iter().map(series).collect(),
+    }
+}
+
+fn series(series: UsageSeries) -> crate::proto::tollkeeper::usage::v1::UsageSeries {
+    let (kind, group) = match series.group {
+        UsageGroup::All => (Kind::All, String::new()),
+        UsageGroup::Named(name) => (Kind::Group, name),
+        UsageGroup::Unlabeled => (Kind::Unlabeled, String::new()),
+        UsageGroup::Other => (Kind::Other, String::new()),
+    };
+    let buckets = series
+        .buckets
+        .into_iter()
+        .map(|(start, totals)| UsageBucket {
+            start_time: Some(time(start)),
+            totals: Some(totals.into()),
+        });
+    crate::proto::tollkeeper::usage::v1::UsageSeries {
+        kind: kind.into(),
+        group,
+        totals: Some(series.totals.into()),
+        buckets: buckets.collect(),
+    }
+}
+
+pub(super) type Chunks = Pin<Box<dyn Stream<Item = Result<ExportUsageResponse, Status>> + Send>>;
+
+/// Streams an export for the caller with `credential`, as fast as it is taken.
+pub(super) fn chunks(auth: Auth, usage: &Usage, credential: String, export: Export) -> Chunks {
+    let running = Running {
+        auth,
+        credential,
+        closing: usage.closing(),
+        export,
+        is_over: false,
+    };
+    Box::pin(stream::unfold(running, |mut running| async {
+        let next = running.next().await?;
+        Some((next, running))
+    }))
+}
+
+/// An export under way.
+struct Running {
+    auth: Auth,
+    /// The caller's own: it must stay good.
+    credential: String,
+    closing: watch::Receiver<bool>,
+    export: Export,
+    /// The last message has been told, the summary or an error.
+    is_over: bool,
+}
+
+impl Running {
+    async fn next(&mut self) -> Option<Result<ExportUsageResponse, Status>> {
+        if self.is_over {
+            return None;
+        }
+        let next = tokio::select! {
+            biased;
+            _ = self.closing.wait_for(|closing| *closing) => Err(status::shutting_down()),
+            next = content(&self.auth, &self.credential, &mut self.export) => next,
+        };
+        self.is_over = !matches!(next, Ok(Content::Data(_)));
+        Some(next.map(|content| ExportUsageResponse {
+            content: Some(content),
+        }))
+    }
+}
+
+async fn content(auth: &Auth, credential: &str, export: &mut Export) -> Result<Content, Status> {
+    auth.authenticate(credential, Utc::now()).await?;
+    Ok(match export.next_chunk().await? {
+        Some(chunk) => Content::Data(chunk.into()),
+        None => {
+            let written = export.written();
+            Content::Summary(ExportSummary {
+                record_count: written.records.cast_signed(),
+                byte_count: written.bytes.cast_signed(),
+            })
+        }
+    })
+}

@@ -1,0 +1,179 @@
+//! Reading many events, batch by batch: no statement lasts long, and nothing is held in between.
+
+use diesel::{
+    dsl::sql,
+    pg::Pg,
+    prelude::*,
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    sql_types::{BigInt, Nullable, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::RunQueryDsl;
+use tokio::sync::SemaphorePermit;
+use uuid::Uuid;
+
+use super::{Store, ledger::UsageRowTypes, schema::monthly_usage, usage::UsageRow};
+use crate::{
+    error::{Error, Result},
+    model::{TimeRange, UsageCursor, UsageFilter, UsageRecord, UserId},
+};
+
+impl Store {
+    /// The next events of an export, at most `limit`; none at its end.
+    ///
+    /// Of one user or of all, sorted by user, for each newest first. `after` is the last event that
+    /// was read. Perhaps fewer than `limit` although there are more: only none means the end.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn usage_export_batch(
+        &self,
+        whose: Option<UserId>,
+        filter: &UsageFilter,
+        after: Option<(UserId, UsageCursor)>,
+        limit: i64,
+    ) -> Result<Vec<UsageRecord>> {
+        let _turn = self.bulk_read().await?;
+        let mut conn = self.conn().await?;
+        let mut rows: Vec<UsageRow> = Vec::new();
+        // The rest of a user, then those after: in one condition Postgres could not go to the place
+        // in its index.
+        if let Some((user_id, cursor)) = after {
+            let batch = ExportBatch::new(Place::Within(user_id.0, cursor), filter, limit);
+            rows = batch.load(&mut conn).await?;
+        }
+        if rows.is_empty() {
+            let place = match (whose, after) {
+                (Some(_), Some(_)) => return Ok(Vec::new()),
+                (Some(user_id), None) => Place::Of(user_id.0),
+                (None, Some((user_id, _))) => Place::Behind(user_id.0),
+                (None, None) => Place::All,
+            };
+            rows = ExportBatch::new(place, filter, limit)
+                .load(&mut conn)
+                .await?;
+        }
+        drop(conn);
+        rows.into_iter().map(UsageRecord::try_from).collect()
+    }
+
+    /// About how many events an export has: as many or fewer, unless records were dropped.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn usage_export_size(
+        &self,
+        whose: Option<UserId>,
+        filter: &UsageFilter,
+    ) -> Result<i64> {
+        let range = filter.range();
+        let months = (
+            range.first_month().to_string(),
+            range.last_month().to_string(),
+        );
+        let mut query = monthly_usage::table
+            .filter(monthly_usage::month.between(months.0, months.1))
+            .select(sql::<Nullable<BigInt>>("sum(request_count)::bigint"))
+            .into_boxed();
+        if let Some(user_id) = whose {
+            query = query.filter(monthly_usage::user_id.eq(user_id.0));
+        }
+        let mut conn = self.conn().await?;
+        let size: Option<i64> = query.get_result(&mut conn).await?;
+        Ok(size.unwrap_or_default())
+    }
+
+    /// Waits for a turn to read much.
+    pub(super) async fn bulk_read(&self) -> Result<SemaphorePermit<'_>> {
+        self.bulk_reads.acquire().await.map_err(Error::internal)
+    }
+}
+
+/// Which events come next.
+#[derive(Clone, Copy)]
+enum Place {
+    /// Those of all users.
+    All,
+    /// Those of users behind this one.
+    Behind(Uuid),
+    /// Those of this user.
+    Of(Uuid),
+    /// Those of this user that are older.
+    Within(Uuid, UsageCursor),
+}
+
+/// Reads events in the order of their index, from a place in it.
+struct ExportBatch<'a> {
+    place: Place,
+    range: TimeRange,
+    first_month: String,
+    last_month: String,
+    model: Option<&'a str>,
+    limit: i64,
+}
+
+impl<'a> ExportBatch<'a> {
+    fn new(place: Place, filter: &'a UsageFilter, limit: i64) -> Self {
+        let range = filter.range();
+        Self {
+            place,
+            range,
+            first_month: range.first_month().to_string(),
+            last_month: range.last_month().to_string(),
+            model: filter.model.as_ref().map(|model| model.as_str()),
+            limit,
+        }
+    }
+}
+
+impl QueryFragment<Pg> for ExportBatch<'_> {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "SELECT user_id, event_id, occurred_at, model, input_tokens, output_tokens,
+                 cached_input_tokens, cache_write_tokens, reasoning_tokens, request_id, labels,
+                 recorded_at
+             FROM usage_records WHERE usage_month BETWEEN ",
+        );
+        out.push_bind_param::<Text, _>(&self.first_month)?;
+        out.push_sql(" AND ");
+        out.push_bind_param::<Text, _>(&self.last_month)?;
+        out.push_sql(" AND occurred_at >= ");
+        out.push_bind_param::<Timestamptz, _>(&self.range.start)?;
+        out.push_sql(" AND occurred_at < ");
+        out.push_bind_param::<Timestamptz, _>(&self.range.end)?;
+        match &self.place {
+            Place::All => {}
+            Place::Behind(user_id) => {
+                out.push_sql(" AND user_id > ");
+                out.push_bind_param::<SqlUuid, _>(user_id)?;
+            }
+            Place::Of(user_id) | Place::Within(user_id, _) => {
+                out.push_sql(" AND user_id = ");
+                out.push_bind_param::<SqlUuid, _>(user_id)?;
+            }
+        }
+        if let Place::Within(_, cursor) = &self.place {
+            out.push_sql(" AND (occurred_at, event_id) < (");
+            out.push_bind_param::<Timestamptz, _>(&cursor.occurred_at)?;
+            out.push_sql(", ");
+            out.push_bind_param::<SqlUuid, _>(&cursor.event_id.0)?;
+            out.push_sql(")");
+        }
+        if let Some(model) = &self.model {
+            out.push_sql(" AND model = ");
+            out.push_bind_param::<Text, _>(model)?;
+        }
+        out.push_sql(" ORDER BY user_id, occurred_at DESC, event_id DESC LIMIT ");
+        out.push_bind_param::<BigInt, _>(&self.limit)?;
+        Ok(())
+    }
+}
+
+impl QueryId for ExportBatch<'_> {
+    type QueryId = ();
+    // Told apart by their text.
+    const HAS_STATIC_QUERY_ID: bool = false;
+}
+
+impl Query for ExportBatch<'_> {
+    type SqlType = UsageRowTypes;
+}
