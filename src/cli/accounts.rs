@@ -6,16 +6,13 @@ use clap::Subcommand;
 
 use super::{
     database::{Database, migrator},
-    secrets,
+    named, secrets,
     serve::PASSWORD_CHARS,
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    model::{
-        KeyOverlap, Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName, TierName,
-        Violation,
-    },
+    model::{KeyOverlap, Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName, TierName},
     store::Store,
     tasks,
     usage::load_tiers,
@@ -192,9 +189,4 @@ async fn with_auth(
     .await;
     database.close().await?;
     outcome
-}
-
-/// Says which flag a value was wrong for.
-fn named<T>(flag: &str, value: Result<T, Violation>) -> anyhow::Result<T> {
-    value.map_err(|violation| anyhow::anyhow!("{flag} {violation}"))
 }

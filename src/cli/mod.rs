@@ -6,6 +6,7 @@ mod keys;
 mod migrate;
 mod secrets;
 mod serve;
+mod usage;
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -20,6 +21,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     config::{self, Loaded},
     grpc::health,
+    model::Violation,
 };
 
 /// Knows who is calling and how much they may still use.
@@ -79,6 +81,9 @@ enum Command {
     /// Create service accounts, which programs call with, and rotate their keys
     #[command(subcommand)]
     Services(accounts::ServicesCommand),
+    /// Export usage records, or show who and what used a month's tokens
+    #[command(subcommand)]
+    Usage(usage::Command),
     /// Make or list the keys that sign access tokens
     #[command(subcommand)]
     Keys(keys::Command),
@@ -125,6 +130,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Migrate(command) => migrate::run(command, cli.settings.load(None)?).await,
         Command::Users(command) => accounts::users(command, cli.settings.load(None)?).await,
         Command::Services(command) => accounts::services(command, cli.settings.load(None)?).await,
+        Command::Usage(command) => usage::run(command, cli.settings.load(None)?).await,
         Command::Keys(command) => keys::run(command, &cli.settings.load(None)?.settings),
         Command::Health {
             address,
@@ -171,6 +177,11 @@ impl SettingsArgs {
         });
         Ok(config::load(&flags, environment, self.config.as_deref())?)
     }
+}
+
+/// Says which flag a value was wrong for.
+fn named<T>(flag: &str, value: Result<T, Violation>) -> anyhow::Result<T> {
+    value.map_err(|violation| anyhow::anyhow!("{flag} {violation}"))
 }
 
 /// Where a client on this machine finds a server that listens on `address`.

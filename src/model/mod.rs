@@ -40,7 +40,8 @@ pub use usage::{
     UsageTotals,
 };
 pub use usage_reads::{
-    Interval, TimeRange, UsageCell, UsageCells, UsageFilter, UsageGroup, UsageGrouping, UsageSource,
+    Interval, ReportBy, ReportLine, TimeRange, UsageCell, UsageCells, UsageFilter, UsageGroup,
+    UsageGrouping, UsageSource,
 };
 pub use user::{Person, Role, User, UserFilter, UserStanding};
 

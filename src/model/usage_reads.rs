@@ -162,6 +162,25 @@ pub struct UsageCell {
     pub totals: UsageTotals,
 }
 
+/// What a month's report is broken down by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReportBy {
+    Model,
+    User,
+    Day,
+}
+
+/// A line of a report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportLine {
+    /// The model, the username or the id of a user who is no more, or the day; `None` for all that
+    /// have no line of their own.
+    pub name: Option<String>,
+    /// How many models, users or days it is of.
+    pub members: i64,
+    pub totals: UsageTotals,
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

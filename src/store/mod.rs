@@ -18,6 +18,7 @@ mod sessions;
 mod usage;
 mod usage_cells;
 mod usage_export;
+mod usage_report;
 mod users;
 
 use std::{sync::Arc, time::Duration};

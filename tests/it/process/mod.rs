@@ -7,6 +7,7 @@ mod logs;
 mod production;
 mod replicas;
 mod stop;
+mod usage_commands;
 
 use std::{
     path::PathBuf,

@@ -1,0 +1,348 @@
+use std::{collections::HashSet, fs};
+
+use chrono::Utc;
+use serde_json::Value;
+use tokio_postgres::{Client, NoTls};
+use tollkeeper::{
+    model::Period,
+    proto::tollkeeper::usage::v1::{
+        ExportUsageRequest, export_usage_request::Format, export_usage_response::Content,
+        usage_service_client::UsageServiceClient,
+    },
+};
+
+use super::home::{Home, Outcome};
+use crate::harness::with_bearer;
+
+/// Records of the export whose memory is watched. A million take minutes in a debug build; the bound
+/// does not depend on how many there are.
+const MANY: i64 = 200_000;
+
+/// Bytes that an export may add to an idle service.
+const MEMORY: u64 = 50 * 1024 * 1024;
+
+const ADA: &str = "01890a5d-ac96-774b-bcce-b302099a8057";
+const GONE: &str = "01890a5d-ac96-774b-bcce-b302099a8058";
+
+/// A migrated database in which Ada and somebody who is no more used tokens, this month and last.
+struct Used {
+    home: Home,
+    client: Client,
+    this: Period,
+}
+
+impl Used {
+    async fn new() -> Self {
+        let home = tokio::task::spawn_blocking(Home::with_database)
+            .await
+            .unwrap();
+        let migrated = home.run(&["migrate", "up"]);
+        assert_eq!(migrated.code, Some(0), "{}", migrated.stderr);
+        let (client, connection) = tokio_postgres::connect(home.database_url(), NoTls)
+            .await
+            .unwrap();
+        tokio::spawn(connection);
+        let this = Period::containing(Utc::now());
+        let used = Self { home, client, this };
+        used.sql(&format!(
+            "INSERT INTO users (id, email, username, tier)
+             VALUES ('{ADA}', 'ada@example.com', 'ada', 'free')"
+        ))
+        .await;
+        for (user, month, records) in [(ADA, this, 30), (ADA, this.previous(), 4), (GONE, this, 10)]
+        {
+            used.fill(user, month, records).await;
+        }
+        used
+    }
+
+    /// Books records of a minute each from the beginning of a month on, a tenth of another model.
+    async fn fill(&self, user: &str, month: Period, records: i64) {
+        let start = month.start();
+        self.sql(&format!(
+            "INSERT INTO usage_records
+             SELECT '{month}', '{user}', gen_random_uuid(), '{start}'::timestamptz
+                     + n * interval '1 minute', CASE n % 10 WHEN 0 THEN 'rare' ELSE 'usual' END,
+                 n, 1000, 0, 0, 5, 'r' || n, '{{\"team\": \"blue\"}}'
+             FROM generate_series(1, {records}) n"
+        ))
+        .await;
+        for (table, model) in [("monthly_usage", ""), ("monthly_model_usage", "model,")] {
+            self.sql(&format!("TRUNCATE {table}")).await;
+            self.sql(&format!(
+                "INSERT INTO {table} SELECT user_id, usage_month, {model} sum(input_tokens),
+                     sum(output_tokens), sum(cached_input_tokens), sum(cache_write_tokens),
+                     sum(reasoning_tokens), count(*)
+                 FROM usage_records GROUP BY user_id, {model} usage_month"
+            ))
+            .await;
+        }
+    }
+
+    async fn sql(&self, statement: &str) {
+        self.client.batch_execute(statement).await.expect(statement);
+    }
+
+    async fn ids(&self, condition: &str) -> HashSet<String> {
+        let statement = format!("SELECT event_id::text FROM usage_records WHERE {condition}");
+        let rows = self.client.query(&statement, &[]).await.expect(condition);
+        rows.iter().map(|row| row.get(0)).collect()
+    }
+
+    fn usage(&self, args: &[&str]) -> Outcome {
+        self.home.run(&[&["usage"], args].concat())
+    }
+}
+
+#[track_caller]
+fn succeeded(outcome: Outcome) -> String {
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    outcome.stdout
+}
+
+fn ids(ndjson: &str) -> HashSet<String> {
+    let id = |line| {
+        let line: Value = serde_json::from_str(line).expect(line);
+        line["event_id"].as_str().expect("an id").to_owned()
+    };
+    ndjson.lines().map(id).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_holds_what_was_asked_for() {
+    let used = Used::new().await;
+    let this = used.this.to_string();
+    let (from, to) = (format!("{this}-01"), format!("{this}-01T00:05:00Z"));
+    let by_id = format!("user_id = '{ADA}'");
+    for (args, condition) in [
+        (&["--all"][..], "true".to_owned()),
+        (&["--user", "ADA"], by_id.clone()),
+        (&["--user", "ada@example.com"], by_id.clone()),
+        (&["--user", GONE], format!("user_id = '{GONE}'")),
+        (
+            &["--user", ADA, "--month", &this],
+            format!("{by_id} AND usage_month = '{this}'"),
+        ),
+        (
+            &["--all", "--from", &from, "--to", &to],
+            format!("occurred_at >= '{from}Z' AND occurred_at < '{to}'"),
+        ),
+        (&["--all", "--model", "rare"], "model = 'rare'".to_owned()),
+    ] {
+        let args = [&["export", "--format", "ndjson"], args].concat();
+        let file = succeeded(used.usage(&args));
+        let wanted = used.ids(&condition).await;
+        assert!(!wanted.is_empty(), "{args:?}");
+        assert_eq!(ids(&file), wanted, "{args:?}");
+        assert_eq!(file.lines().count(), wanted.len(), "{args:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_appears_when_it_is_whole_and_nothing_is_drawn_without_a_terminal() {
+    let used = Used::new().await;
+    let path = used.home.path().join("usage.csv");
+    let file = path.to_str().unwrap();
+    let outcome = used.usage(&["export", "--all", "--output", file]);
+    assert_eq!(outcome.stderr, "");
+    let said = succeeded(outcome);
+    let written = fs::read_to_string(&path).unwrap();
+    assert!(said.starts_with("44 records, "), "{said}");
+    assert!(said.trim_end().ends_with(file), "{said}");
+    assert!(written.starts_with("user_id,occurred_at,event_id,model,"));
+    assert_eq!(written.matches("\r\n").count(), 45);
+    assert_eq!(written.matches(ADA).count(), 34);
+    let same = succeeded(used.usage(&["export", "--all"]));
+    assert_eq!(same, written);
+
+    // One that fails on its way leaves the old file, and no piece of the new one.
+    used.sql("UPDATE usage_records SET labels = '[]'").await;
+    let failed = used.usage(&["export", "--all", "--output", file]);
+    assert_eq!(failed.code, Some(1), "{}", failed.stdout);
+    assert!(failed.stderr.starts_with("tollkeeper: internal error"));
+    assert_eq!(fs::read_to_string(&path).unwrap(), written);
+    assert!(!fs::exists(path.with_added_extension("part")).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_command_is_said() {
+    let used = Used::new().await;
+    for (args, code, says) in [
+        (&["export"][..], 2, "<--user <USER>|--all>"),
+        (
+            &["export", "--all", "--user", "ada"],
+            2,
+            "cannot be used with",
+        ),
+        (&["export", "--all", "--format", "xml"], 2, "csv, ndjson"),
+        (
+            &["export", "--all", "--month", "2026-13"],
+            1,
+            "--month must be a month",
+        ),
+        (
+            &["export", "--all", "--from", "noon"],
+            1,
+            "--from must be a time such as",
+        ),
+        (
+            &["export", "--all", "--to", "2026-02-30"],
+            1,
+            "--to must be a time such as",
+        ),
+        (
+            &[
+                "export",
+                "--all",
+                "--from",
+                "2026-02-02",
+                "--to",
+                "2026-02-02",
+            ],
+            1,
+            "--from must be before --to",
+        ),
+        (
+            &["export", "--all", "--model", "a model"],
+            1,
+            "--model must be",
+        ),
+        (&["export", "--user", "nobody"], 1, "no such user"),
+        (&["export", "--user", "no body"], 1, "--user must be"),
+        (
+            &["export", "--all", "--output", "no/such/file"],
+            1,
+            "cannot write no/such/file",
+        ),
+        (&["report", "--month", "May"], 1, "--month must be a month"),
+        (&["report", "--top", "0"], 2, "0 is not in 1..=1000"),
+        (&["report", "--by", "hour"], 2, "model, user, day"),
+    ] {
+        let outcome = used.usage(args);
+        assert_eq!(outcome.code, Some(code), "{args:?}: {}", outcome.stdout);
+        assert!(
+            outcome.stderr.contains(says),
+            "{args:?}: {}",
+            outcome.stderr
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_shows_a_month_by_model_user_or_day() {
+    let used = Used::new().await;
+    let this = used.this.to_string();
+    /// The numbers of the line that begins with `name`.
+    fn numbers(report: &str, name: &str) -> Vec<String> {
+        let line = report.lines().find(|line| line.starts_with(name));
+        let line = line.unwrap_or_else(|| panic!("{name} in {report}"));
+        let words = line
+            .split_whitespace()
+            .skip(name.split_whitespace().count());
+        words.map(str::to_owned).collect()
+    }
+    // n from 1 to 30 and from 1 to 10: 465 + 55 input; of `rare` 10 + 20 + 30 and 10.
+    let by_model = succeeded(used.usage(&["report"]));
+    assert!(
+        by_model.starts_with(&format!("{this} by model, tokens\n")),
+        "{by_model}"
+    );
+    let all = ["40", "520", "40,000", "0", "0", "200", "40,720"];
+    assert_eq!(numbers(&by_model, "all"), all);
+    let usual = ["36", "450", "36,000", "0", "0", "180", "36,630"];
+    assert_eq!(numbers(&by_model, "usual"), usual);
+    assert_eq!(numbers(&by_model, "rare")[0], "4");
+    let (table, chart) = by_model.split_once("all").unwrap();
+    assert!(table.find("usual") < table.find("rare"), "largest first");
+    assert!(chart.contains("█ ") && chart.contains("90.0 %"), "{chart}");
+
+    let by_user = succeeded(used.usage(&["report", "--by", "user", "--month", &this]));
+    assert_eq!(numbers(&by_user, "ada")[0], "30");
+    assert_eq!(numbers(&by_user, GONE)[0], "10");
+    let largest = succeeded(used.usage(&["report", "--by", "user", "--top", "1"]));
+    assert_eq!(numbers(&largest, "1 other")[0], "10");
+    assert_eq!(numbers(&largest, "all"), all);
+
+    let by_day = succeeded(used.usage(&["report", "--by", "day", "--user", "ada"]));
+    let first = numbers(&by_day, &format!("{this}-01"));
+    assert_eq!(first, ["30", "465", "30,000", "0", "0", "150", "30,615"]);
+    assert_eq!(numbers(&by_day, &format!("{this}-28"))[6], "0");
+
+    let before = used.this.previous().to_string();
+    let before = succeeded(used.usage(&["report", "--month", &before]));
+    assert_eq!(numbers(&before, "all")[0], "4");
+    let never = succeeded(used.usage(&["report", "--month", "2001-01"]));
+    assert_eq!(never, "no usage in 2001-01\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_takes_little_memory_however_long_it_is() {
+    let used = Used::new().await;
+    let start = used.this.start();
+    used.sql(&format!(
+        "INSERT INTO usage_records
+         SELECT '{}', '{ADA}', gen_random_uuid(), '{start}'::timestamptz + n * interval '1 ms',
+             'a-model', n, 1, 0, 0, 0, 'request-' || n, '{{\"team\": \"blue\", \"feature\": \"x\"}}'
+         FROM generate_series(1, {MANY}) n",
+        used.this
+    ))
+    .await;
+    let create = [
+        "services",
+        "create",
+        "--name",
+        "reader",
+        "--scope",
+        "usage.read",
+    ];
+    let created = used.home.finish(used.home.production(&create), "");
+    let key = succeeded(created);
+    let key = key
+        .lines()
+        .find_map(|line| line.strip_prefix("key"))
+        .unwrap()
+        .trim();
+    let mut service = used.home.start(used.home.production(&["serve"]));
+    let mut usage = UsageServiceClient::new(service.serving().await);
+    let pid = service.child.id();
+
+    // A first one, so that what any call brings with it counts as idle.
+    let (mut peak, mut idle) = (0, 0);
+    for (model, records, wanted) in [("rare", 4, 70), ("a-model", MANY, MANY * (MANY + 1) / 2)] {
+        idle = resident(pid);
+        let request = ExportUsageRequest {
+            all_users: true,
+            model: model.to_owned(),
+            format: Format::Csv.into(),
+            ..ExportUsageRequest::default()
+        };
+        let request = with_bearer(request, key);
+        let mut stream = usage.export_usage(request).await.unwrap().into_inner();
+        let (mut summary, mut lines, mut input) = (None, 0, 0);
+        while let Some(message) = stream.message().await.unwrap() {
+            peak = peak.max(resident(pid));
+            match message.content.unwrap() {
+                Content::Summary(told) => summary = Some(told),
+                Content::Data(data) => {
+                    for line in std::str::from_utf8(&data).unwrap().split_terminator("\r\n") {
+                        let column = line.split(',').nth(4).unwrap();
+                        input += column.parse::<i64>().unwrap_or_default();
+                        lines += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(summary.unwrap().record_count, lines - 1);
+        assert_eq!((lines - 1, input), (records, wanted));
+    }
+    println!("idle {idle}, at most {peak} bytes");
+    assert!(peak < idle + MEMORY, "idle {idle}, at most {peak}");
+}
+
+/// Bytes of memory that a process has now.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.expect("VmRSS") * 1024
+}
