@@ -41,6 +41,11 @@ pub struct UsageFilter {
 }
 
 impl UsageFilter {
+    /// Whether it asks for times.
+    pub fn is_timed(&self) -> bool {
+        self.period.is_some() || self.start.is_some() || self.end.is_some()
+    }
+
     /// The times that are left; without bounds from 1970 to 9999, the times that can be told.
     pub fn range(&self) -> TimeRange {
         let first = DateTime::UNIX_EPOCH;

@@ -103,15 +103,16 @@ impl Store {
             ))
             .limit(page.size + 1)
             .into_boxed();
-        let range = filter.range();
-        // Follows from the times below; leaves other partitions alone.
-        query = query.filter(usage_records::usage_month.between(
-            range.first_month().to_string(),
-            range.last_month().to_string(),
-        ));
-        query = query
-            .filter(usage_records::occurred_at.ge(range.start))
-            .filter(usage_records::occurred_at.lt(range.end));
+        if filter.is_timed() {
+            let range = filter.range();
+            let months = (range.first_month(), range.last_month());
+            query = query
+                .filter(usage_records::occurred_at.ge(range.start))
+                .filter(usage_records::occurred_at.lt(range.end))
+                // Follows from the times; leaves the partitions of other months alone.
+                .filter(usage_records::usage_month.ge(months.0.to_string()))
+                .filter(usage_records::usage_month.le(months.1.to_string()));
+        }
         if let Some(model) = &filter.model {
             query = query.filter(usage_records::model.eq(model.as_str()));
         }

@@ -56,9 +56,8 @@ fn cell((start, rank, kind, name, sums): CellRow, wanted: &UsageCells) -> Result
 
 /// Sums, grouped and ranked by Postgres, so that no more comes back than is shown.
 ///
-/// Has few shapes, one for each interval, grouping and source, so that each is prepared once. Months
-/// stand in it as well as times: they are what partitions are told apart by. All other conditions
-/// are those of the index.
+/// Months stand in it as well as times: they are what partitions are told apart by. All other
+/// conditions are those of the index.
 struct CellsQuery<'a> {
     wanted: &'a UsageCells,
     first_month: String,
@@ -105,6 +104,8 @@ impl<'a> CellsQuery<'a> {
 impl QueryFragment<Pg> for CellsQuery<'_> {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         let wanted = self.wanted;
+        // Planned for its values: an hour is read otherwise than a year.
+        out.unsafe_to_cache_prepared();
         out.push_sql("WITH cells AS (SELECT ");
         out.push_sql(match (wanted.source, wanted.interval) {
             (UsageSource::Records, Interval::Hour) => "date_trunc('hour', occurred_at, 'UTC')",
@@ -168,7 +169,6 @@ impl QueryFragment<Pg> for CellsQuery<'_> {
 
 impl QueryId for CellsQuery<'_> {
     type QueryId = ();
-    // Told apart by their text.
     const HAS_STATIC_QUERY_ID: bool = false;
 }
 

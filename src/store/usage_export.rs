@@ -127,6 +127,8 @@ impl<'a> ExportBatch<'a> {
 
 impl QueryFragment<Pg> for ExportBatch<'_> {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        // Planned for its values: for any, Postgres takes a range to hold little and would sort.
+        out.unsafe_to_cache_prepared();
         out.push_sql(
             "SELECT user_id, event_id, occurred_at, model, input_tokens, output_tokens,
                  cached_input_tokens, cache_write_tokens, reasoning_tokens, request_id, labels,
@@ -170,7 +172,6 @@ impl QueryFragment<Pg> for ExportBatch<'_> {
 
 impl QueryId for ExportBatch<'_> {
     type QueryId = ();
-    // Told apart by their text.
     const HAS_STATIC_QUERY_ID: bool = false;
 }
 

@@ -59,6 +59,7 @@ struct ReportQuery {
 
 impl QueryFragment<Pg> for ReportQuery {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.unsafe_to_cache_prepared();
         let (name, count, from) = match self.by {
             ReportBy::Model => (
                 "model",
@@ -120,7 +121,6 @@ impl QueryFragment<Pg> for ReportQuery {
 
 impl QueryId for ReportQuery {
     type QueryId = ();
-    // Told apart by their text.
     const HAS_STATIC_QUERY_ID: bool = false;
 }
 
