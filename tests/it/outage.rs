@@ -46,7 +46,7 @@ const INTERNALS: [&str; 16] = [
 ];
 
 /// Asserts that a call failed because the database was away, and says so as documented.
-fn assert_database_unavailable(status: &Status) {
+pub(crate) fn assert_database_unavailable(status: &Status) {
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
     assert_eq!(reason(status), "DATABASE_UNAVAILABLE");
     let retry = status.get_details_retry_info().expect("RetryInfo");

@@ -136,6 +136,7 @@ pub(crate) struct RunningServer {
     pub(crate) address: SocketAddr,
     pub(crate) ops_address: Option<SocketAddr>,
     pub(crate) auth: tollkeeper::auth::Auth,
+    pub(crate) usage: tollkeeper::usage::Usage,
     shutdown: Option<oneshot::Sender<()>>,
     ended: JoinHandle<Result<(), ServerError>>,
 }
@@ -147,6 +148,7 @@ impl RunningServer {
         let address = server.local_addr().expect("bound");
         let ops_address = server.ops_addr();
         let auth = server.auth().clone();
+        let usage = server.usage().clone();
         let (shutdown, asked) = oneshot::channel::<()>();
         let ended = tokio::spawn(server.run(async {
             let _ = asked.await;
@@ -155,6 +157,7 @@ impl RunningServer {
             address,
             ops_address,
             auth,
+            usage,
             shutdown: Some(shutdown),
             ended,
         })

@@ -3,6 +3,7 @@
 mod commands;
 mod first_start;
 mod home;
+mod ledger_kills;
 mod logs;
 mod production;
 mod replicas;

@@ -13,10 +13,10 @@ use uuid::Uuid;
 use super::{at, event, refuse_model, tokens, turn_of_the_month, use_up};
 use crate::harness::{TestApp, with_bearer};
 
-type Results = Vec<Result<Outcome, UsageFailure>>;
+pub(super) type Results = Vec<Result<Outcome, UsageFailure>>;
 
 /// Books events as a service, over any connection.
-async fn record_batch(
+pub(super) async fn record_batch(
     channel: &Channel,
     service_key: &str,
     events: Vec<UsageEvent>,
@@ -33,7 +33,7 @@ async fn record_batch(
 }
 
 /// `RECORDED`, `DUPLICATE` or the reason of a refusal, of each.
-fn names(results: &Results) -> Vec<&str> {
+pub(super) fn names(results: &Results) -> Vec<&str> {
     let names = results.iter().map(|result| match result {
         Ok(Outcome::Recorded) => "RECORDED",
         Ok(Outcome::Duplicate) => "DUPLICATE",
@@ -44,7 +44,7 @@ fn names(results: &Results) -> Vec<&str> {
 }
 
 impl TestApp {
-    async fn record_batch(&self, events: Vec<UsageEvent>) -> Result<Results, Status> {
+    pub(super) async fn record_batch(&self, events: Vec<UsageEvent>) -> Result<Results, Status> {
         record_batch(&self.channel, &self.service_key, events).await
     }
 }

@@ -3,6 +3,7 @@
 mod batch;
 mod concurrent;
 mod export;
+mod faults;
 mod list;
 mod month;
 mod query;
@@ -26,7 +27,7 @@ use uuid::Uuid;
 use crate::harness::{TestApp, with_bearer};
 
 /// Where the sums over distinct events and the booked sums differ: months and models.
-const WRONG_MONTHS: &str = "
+pub(crate) const WRONG_MONTHS: &str = "
     SELECT count(*) FROM (
         SELECT user_id, usage_month AS month, sum(input_tokens)::bigint AS i,
             sum(output_tokens)::bigint AS o, sum(cached_input_tokens)::bigint AS c,
@@ -35,7 +36,7 @@ const WRONG_MONTHS: &str = "
     ) AS e FULL JOIN monthly_usage AS m USING (user_id, month)
     WHERE (e.i, e.o, e.c, e.w, e.r, e.n) IS DISTINCT FROM (m.input_tokens, m.output_tokens,
         m.cached_input_tokens, m.cache_write_tokens, m.reasoning_tokens, m.request_count)";
-const WRONG_MODELS: &str = "
+pub(crate) const WRONG_MODELS: &str = "
     SELECT count(*) FROM (
         SELECT user_id, usage_month AS month, model, sum(input_tokens)::bigint AS i,
             sum(output_tokens)::bigint AS o, sum(cached_input_tokens)::bigint AS c,

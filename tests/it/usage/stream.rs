@@ -21,13 +21,13 @@ use super::{event, refuse_model, tokens};
 use crate::harness::{Blocker, TestApp, reason, with_bearer};
 
 /// A stream under way.
-struct Stream {
-    requests: mpsc::Sender<StreamUsageRequest>,
+pub(super) struct Stream {
+    pub(super) requests: mpsc::Sender<StreamUsageRequest>,
     answers: Streaming<StreamUsageResponse>,
 }
 
 impl Stream {
-    async fn open(channel: &Channel, key: &str) -> Result<Self, Status> {
+    pub(super) async fn open(channel: &Channel, key: &str) -> Result<Self, Status> {
         let (requests, receiver) = mpsc::channel(1);
         let request = with_bearer(ReceiverStream::new(receiver), key);
         let mut usage = UsageServiceClient::new(channel.clone());
@@ -35,7 +35,7 @@ impl Stream {
         Ok(Self { requests, answers })
     }
 
-    async fn send(&self, offset: i64, events: &[UsageEvent]) {
+    pub(super) async fn send(&self, offset: i64, events: &[UsageEvent]) {
         let events = events.to_vec();
         let request = StreamUsageRequest { offset, events };
         // An error means that the server has ended the stream, and its status tells why.
@@ -43,7 +43,7 @@ impl Stream {
     }
 
     /// All answers until everything before `offset` is settled, added up.
-    async fn until(&mut self, offset: i64) -> Result<StreamUsageResponse, Status> {
+    pub(super) async fn until(&mut self, offset: i64) -> Result<StreamUsageResponse, Status> {
         let mut all = StreamUsageResponse::default();
         while all.acknowledged < offset {
             let answer = self.answers.message().await?.expect("the stream goes on");
@@ -57,7 +57,7 @@ impl Stream {
     }
 
     /// How it ends, and what was settled before.
-    async fn end(&mut self) -> (i64, Result<(), Status>) {
+    pub(super) async fn end(&mut self) -> (i64, Result<(), Status>) {
         let mut acknowledged = 0;
         loop {
             match self.answers.message().await {
@@ -70,7 +70,7 @@ impl Stream {
 }
 
 impl TestApp {
-    async fn stream(&self) -> Stream {
+    pub(super) async fn stream(&self) -> Stream {
         Stream::open(&self.channel, &self.service_key)
             .await
             .unwrap()
