@@ -457,7 +457,9 @@ async fn fifty_kills_of_the_service_lose_nothing_and_count_nothing_twice() {
         let (service, channel) = serve(&home).await;
         services[replica] = service;
         *load.replicas[replica].lock().unwrap() = channel;
-        audit.check(&load).await;
+        if round % 10 == 9 {
+            audit.check(&load).await;
+        }
     }
     settle(&load, clients, &url, KILLS, "service").await;
 }
