@@ -174,6 +174,9 @@ pub struct UsageSettings {
     pub batch_events: usize,
     /// Events that may wait to be written; more are refused at once.
     pub queue_events: usize,
+    /// Full months that usage records are kept, beside the running one; sums outlive them. At least
+    /// 3, since events may come late; 0 keeps all.
+    pub retention_months: u32,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -318,6 +321,7 @@ impl Default for UsageSettings {
             writers: 16,
             batch_events: 1000,
             queue_events: 20_000,
+            retention_months: 0,
         }
     }
 }

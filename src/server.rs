@@ -30,7 +30,7 @@ use crate::{
     ops,
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
-    tasks,
+    tasks::{self, Upkeep},
     usage::{TiersError, Usage, load_tiers},
 };
 
@@ -76,6 +76,7 @@ pub struct Server {
     rules: Rules,
     auth: Auth,
     usage: Usage,
+    upkeep: Upkeep,
     store: Store,
 }
 
@@ -99,7 +100,10 @@ impl Server {
             .await
             .map_err(ServerError::Migrate)?;
         let store = Store::new(&settings.database)?;
-        tasks::make_partitions(&store, Utc::now()).await?;
+        // The default ones take what has none; upkeep tries again.
+        if let Err(error) = tasks::make_partitions(&store, Utc::now()).await {
+            warn!(%error, "partitions could not be made");
+        }
         // Only now: a probe is refused rather than left without an answer.
         let ops = match settings.ops.listen {
             Some(address) => listen_for_ops(address, settings.dev).await?,
@@ -113,6 +117,7 @@ impl Server {
             &settings.password,
         )?;
         let usage = Usage::new(store.clone(), tiers, &settings.usage);
+        let upkeep = Upkeep::new(store.clone(), settings.usage.retention_months);
         Ok(Self {
             settings: settings.server.clone(),
             listener,
@@ -120,6 +125,7 @@ impl Server {
             rules,
             auth,
             usage,
+            upkeep,
             store,
         })
     }
@@ -162,6 +168,7 @@ impl Server {
             rules,
             auth,
             usage,
+            upkeep,
             store,
         } = self;
         let reporter = HealthReporter::new();
@@ -209,6 +216,7 @@ impl Server {
                 auth: auth.clone(),
                 usage: usage.clone(),
                 store: store.clone(),
+                upkeep: upkeep.status(),
                 connections: workers.loads(),
             }));
             let readiness = readiness_known;
@@ -228,7 +236,7 @@ impl Server {
             readiness.clone(),
         ));
         let mut background = JoinSet::new();
-        background.spawn(tasks::upkeep(store.clone()));
+        background.spawn(upkeep.run());
         background.spawn(tasks::change_feed(store.clone(), auth.clone()));
         background.spawn(tasks::api_key_uses(auth.clone()));
 

@@ -70,6 +70,10 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
             return Err((key, "must be 1 to 255 bytes".to_owned()));
         }
     }
+    if !matches!(settings.usage.retention_months, 0 | 3..=1200) {
+        let message = "must be 0 (keep all) or 3 to 1200, for events may come 35 days late";
+        return Err(("usage.retention_months", message.to_owned()));
+    }
     if password.scheme == PasswordScheme::Bcrypt && password.min_length > 18 {
         // 72 bytes hold 18 characters of four bytes each.
         let message = "must be at most 18 with bcrypt";
@@ -211,6 +215,16 @@ mod tests {
             }),
             "auth.jwt_secret"
         );
+    }
+
+    #[test]
+    fn records_are_kept_for_as_long_as_events_may_come_or_for_ever() {
+        let mut settings = production();
+        for (months, is_refused) in [(0, false), (1, true), (2, true), (3, false), (1201, true)] {
+            settings.usage.retention_months = months;
+            let refused = bounds(&settings).err().map(|(key, _)| key);
+            assert_eq!(refused, is_refused.then_some("usage.retention_months"));
+        }
     }
 
     #[test]

@@ -37,11 +37,16 @@ impl Period {
         }
     }
 
+    /// The month `months` earlier.
+    pub fn minus_months(self, months: u32) -> Self {
+        Self {
+            first: self.first - Months::new(months),
+        }
+    }
+
     /// The month before.
     pub fn previous(self) -> Self {
-        Self {
-            first: self.first - Months::new(1),
-        }
+        self.minus_months(1)
     }
 }
 

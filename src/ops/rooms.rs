@@ -1,7 +1,8 @@
 //! What the rooms say of themselves when they are asked.
 
-use std::fmt;
+use std::{fmt, sync::Arc, time::Duration};
 
+use chrono::Utc;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric as _},
@@ -11,6 +12,7 @@ use prometheus_client::{
 use crate::{
     auth::{Auth, BootTime, Trust},
     store::Store,
+    tasks::UpkeepStatus,
     usage::Usage,
 };
 
@@ -19,6 +21,7 @@ pub struct Rooms {
     pub auth: Auth,
     pub usage: Usage,
     pub store: Store,
+    pub upkeep: Arc<UpkeepStatus>,
     /// Open connections of each thread that serves.
     pub connections: Box<dyn Fn() -> Vec<usize> + Send + Sync>,
 }
@@ -122,6 +125,7 @@ impl Collector for Rooms {
                 .silence(now)
                 .map_or(f64::INFINITY, |silence| silence.as_secs_f64()),
         )?;
+        self.encode_upkeep(&mut out)?;
         out.gauges(
             "pool_connections",
             "Connections to the database",
@@ -149,6 +153,44 @@ impl Collector for Rooms {
             "Open connections of each thread that serves",
             "thread",
             &open,
+        )
+    }
+}
+
+impl Rooms {
+    fn encode_upkeep(&self, out: &mut Out<'_, '_>) -> fmt::Result {
+        let upkeep = &self.upkeep;
+        out.counters(
+            "upkeep_runs",
+            "Runs of upkeep: those that did all of it, and those that left something to the next",
+            "result",
+            &[
+                ("succeeded", upkeep.succeeded.get()),
+                ("failed", upkeep.failed.get()),
+            ],
+        )?;
+        out.seconds(
+            "upkeep_age_seconds",
+            "Since upkeep last did all of it",
+            upkeep
+                .age()
+                .as_ref()
+                .map_or(f64::INFINITY, Duration::as_secs_f64),
+        )?;
+        out.gauge(
+            "partitions_ahead",
+            "Months after this one that have a partition for usage, as upkeep last saw it",
+            upkeep.months_ahead(Utc::now()),
+        )?;
+        out.gauge(
+            "partition_default_rows",
+            "Rows that no monthly partition took, as upkeep last saw it",
+            upkeep.default_rows(),
+        )?;
+        out.counter(
+            "partitions_dropped",
+            "Months of usage records dropped by retention",
+            upkeep.dropped.get(),
         )
     }
 }

@@ -1,16 +1,31 @@
 //! The monthly partitions of usage and audit.
 
-use diesel::{QueryableByName, sql_types::BigInt};
-use diesel_async::{AsyncConnection as _, RunQueryDsl, SimpleAsyncConnection as _};
+use std::time::Duration;
 
-use super::Store;
+use diesel::{
+    OptionalExtension as _, QueryableByName,
+    sql_types::{BigInt, Integer, Text},
+};
+use diesel_async::{
+    AsyncConnection as _, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _,
+};
+
+use super::{Store, errors::stored};
 use crate::{
     error::{Error, Result},
     model::Period,
 };
 
-/// Held while partitions are made: two replicas making the same one would collide.
+/// Held while partitions are made or dropped: two replicas at the same one would collide.
 const LOCK: i64 = 0x746f_6c6c_0002;
+
+/// Longest wait for a table that others read or write. Meanwhile those who come later queue behind.
+const LOCK_WAIT: Duration = Duration::from_millis(250);
+
+/// Names and months of the partitions of usage that the service made.
+const OF_USAGE: &str = "SELECT replace(right(p.relname, 7), '_', '-') AS month
+     FROM pg_inherits JOIN pg_class AS p ON p.oid = inhrelid
+     WHERE inhparent = 'usage_records'::regclass AND p.relname ~ '^usage_records_[0-9]{4}_[0-9]{2}$'";
 
 #[derive(QueryableByName)]
 struct Count {
@@ -18,17 +33,23 @@ struct Count {
     count: i64,
 }
 
+#[derive(QueryableByName)]
+struct Month {
+    #[diesel(sql_type = Text)]
+    month: String,
+}
+
 impl Store {
     /// Makes the partitions of `months` that are missing, and moves into them what the default
     /// partition took meanwhile. Idempotent, and safe on many replicas.
     ///
     /// # Errors
-    /// `Unavailable`
+    /// `Unavailable`, also when one was missing and somebody reads the table for long: try again
+    /// later
     pub async fn partitions_ensure(&self, months: &[Period]) -> Result<()> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
-            conn.batch_execute(&format!("SELECT pg_advisory_xact_lock({LOCK})"))
-                .await?;
+            take_turn(conn).await?;
             for month in months {
                 conn.batch_execute(&ddl(*month)).await?;
             }
@@ -54,6 +75,69 @@ impl Store {
         .await?;
         Ok(count)
     }
+
+    /// The months whose usage records have a partition of their own.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn usage_partitions(&self) -> Result<Vec<Period>> {
+        let mut conn = self.conn().await?;
+        months(diesel::sql_query(OF_USAGE).load(&mut conn).await?)
+    }
+
+    /// Those of them that ended `months` full months ago or before, oldest first; by the clock of
+    /// Postgres, so that the wrong one of a replica deletes nothing.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn usage_partitions_older(&self, months_kept: u32) -> Result<Vec<Period>> {
+        let mut conn = self.conn().await?;
+        let older = format!(
+            "SELECT month FROM ({OF_USAGE}) AS made WHERE month COLLATE \"C\" <
+                 to_char((now() AT TIME ZONE 'UTC') - make_interval(months => $1), 'YYYY-MM')
+             ORDER BY month"
+        );
+        let kept = i32::try_from(months_kept).map_err(Error::internal)?;
+        let older = diesel::sql_query(older).bind::<Integer, _>(kept);
+        months(older.load(&mut conn).await?)
+    }
+
+    /// Drops a month's usage records; the sums stay. Says how many rows there were, about, or −1
+    /// when that is not known; `None` when another replica was quicker.
+    ///
+    /// # Errors
+    /// `Unavailable`, also when somebody reads the table for long: nothing was dropped, try again
+    /// later
+    pub async fn usage_partition_drop(&self, month: Period) -> Result<Option<i64>> {
+        let name = name("usage_records", month);
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            take_turn(conn).await?;
+            let rows = format!(
+                "SELECT reltuples::bigint AS count FROM pg_class WHERE oid = to_regclass('{name}')"
+            );
+            let rows: Option<Count> = diesel::sql_query(rows).get_result(conn).await.optional()?;
+            if rows.is_some() {
+                conn.batch_execute(&format!("DROP TABLE {name}")).await?;
+            }
+            Ok(rows.map(|Count { count }| count))
+        })
+        .await
+    }
+}
+
+/// Waits until no other replica makes or drops partitions, which is in nobody's way; from then on
+/// the transaction waits shortly.
+async fn take_turn(conn: &mut AsyncPgConnection) -> Result<()> {
+    let wait = LOCK_WAIT.as_millis();
+    let turn = format!("SELECT pg_advisory_xact_lock({LOCK}); SET LOCAL lock_timeout = {wait}");
+    Ok(conn.batch_execute(&turn).await?)
+}
+
+fn months(rows: Vec<Month>) -> Result<Vec<Period>> {
+    rows.into_iter()
+        .map(|row| stored("name of a partition", &row.month))
+        .collect()
 }
 
 /// A period prints as digits and a hyphen only, so it can stand in a statement.
@@ -80,7 +164,7 @@ fn ddl(month: Period) -> String {
 /// Filled before it is attached: Postgres refuses a partition whose rows the default one holds. The
 /// lock keeps new ones from coming in between.
 fn partition(table: &str, month: Period, values: &str, rows: &str) -> String {
-    let name = format!("{table}_{}", month.to_string().replace('-', "_"));
+    let name = name(table, month);
     format!(
         "DO $$ BEGIN
              IF to_regclass('{name}') IS NULL THEN
@@ -92,4 +176,8 @@ fn partition(table: &str, month: Period, values: &str, rows: &str) -> String {
              END IF;
          END $$;"
     )
+}
+
+fn name(table: &str, month: Period) -> String {
+    format!("{table}_{}", month.to_string().replace('-', "_"))
 }

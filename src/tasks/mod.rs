@@ -6,4 +6,4 @@ mod upkeep;
 
 pub use api_key_uses::{api_key_uses, last_api_key_uses};
 pub use change_feed::change_feed;
-pub use upkeep::{make_partitions, upkeep};
+pub use upkeep::{Upkeep, UpkeepStatus, make_partitions};

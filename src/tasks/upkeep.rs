@@ -1,10 +1,18 @@
-use std::time::Duration;
+use std::{
+    error::Error as _,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
-use crate::{error::Result, model::Period, store::Store};
+use crate::{
+    error::Result,
+    model::{Count, Period},
+    store::Store,
+};
 
 const PERIOD: Duration = Duration::from_hours(1);
 
@@ -21,15 +29,132 @@ const SWEEP_BATCH: i64 = 5_000;
 /// API keys are listed for a while after their end.
 const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 
-/// Makes partitions ahead and deletes sessions and API keys long ended; runs until dropped.
-pub async fn upkeep(store: Store) {
-    let mut ticks = interval(PERIOD);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        if let Err(error) = upkeep_once(&store, Utc::now()).await {
-            warn!(%error, "upkeep failed, to be tried again");
+/// Makes partitions ahead, drops those of old usage records, and deletes sessions and API keys long
+/// ended.
+pub struct Upkeep {
+    store: Store,
+    retention_months: u32,
+    status: Arc<UpkeepStatus>,
+}
+
+/// What upkeep has seen and done, for whoever watches.
+#[derive(Debug, Default)]
+pub struct UpkeepStatus {
+    /// Runs that did all of it.
+    pub succeeded: Count,
+    /// Runs that left something to the next one.
+    pub failed: Count,
+    /// Partitions dropped by this replica.
+    pub dropped: Count,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    succeeded_at: Option<Instant>,
+    /// Months that have a partition.
+    months: Vec<Period>,
+    default_rows: u64,
+}
+
+impl UpkeepStatus {
+    /// Since it was last done, all of it.
+    pub fn age(&self) -> Option<Duration> {
+        self.seen().succeeded_at.map(|at| at.elapsed())
+    }
+
+    /// How many of the months after this one have a partition, up to the first that has none.
+    pub fn months_ahead(&self, now: DateTime<Utc>) -> u64 {
+        let current = Period::containing(now);
+        let seen = self.seen();
+        let ahead = (1..).take_while(|n| seen.months.contains(&current.plus_months(*n)));
+        ahead.map(|_| 1).sum()
+    }
+
+    /// Rows that no monthly partition took; 1,000 of a table stand for more.
+    pub fn default_rows(&self) -> u64 {
+        self.seen().default_rows
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Upkeep {
+    /// Usage records of `retention_months` full months are kept, or all when it is 0.
+    pub fn new(store: Store, retention_months: u32) -> Self {
+        Self {
+            store,
+            retention_months,
+            status: Arc::default(),
         }
+    }
+
+    pub fn status(&self) -> Arc<UpkeepStatus> {
+        self.status.clone()
+    }
+
+    /// Runs until dropped.
+    pub async fn run(self) {
+        let mut ticks = interval(PERIOD);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            match self.once(Utc::now()).await {
+                Ok(()) => {
+                    self.status.succeeded.add_one();
+                    self.status.seen().succeeded_at = Some(Instant::now());
+                    debug!("upkeep done");
+                }
+                Err(error) => {
+                    self.status.failed.add_one();
+                    let cause = error.source().map(ToString::to_string);
+                    warn!(%error, cause, "upkeep failed, to be tried again");
+                }
+            }
+        }
+    }
+
+    async fn once(&self, now: DateTime<Utc>) -> Result<()> {
+        let made = make_partitions(&self.store, now).await;
+        self.look().await?;
+        made?;
+        let (store, before) = (&self.store, now - SESSION_RETENTION);
+        sweep("sessions", || store.session_sweep(before, SWEEP_BATCH)).await?;
+        let before = now - API_KEY_RETENTION;
+        sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
+        // Last: it gives way to whoever reads for long, and nothing else is to wait for that.
+        self.drop_old().await
+    }
+
+    async fn look(&self) -> Result<()> {
+        let months = self.store.usage_partitions().await?;
+        let stray = self.store.partitions_default_rows().await?;
+        if stray > 0 {
+            error!(
+                stray,
+                "rows in a default partition: their month had no partition"
+            );
+        }
+        let mut seen = self.status.seen();
+        seen.months = months;
+        seen.default_rows = u64::try_from(stray).unwrap_or(0);
+        Ok(())
+    }
+
+    async fn drop_old(&self) -> Result<()> {
+        if self.retention_months == 0 {
+            return Ok(());
+        }
+        let older = self.store.usage_partitions_older(self.retention_months);
+        for month in older.await? {
+            if let Some(rows) = self.store.usage_partition_drop(month).await? {
+                self.status.dropped.add_one();
+                info!(%month, rows_about = rows, "dropped usage records past their retention");
+            }
+        }
+        Ok(())
     }
 }
 
@@ -41,23 +166,6 @@ pub async fn make_partitions(store: &Store, now: DateTime<Utc>) -> Result<()> {
     store
         .partitions_ensure(&months_around(Period::containing(now)))
         .await
-}
-
-async fn upkeep_once(store: &Store, now: DateTime<Utc>) -> Result<()> {
-    make_partitions(store, now).await?;
-    let stray = store.partitions_default_rows().await?;
-    if stray > 0 {
-        error!(
-            stray,
-            "rows in a default partition: their month had no partition"
-        );
-    }
-    let before = now - SESSION_RETENTION;
-    sweep("sessions", || store.session_sweep(before, SWEEP_BATCH)).await?;
-    let before = now - API_KEY_RETENTION;
-    sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
-    debug!("upkeep done");
-    Ok(())
 }
 
 /// Deletes what ended long ago, batch by batch.
@@ -79,18 +187,29 @@ where
 }
 
 fn months_around(current: Period) -> Vec<Period> {
-    let mut month = current;
-    for _ in 0..MONTHS_BACK {
-        month = month.previous();
-    }
+    let first = current.minus_months(MONTHS_BACK);
     (0..=MONTHS_BACK + MONTHS_AHEAD)
-        .map(|n| month.plus_months(n))
+        .map(|n| first.plus_months(n))
         .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn months_ahead_are_those_without_a_gap() {
+        let now = DateTime::from_timestamp(1_800_000_000, 0).expect("valid");
+        let status = UpkeepStatus::default();
+        assert_eq!((status.months_ahead(now), status.age()), (0, None));
+        status.seen().months = months_around(Period::containing(now));
+        assert_eq!(status.months_ahead(now), 3);
+        // Nobody makes any for a while.
+        assert_eq!(status.months_ahead(now + TimeDelta::days(61)), 1);
+        assert_eq!(status.months_ahead(now + TimeDelta::days(400)), 0);
+        status.seen().months.remove(4);
+        assert_eq!(status.months_ahead(now), 1);
+    }
 
     #[test]
     fn every_acceptable_event_has_a_partition() {

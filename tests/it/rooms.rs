@@ -20,7 +20,7 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("lib", &[]),
     ("main", &["cli"]),
     ("model", &[]),
-    ("ops", &["auth", "usage", "store", "grpc"]),
+    ("ops", &["auth", "usage", "store", "grpc", "tasks"]),
     ("proto", &[]),
     ("server", &["*"]),
     ("store", &["model", "error", "config"]),

@@ -9,6 +9,7 @@ mod production;
 mod replicas;
 mod stop;
 mod usage_commands;
+mod upkeep;
 
 use std::{
     path::PathBuf,

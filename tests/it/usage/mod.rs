@@ -10,6 +10,7 @@ mod query;
 mod quota;
 mod record;
 mod replay;
+mod retention;
 mod stream;
 
 use chrono::{DateTime, TimeDelta, Utc};
