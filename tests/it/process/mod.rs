@@ -2,9 +2,12 @@
 
 mod commands;
 mod first_start;
+mod full_disk;
 mod home;
 mod ledger_kills;
+mod ledger_load;
 mod logs;
+mod own_postgres;
 mod production;
 mod replicas;
 mod stop;

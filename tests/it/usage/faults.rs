@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     harness::{Blocker, TestApp, eventually, reason},
+    ops::scrape,
     outage::assert_database_unavailable,
 };
 
@@ -165,14 +166,23 @@ async fn a_real_deadlock_costs_a_retry_at_most() {
     // The service holds the first user's row and waits for the second's.
     client.batch_execute(&lock(&users[0])).await.unwrap();
     client.batch_execute("COMMIT").await.unwrap();
-    match call.await.unwrap() {
-        Ok(results) => assert_eq!(names(&results), ["RECORDED"; 2]),
+    // Two single events before.
+    let batches = match call.await.unwrap() {
+        Ok(results) => {
+            assert_eq!(names(&results), ["RECORDED"; 2]);
+            3.0
+        }
+        // It takes Postgres a second to see a deadlock.
         Err(status) => {
             assert_database_unavailable(&status);
             let results = app.record_batch(both).await.unwrap();
             assert_eq!(names(&results), ["RECORDED"; 2]);
+            4.0
         }
-    }
+    };
+    let metrics = scrape(app.ops_address).await;
+    let written = metrics["tollkeeper_usage_batches_total"];
+    assert_eq!(written, batches, "no event was taken for poison");
     app.assert_books_balance(4).await;
     let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
     eventually("it was one", async || app.count(deadlocks).await == 1).await;
