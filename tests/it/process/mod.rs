@@ -11,8 +11,8 @@ mod own_postgres;
 mod production;
 mod replicas;
 mod stop;
-mod usage_commands;
 mod upkeep;
+mod usage_commands;
 
 use std::{
     path::PathBuf,
