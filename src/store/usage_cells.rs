@@ -28,7 +28,10 @@ impl Store {
     /// # Errors
     /// `Unavailable`, also when there is too much to read in time
     pub async fn usage_cells(&self, wanted: &UsageCells) -> Result<Vec<UsageCell>> {
-        let _turn = self.bulk_read().await?;
+        let _turn = match wanted.source {
+            UsageSource::Records => Some(self.bulk_read().await?),
+            UsageSource::Months => None,
+        };
         let mut conn = self.conn().await?;
         let rows: Vec<CellRow> = CellsQuery::of(wanted).load(&mut conn).await?;
         rows.into_iter().map(|row| cell(row, wanted)).collect()

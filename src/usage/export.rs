@@ -26,7 +26,7 @@ const COLUMNS: &str = "user_id,occurred_at,event_id,model,input_tokens,output_to
 /// What the file looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportFormat {
-    /// RFC 4180, guarded against formula injection; see [`guarded`].
+    /// RFC 4180, guarded against formula injection.
     Csv,
     /// One JSON object a line.
     Ndjson,

@@ -124,7 +124,7 @@ fn progress(size: i64, hidden: bool) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template(
-        "{bar:32} {percent:>3} %  {human_pos} of {human_len} records, {per_sec}, {eta} left",
+        "{bar:32} {percent:>3} %  {human_pos} of {human_len} records, {eta} left",
     );
     let bar = ProgressBar::new(size.cast_unsigned());
     bar.set_style(

@@ -20,6 +20,7 @@ pub(super) struct Report {
     by: By,
     user: Option<NamedUser>,
     top: u16,
+    now: DateTime<Utc>,
 }
 
 impl Report {
@@ -29,6 +30,7 @@ impl Report {
             by: args.by,
             user: args.user.as_deref().map(NamedUser::read).transpose()?,
             top: args.top,
+            now,
         })
     }
 
@@ -51,7 +53,7 @@ impl Report {
         }
         let all: UsageTotals = lines.iter().map(|line| line.totals).sum();
         let lines = match self.by {
-            By::Day => all_days(lines, self.period),
+            By::Day => all_days(lines, self.period, self.now),
             By::Model | By::User => lines,
         };
         let lines: Vec<(String, UsageTotals)> = lines
@@ -73,8 +75,12 @@ fn label(name: Option<String>, members: i64) -> String {
     })
 }
 
-/// Adds the days without usage.
-fn all_days(lines: Vec<ReportLine>, period: Period) -> Vec<ReportLine> {
+/// Adds the days without usage, but for those that are yet to come.
+fn all_days(lines: Vec<ReportLine>, period: Period, now: DateTime<Utc>) -> Vec<ReportLine> {
+    let today = now.format("%Y-%m-%d").to_string();
+    let has_come = |line: &ReportLine| {
+        line.totals.request_count > 0 || line.name.as_ref().is_some_and(|day| *day <= today)
+    };
     let range = TimeRange {
         start: period.start(),
         end: period.end(),
@@ -90,7 +96,8 @@ fn all_days(lines: Vec<ReportLine>, period: Period) -> Vec<ReportLine> {
                 totals: UsageTotals::default(),
             })
     };
-    Interval::Day.starts(range).map(day).collect()
+    let days = Interval::Day.starts(range).map(day);
+    days.filter(has_come).collect()
 }
 
 fn table(name: &str, lines: &[(String, UsageTotals)], all: UsageTotals) -> String {
@@ -229,16 +236,22 @@ mod tests {
     }
 
     #[test]
-    fn a_month_has_all_its_days() {
+    fn a_month_has_all_its_days_up_to_now() {
         let period: Period = "2026-02".parse().expect("valid");
         let line = |day: &str| ReportLine {
             name: Some(day.to_owned()),
             members: 1,
             totals: used(1),
         };
-        let days = all_days(vec![line("2026-02-02"), line("2026-02-28")], period);
-        assert_eq!(days.len(), 28);
-        let used = days.iter().filter(|day| day.totals.request_count == 1);
+        let lines = vec![line("2026-02-02"), line("2026-02-20")];
+        let days = |now| all_days(lines.clone(), period, now);
+        assert_eq!(days(period.end()).len(), 28);
+        let used = days(period.end());
+        let used = used.iter().filter(|day| day.totals.request_count == 1);
         assert_eq!(used.count(), 2);
+        let tenth = days(period.start() + chrono::TimeDelta::days(9));
+        let names: Vec<_> = tenth.iter().filter_map(|day| day.name.as_deref()).collect();
+        // What a clock ahead of this one booked is shown.
+        assert_eq!(names[9..], ["2026-02-10", "2026-02-20"]);
     }
 }
