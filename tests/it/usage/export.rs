@@ -322,6 +322,28 @@ async fn an_export_that_is_cut_has_no_summary() {
     assert_eq!(reason(&cut), "SHUTTING_DOWN");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_that_loses_the_database_has_no_summary() {
+    let (app, proxy) = TestApp::spawn_behind_proxy(|_| {}).await;
+    let user = app.user().create().await;
+    fill(&app, &user, MANY).await;
+    let mut stream = open(&app, &app.service_key, all_users()).await.unwrap();
+    stream.message().await.unwrap();
+    proxy.cut();
+    let cut = rest(&mut stream).await.unwrap_err();
+    assert_eq!(cut.code(), Code::Unavailable);
+    assert_eq!(reason(&cut), "DATABASE_UNAVAILABLE");
+    // From the beginning, as the contract says.
+    proxy.resume();
+    eventually("the database is back", async || {
+        let Ok(mut stream) = open(&app, &app.service_key, all_users()).await else {
+            return false;
+        };
+        matches!(rest(&mut stream).await, Ok((_, Some(told))) if told.record_count == MANY)
+    })
+    .await;
+}
+
 /// As many records, a second apart, back from now.
 async fn fill(app: &TestApp, user: &TestUser, count: i64) {
     app.sql(&format!(
