@@ -167,8 +167,7 @@ pub enum PasswordScheme {
 pub struct UsageSettings {
     /// TOML file of the tiers. Empty: the built-in ones.
     pub tiers_file: PathBuf,
-    /// Batches of usage that are written at a time while each is small, each on a connection; at most
-    /// two thirds of the pool.
+    /// Connections that usage is written over, beside `database.pool_size`: small batches at a time.
     pub writers: usize,
     /// Events of a batch, about: the events of one call stay together.
     pub batch_events: usize,
@@ -268,7 +267,7 @@ impl Default for DatabaseSettings {
     fn default() -> Self {
         Self {
             url: Secret::default(),
-            pool_size: 24,
+            pool_size: 16,
             acquire_timeout: Duration::from_secs(3),
             statement_timeout: Duration::from_secs(10),
         }
@@ -318,7 +317,7 @@ impl Default for UsageSettings {
     fn default() -> Self {
         Self {
             tiers_file: PathBuf::new(),
-            writers: 16,
+            writers: 12,
             batch_events: 1000,
             queue_events: 20_000,
             retention_months: 0,

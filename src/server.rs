@@ -116,7 +116,7 @@ impl Server {
             &settings.auth,
             &settings.password,
         )?;
-        let usage = Usage::new(store.clone(), tiers, &settings.usage);
+        let usage = Usage::new(store.clone(), tiers, &settings.usage)?;
         let upkeep = Upkeep::new(store.clone(), settings.usage.retention_months);
         Ok(Self {
             settings: settings.server.clone(),

@@ -23,11 +23,13 @@ mod users;
 
 use std::{sync::Arc, time::Duration};
 
-use deadpool::{Runtime, Status};
+use deadpool::{Runtime, Status, managed::QueueMode};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
-    pooled_connection::{AsyncDieselConnectionManager, ManagerConfig, deadpool::Pool},
+    pooled_connection::{
+        AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
+    },
 };
 use tokio::{
     runtime::Handle,
@@ -79,46 +81,41 @@ impl Store {
     /// # Errors
     /// `Internal` when the URL cannot be read.
     pub fn new(settings: &DatabaseSettings) -> Result<Self> {
-        let mut config = ManagerConfig::default();
-        let statement_timeout = settings.statement_timeout;
-        let runtime = Handle::current();
-        config.custom_setup = Box::new(move |url| {
-            let url = url.to_owned();
-            let runtime = runtime.clone();
-            Box::pin(async move {
-                // The set ends the attempt when the caller has stopped waiting for it.
-                let mut attempt = JoinSet::new();
-                attempt.spawn_on(
-                    async move { connect(&url, statement_timeout).await },
-                    &runtime,
-                );
-                match attempt.join_next().await {
-                    Some(Ok(connected)) => connected,
-                    Some(Err(error)) => Err(ConnectionError::BadConnection(error.to_string())),
-                    None => Err(ConnectionError::BadConnection(
-                        "no attempt was made".to_owned(),
-                    )),
-                }
-            })
-        });
-        let manager = AsyncDieselConnectionManager::new_with_config(settings.url.expose(), config);
-        let pool = Pool::builder(manager)
-            .max_size(settings.pool_size)
-            .wait_timeout(Some(settings.acquire_timeout))
-            .create_timeout(Some(settings.acquire_timeout))
-            .recycle_timeout(Some(settings.acquire_timeout))
-            .runtime(Runtime::Tokio1)
-            .build()
-            .map_err(Error::internal)?;
+        let url = settings.url.expose();
         Ok(Self {
-            pool,
-            url: settings.url.expose().into(),
+            pool: pool(
+                settings.pool_size,
+                // A call that was cut short may have left a statement behind.
+                RecyclingMethod::Verified,
+                url,
+                settings.acquire_timeout,
+                settings.statement_timeout,
+            )?,
+            url: url.into(),
             connect_timeout: settings.acquire_timeout,
             runtime: Handle::current(),
             ping: Arc::default(),
-            statement_timeout,
+            statement_timeout: settings.statement_timeout,
             key_lookups: Arc::new(Semaphore::new(settings.pool_size.div_ceil(4))),
             bulk_reads: Arc::new(Semaphore::new(settings.pool_size.div_ceil(4))),
+        })
+    }
+
+    /// The same database through connections of their own, for one kind of work that is never cut
+    /// short: a connection is taken as it is, without asking Postgres whether it is there.
+    ///
+    /// # Errors
+    /// `Internal` when the URL cannot be read.
+    pub fn with_connections(&self, connections: usize) -> Result<Self> {
+        Ok(Self {
+            pool: pool(
+                connections,
+                RecyclingMethod::Fast,
+                &self.url,
+                self.connect_timeout,
+                self.statement_timeout,
+            )?,
+            ..self.clone()
         })
     }
 
@@ -172,6 +169,48 @@ impl Store {
             self.connect_timeout,
         ))
     }
+}
+
+/// Connections, made on first use; the one used last is taken first, for it is warm on both sides.
+fn pool(
+    size: usize,
+    recycling: RecyclingMethod<AsyncPgConnection>,
+    url: &str,
+    acquire_timeout: Duration,
+    statement_timeout: Duration,
+) -> Result<Pool<AsyncPgConnection>> {
+    let mut config = ManagerConfig::default();
+    config.recycling_method = recycling;
+    let runtime = Handle::current();
+    config.custom_setup = Box::new(move |url| {
+        let url = url.to_owned();
+        let runtime = runtime.clone();
+        Box::pin(async move {
+            // The set ends the attempt when the caller has stopped waiting for it.
+            let mut attempt = JoinSet::new();
+            attempt.spawn_on(
+                async move { connect(&url, statement_timeout).await },
+                &runtime,
+            );
+            match attempt.join_next().await {
+                Some(Ok(connected)) => connected,
+                Some(Err(error)) => Err(ConnectionError::BadConnection(error.to_string())),
+                None => Err(ConnectionError::BadConnection(
+                    "no attempt was made".to_owned(),
+                )),
+            }
+        })
+    });
+    let manager = AsyncDieselConnectionManager::new_with_config(url, config);
+    Pool::builder(manager)
+        .max_size(size)
+        .wait_timeout(Some(acquire_timeout))
+        .create_timeout(Some(acquire_timeout))
+        .recycle_timeout(Some(acquire_timeout))
+        .queue_mode(QueueMode::Lifo)
+        .runtime(Runtime::Tokio1)
+        .build()
+        .map_err(Error::internal)
 }
 
 async fn connect(url: &str, statement_timeout: Duration) -> ConnectionResult<AsyncPgConnection> {

@@ -44,15 +44,18 @@ pub struct Usage {
 
 impl Usage {
     /// The ledger is written on the current runtime.
-    pub fn new(store: Store, tiers: Tiers, settings: &UsageSettings) -> Self {
+    ///
+    /// # Errors
+    /// `Internal` when the database's URL cannot be read.
+    pub fn new(store: Store, tiers: Tiers, settings: &UsageSettings) -> Result<Self> {
         let counters = Arc::<Counters>::default();
-        Self {
+        Ok(Self {
             tiers: Arc::new(tiers),
-            writers: Writers::new(store.clone(), settings, counters.clone()),
+            writers: Writers::new(&store, settings, counters.clone())?,
             counters,
             closing: watch::Sender::new(false),
             store,
-        }
+        })
     }
 
     /// Asks streams of events to end: one that goes on would hold up the end of the server.

@@ -31,6 +31,10 @@ use crate::{
 /// Postgres. More would only be smaller.
 const BUSY_BATCHES: usize = 2;
 
+/// A batch of as many is written by the thread that has it: to wake another one costs more than to
+/// do it.
+const SMALL_EVENTS: usize = 4;
+
 /// Attempts at a batch: a connection may prove to be gone, a transaction may lose to another.
 const ATTEMPTS: u32 = 3;
 /// No further attempt after so long: callers wait.
@@ -57,7 +61,7 @@ pub(super) struct Writers(Arc<Shared>);
 
 struct Shared {
     store: Store,
-    /// Where batches run: the threads that serve have other things to do.
+    /// Where large batches run: the threads that serve have other things to do.
     runtime: Handle,
     counters: Arc<Counters>,
     /// One per event that waits or is being written.
@@ -93,13 +97,14 @@ pub enum WhenFull {
 }
 
 impl Writers {
-    /// Batches will run on the current runtime.
-    pub(super) fn new(store: Store, settings: &UsageSettings, counters: Arc<Counters>) -> Self {
-        // The rest of the pool is for everybody else.
-        let two_thirds = store.pool_status().max_size * 2 / 3;
-        let max_batches = settings.writers.min(two_thirds).max(1);
-        Self(Arc::new(Shared {
-            store,
+    /// Batches will run on the current runtime, over connections of their own.
+    pub(super) fn new(
+        store: &Store,
+        settings: &UsageSettings,
+        counters: Arc<Counters>,
+    ) -> Result<Self> {
+        Ok(Self(Arc::new(Shared {
+            store: store.with_connections(settings.writers)?,
             runtime: Handle::current(),
             counters,
             places: Arc::new(Semaphore::new(settings.queue_events)),
@@ -107,12 +112,12 @@ impl Writers {
                 waiting: VecDeque::new(),
                 batches: 0,
                 writing: 0,
-                max_batches,
+                max_batches: settings.writers,
                 batch_events: settings.batch_events,
                 is_closed: false,
             }),
             idle: Notify::new(),
-        }))
+        })))
     }
 
     /// Books events; says what became of each, in their order.
@@ -159,6 +164,7 @@ impl Writers {
         loop {
             let idle = self.0.idle.notified();
             if self.0.queue().is_idle() {
+                self.0.store.close();
                 return;
             }
             idle.await;
@@ -234,7 +240,12 @@ fn start(shared: &Arc<Shared>) {
             shared: shared.clone(),
             events: batch.iter().map(|one| one.events.len()).sum(),
         };
-        shared.runtime.spawn(async move {
+        let here = Handle::try_current().ok();
+        let runtime = match here {
+            Some(here) if turn.events <= SMALL_EVENTS => here,
+            _ => shared.runtime.clone(),
+        };
+        runtime.spawn(async move {
             commit(&turn.shared, batch).await;
         });
     }

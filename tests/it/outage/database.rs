@@ -109,8 +109,7 @@ async fn what_cancelled_calls_brought_is_booked_and_their_connections_are_free()
             .iter()
             .map(|event| start_recording(&app, event.clone()))
             .collect();
-        // As many as may be written at a time; the others wait.
-        blocker.hold_up(&app, 4).await;
+        blocker.hold_up(&app, 8).await;
         for call in &calls {
             call.abort();
         }
