@@ -77,12 +77,7 @@ impl Auth {
     /// # Errors
     /// `UserNotFound` · `Unavailable`
     pub async fn user_standing(&self, id: UserId) -> Result<UserStanding> {
-        let now = BootTime::now();
-        let answer = match self.cache.known_user(id, now) {
-            Some(known) => known,
-            // Apart: what every call carries along stays small.
-            None => Box::pin(self.cache.user(id, now)).await?,
-        };
+        let answer = self.cache.user(id, BootTime::now()).await?;
         answer.value.clone().ok_or(Error::UserNotFound)
     }
 

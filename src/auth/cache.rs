@@ -27,7 +27,7 @@ use crate::{
 /// either; the rest is for sessions.
 const CREDENTIALS_SIXTEENTHS: u64 = 6;
 const API_KEYS_SIXTEENTHS: u64 = 2;
-const USERS_SIXTEENTHS: u64 = 1;
+const USERS_SIXTEENTHS: u64 = 2;
 
 /// The text of an access token, about.
 const TOKEN_BYTES: u64 = 600;
@@ -228,20 +228,11 @@ impl CredentialCache {
     ) -> Result<Arc<Answer<SessionStanding>>> {
         let read = || self.read(user_id, || self.store.session_standing(id));
         if source == Source::Database {
-            let answer = read().await?;
+            let answer = Box::pin(read()).await?;
             self.standings.insert(id, answer.clone());
             return Ok(answer);
         }
         self.answer(&self.standings, id, read, source, now).await
-    }
-
-    /// What decides about a user's usage, if memory alone can say so.
-    pub(super) fn known_user(
-        &self,
-        id: UserId,
-        now: BootTime,
-    ) -> Option<Arc<Answer<UserStanding>>> {
-        self.users.get(&id).filter(|known| self.holds(known, now))
     }
 
     /// What decides about a user's usage, as it stands.
@@ -281,7 +272,7 @@ impl CredentialCache {
         }
         let read = || self.read_api_key(&key_hash, is_known);
         let answer = if source == Source::Database {
-            let answer = read().await?;
+            let answer = Box::pin(read()).await?;
             self.api_keys.insert(key_hash.clone(), answer.clone());
             answer
         } else {
@@ -328,6 +319,29 @@ impl CredentialCache {
     /// An answer from memory while that may be trusted, else by `read` from the database, else, when
     /// the database is away, from memory once more as far as `source` allows.
     async fn answer<K, V, W, F>(
+        &self,
+        cache: &Answers<K, V, W>,
+        key: K,
+        read: impl Fn() -> F,
+        source: Source,
+        now: BootTime,
+    ) -> Result<Arc<Answer<V>>>
+    where
+        K: Clone + Eq + Hash,
+        W: Weighter<K, Arc<Answer<V>>> + Clone,
+        F: Future<Output = Result<Arc<Answer<V>>>>,
+    {
+        if let Some(known) = cache.get(&key)
+            && self.holds(&known, now)
+        {
+            return Ok(known);
+        }
+        // A read is kilobytes of future, which every call would carry through all its layers.
+        Box::pin(self.answer_anew(cache, key, read, source, now)).await
+    }
+
+    /// As [`Self::answer`] does, when memory has none that may be trusted.
+    async fn answer_anew<K, V, W, F>(
         &self,
         cache: &Answers<K, V, W>,
         key: K,

@@ -169,27 +169,6 @@ impl Auth {
     /// # Errors
     /// `Refused` · `Unavailable`
     pub async fn authenticate(&self, credential: &str, now: DateTime<Utc>) -> Result<Principal> {
-        match self.recall_principal(credential, now) {
-            Some(known) => Ok(known),
-            // Apart: what every call carries along stays small.
-            None => Box::pin(self.authenticate_anew(credential, now)).await,
-        }
-    }
-
-    /// What [`Auth::authenticate`] would answer, if memory alone can say so and it is good news.
-    fn recall_principal(&self, credential: &str, now: DateTime<Utc>) -> Option<Principal> {
-        let clock = BootTime::now();
-        if !SERVICE_KEY.matches(credential) {
-            let validated = self.recall(credential, now, clock)?;
-            return Some(Principal::User(UserPrincipal::of(&validated)));
-        }
-        let KnownService(answer) = self.recall_service(credential)?;
-        let standing = answer.value.as_ref()?;
-        let holds = self.cache.holds(&answer, clock) && check_service(standing, now).is_ok();
-        holds.then(|| Principal::of(standing))
-    }
-
-    async fn authenticate_anew(&self, credential: &str, now: DateTime<Utc>) -> Result<Principal> {
         if SERVICE_KEY.matches(credential) {
             return self.authenticate_service(credential, now).await;
         }
