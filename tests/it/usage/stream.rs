@@ -178,6 +178,10 @@ async fn a_client_that_begins_again_where_it_was_acknowledged_counts_once() {
         drop(stream);
         drop(channel);
         sending.await.unwrap();
+        if settled == 3000 {
+            // One answer may settle many; nothing is left to wait for.
+            break;
+        }
     }
     assert_eq!(settled, 3000);
     app.assert_books_balance(3000).await;
