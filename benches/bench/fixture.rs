@@ -113,6 +113,11 @@ impl Fixture {
         Postgres::of(&self.folder.path().join("data/postgres"))
     }
 
+    /// Where all of this lies.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// The folder of the signing keys.
     pub(crate) fn key_dir(&self) -> &str {
         let found = self

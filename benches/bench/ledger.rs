@@ -4,7 +4,9 @@
 //! are held against the events that were acknowledged, so that nothing is measured that did not
 //! happen.
 
+mod batches;
 mod events;
+mod growth;
 mod naive;
 mod raw;
 mod singles;
@@ -32,11 +34,16 @@ pub(crate) use naive::{Shape, serve as serve_naively};
 /// Connections of the load at most.
 const CONNECTIONS: usize = 8;
 
+/// The row that writes elsewhere: its events are not in the sums.
+const NOT_BOOKED: &str = "copy";
+
 pub(crate) struct Plan {
     pub(crate) options: Options,
     pub(crate) parts: Vec<Part>,
     pub(crate) in_flight: Vec<usize>,
     pub(crate) users: usize,
+    /// Events that are there already, of one ledger each.
+    pub(crate) existing: Vec<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -45,6 +52,10 @@ pub(crate) enum Part {
     Single,
     /// One event at a time
     Lonely,
+    /// Many events a call, and streams of them
+    Batch,
+    /// One event a call beside few and many events that are there already
+    Growth,
 }
 
 /// What is measured against what in the panels of one part.
@@ -68,17 +79,28 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
 
 /// Each part is told of as soon as it is done: later ones take long.
 fn measure(plan: &Plan, fixture: &Fixture, runtime: &Runtime) -> anyhow::Result<Vec<Comparison>> {
-    let stage = Stage::set(plan, fixture, runtime)?;
-    let parts = Part::value_variants().iter();
-    let wanted = parts.filter(|part| plan.parts.is_empty() || plan.parts.contains(part));
+    let wanted = |part: Part| plan.parts.is_empty() || plan.parts.contains(&part);
     let mut comparisons = Vec::new();
-    for part in wanted {
-        let comparison = match part {
-            Part::Single => singles::many(&stage)?,
-            Part::Lonely => singles::lonely(&stage)?,
-        };
+    let mut tell = |comparison: Comparison| {
         comparison.tell(plan)?;
         comparisons.push(comparison);
+        anyhow::Ok(())
+    };
+    let stage = Stage::set(plan, fixture, runtime)?;
+    if wanted(Part::Single) {
+        tell(singles::many(&stage)?)?;
+    }
+    if wanted(Part::Lonely) {
+        tell(singles::lonely(&stage)?)?;
+    }
+    if wanted(Part::Batch) {
+        tell(batches::compare(&stage)?)?;
+    }
+    stage.clear()?;
+    // A database that somebody is connected to cannot be copied.
+    drop(stage);
+    if wanted(Part::Growth) {
+        tell(growth::compare(plan, fixture, runtime)?)?;
     }
     Ok(comparisons)
 }
@@ -103,6 +125,7 @@ impl<'a> Stage<'a> {
             service: fixture.serve("service", &[])?,
             postgres: fixture.postgres()?,
         };
+        stage.sql(raw::STAGING)?;
         // As in the middle of a month: everybody has used every model.
         let models = MODELS.map(|model| format!("('{model}')")).join(", ");
         stage.sql(&format!(
@@ -135,7 +158,7 @@ impl<'a> Stage<'a> {
     /// Takes the events away and leaves the sums as they are, so that each panel begins alike.
     fn clear(&self) -> anyhow::Result<()> {
         for statement in [
-            "TRUNCATE usage_records",
+            "TRUNCATE usage_records, staged",
             "VACUUM ANALYZE usage_records, monthly_usage, monthly_model_usage",
             "CHECKPOINT",
         ] {
@@ -179,26 +202,14 @@ impl<'a> Stage<'a> {
         })
     }
 
-    /// Measures `work`, which answers a slice without processor times.
-    fn watch_postgres(
-        &self,
-        work: impl FnOnce() -> anyhow::Result<Slice>,
-    ) -> anyhow::Result<Slice> {
-        let before = self.postgres.cpu()?;
-        let slice = work()?;
-        let cpu = self.postgres.cpu()? - before;
-        Ok(Slice {
-            postgres_cpu_us: cpu.as_secs_f64() * 1e6,
-            ..slice
-        })
-    }
-
     /// One turn of a server under load.
     fn turn(&self, server: &Server, calls: &Calls, in_flight: usize) -> anyhow::Result<Slice> {
         let options = &self.plan.options;
         let (threads, until) = (options.threads(), Until::time(options.slice()));
         let in_flight = InFlight::new(in_flight, CONNECTIONS);
-        self.watch_postgres(|| load::run(server, calls, in_flight, threads, until))
+        watch_postgres(self.postgres, || {
+            load::run(server, calls, in_flight, threads, until)
+        })
     }
 
     /// Lets all rows have their turns, round by round, and checks that all was booked.
@@ -213,20 +224,34 @@ impl<'a> Stage<'a> {
         let before = self.counts()?;
         let mut booked = 0;
         // The first round fills pools and caches and writes pages in full after the checkpoint.
-        for index in 0..rows.len() {
-            booked += turn(index)?.right();
+        for (index, row) in rows.iter().enumerate() {
+            booked += row.booked(&turn(index)?);
         }
         for round in 0..self.plan.options.rounds() {
             for step in 0..rows.len() {
                 let index = (step + round) % rows.len();
                 let slice = turn(index)?;
-                booked += slice.right();
+                booked += rows[index].booked(&slice);
                 rows[index].rounds.push(slice);
             }
         }
         before.check(&self.counts()?, booked)?;
         Ok(Panel { title, rows })
     }
+}
+
+/// Runs `work` and adds the processor time that Postgres used meanwhile.
+fn watch_postgres(
+    postgres: Postgres,
+    work: impl FnOnce() -> anyhow::Result<Slice>,
+) -> anyhow::Result<Slice> {
+    let before = postgres.cpu()?;
+    let slice = work()?;
+    let cpu = postgres.cpu()? - before;
+    Ok(Slice {
+        postgres_cpu_us: cpu.as_secs_f64() * 1e6,
+        ..slice
+    })
 }
 
 struct Counts {
@@ -253,9 +278,13 @@ impl Counts {
     }
 }
 
-impl Slice {
-    fn right(&self) -> u64 {
-        self.calls - self.wrong
+impl Row {
+    /// How many events a turn of it has added to the sums.
+    fn booked(&self, slice: &Slice) -> u64 {
+        match self.part {
+            NOT_BOOKED => 0,
+            _ => slice.calls - slice.wrong,
+        }
     }
 }
 

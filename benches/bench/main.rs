@@ -95,6 +95,10 @@ enum Command {
         /// Users whose usage it is [default: 100000, quick 2000]
         #[arg(long)]
         users: Option<usize>,
+        /// Events that are there already, to see what they slow down; up to four ledgers
+        /// [default: 10000,1000000,20000000, which take 15 GB of disk; quick 1000,20000]
+        #[arg(long, value_delimiter = ',', value_name = "N,…")]
+        existing: Vec<u64>,
     },
     /// Books usage as one would write it first, until standard input ends
     #[command(hide = true)]
@@ -210,6 +214,7 @@ fn main() -> anyhow::Result<()> {
             parts,
             in_flight,
             users,
+            existing,
         } => ledger::run(&ledger::Plan {
             in_flight: match (in_flight.is_empty(), options.quick) {
                 (true, true) => vec![16, 256],
@@ -219,6 +224,11 @@ fn main() -> anyhow::Result<()> {
             users: users
                 .unwrap_or(if options.quick { 2_000 } else { 100_000 })
                 .max(1),
+            existing: match (existing.is_empty(), options.quick) {
+                (true, true) => vec![1_000, 20_000],
+                (true, false) => vec![10_000, 1_000_000, 20_000_000],
+                (false, _) => existing,
+            },
             parts,
             options,
         }),

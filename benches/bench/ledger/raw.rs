@@ -1,10 +1,12 @@
 //! Postgres without a service before it: one connection, one statement, many rows.
 
-use std::error::Error as StdError;
+use std::{error::Error as StdError, pin::pin};
 
+use anyhow::ensure;
 use bytes::BytesMut;
 use tokio_postgres::{
     Client, NoTls, Statement,
+    binary_copy::BinaryCopyInWriter,
     types::{IsNull, ToSql, Type, to_sql_checked},
 };
 use tollkeeper::model::Period;
@@ -69,7 +71,28 @@ const BOOK_TYPES: [Type; 12] = [
     Type::JSONB_ARRAY,
 ];
 
-/// A connection with the statements prepared.
+/// What COPY fills.
+pub(crate) const STAGING: &str = "CREATE TABLE staged (LIKE usage_records INCLUDING DEFAULTS)";
+const COPY: &str = "
+    COPY staged (usage_month, user_id, event_id, occurred_at, model, input_tokens, output_tokens,
+        cached_input_tokens, cache_write_tokens, reasoning_tokens, request_id, labels)
+    FROM STDIN (FORMAT binary)";
+const COPY_TYPES: [Type; 12] = [
+    Type::TEXT,
+    Type::UUID,
+    Type::UUID,
+    Type::TIMESTAMPTZ,
+    Type::TEXT,
+    Type::INT8,
+    Type::INT8,
+    Type::INT8,
+    Type::INT8,
+    Type::INT8,
+    Type::TEXT,
+    Type::JSONB,
+];
+
+/// A connection with the statement prepared.
 pub(crate) struct Connection {
     client: Client,
     book: Statement,
@@ -83,8 +106,9 @@ impl Connection {
         Ok(Self { client, book })
     }
 
-    /// Books new events in one transaction.
-    pub(crate) async fn book(&self, events: &[Event]) -> anyhow::Result<()> {
+    /// Books new events in one transaction, in the order of their keys as the service does.
+    pub(crate) async fn book(&self, mut events: Vec<Event>) -> anyhow::Result<()> {
+        events.sort_by_key(|event| (event.user, event.id));
         let months: Vec<_> = events.iter().map(month).collect();
         let users: Vec<_> = events.iter().map(|event| Bytes16(event.user)).collect();
         let ids: Vec<_> = events.iter().map(|event| Bytes16(event.id)).collect();
@@ -96,17 +120,38 @@ impl Connection {
         let none = vec![0_i64; events.len()];
         let requests: Vec<_> = events.iter().map(|event| &*event.request_id).collect();
         let labels: Vec<_> = events.iter().map(|_| Labels).collect();
-        let rows = self
-            .client
-            .query(
-                &self.book,
-                &[
-                    &months, &users, &ids, &times, &models, &input, &output, &cached, &none, &none,
-                    &requests, &labels,
-                ],
-            )
-            .await?;
-        anyhow::ensure!(rows.len() == events.len(), "some were booked before");
+        let params: [&(dyn ToSql + Sync); 12] = [
+            &months, &users, &ids, &times, &models, &input, &output, &cached, &none, &none,
+            &requests, &labels,
+        ];
+        let rows = self.client.query(&self.book, &params).await?;
+        ensure!(rows.len() == events.len(), "some were booked before");
+        Ok(())
+    }
+
+    /// Copies events into the staging table in one transaction, and does no more with them.
+    pub(crate) async fn copy(&self, events: &[Event]) -> anyhow::Result<()> {
+        let writer = BinaryCopyInWriter::new(self.client.copy_in(COPY).await?, &COPY_TYPES);
+        let mut writer = pin!(writer);
+        for event in events {
+            let row: [&(dyn ToSql + Sync); 12] = [
+                &month(event),
+                &Bytes16(event.user),
+                &Bytes16(event.id),
+                &time(event),
+                &event.model,
+                &event.input,
+                &event.output,
+                &event.cached_input,
+                &0_i64,
+                &0_i64,
+                &event.request_id,
+                &Labels,
+            ];
+            writer.as_mut().write(&row).await?;
+        }
+        let copied = writer.finish().await?;
+        ensure!(copied == events.len() as u64, "not all were copied");
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use super::{
     Comparison, Stage,
     events::{Events, Users},
     naive::Shape,
-    raw,
+    raw, watch_postgres,
 };
 
 /// Calls under way at which a busy machine shows a writer that wakes late.
@@ -96,8 +96,10 @@ pub(super) fn lonely(stage: &Stage<'_>) -> anyhow::Result<Comparison> {
     let connection = stage
         .runtime
         .block_on(raw::Connection::open(stage.fixture.database_url()))?;
-    let bare =
-        || stage.watch_postgres(|| stage.runtime.block_on(bare(stage, &connection, &events)));
+    let bare = || {
+        let work = bare(stage, &connection, &events);
+        watch_postgres(stage.postgres, || stage.runtime.block_on(work))
+    };
     let mut rows = vec![Row::new(
         "bare",
         "the statement on one connection".to_owned(),
@@ -130,9 +132,9 @@ async fn bare(
     let begun = Instant::now();
     let mut latencies = Vec::new();
     while begun.elapsed() < stage.plan.options.slice() {
-        let event = [events.next()];
+        let event = vec![events.next()];
         let sent = Instant::now();
-        connection.book(&event).await?;
+        connection.book(event).await?;
         latencies.push(sent.elapsed());
     }
     Ok(Slice::of(latencies, begun.elapsed()))
