@@ -70,6 +70,9 @@ pub(super) fn compare(
     for in_flight in WRITES_IN_FLIGHT {
         panels.push(writes(plan, &sizes, in_flight, postgres, runtime)?);
     }
+    for size in &sizes {
+        runtime.block_on(size.settle())?;
+    }
     panels.push(reads(plan, fixture, &sizes, postgres)?);
     Ok(Comparison {
         part: "growth",
@@ -234,6 +237,14 @@ impl Grown {
                 .await?;
         }
         Ok(self.client.batch_execute("CHECKPOINT").await?)
+    }
+
+    /// Leaves nothing of the writing to be done while months are read.
+    async fn settle(&self) -> anyhow::Result<()> {
+        for statement in ["VACUUM ANALYZE", "CHECKPOINT"] {
+            self.client.batch_execute(statement).await?;
+        }
+        Ok(())
     }
 
     fn turn(
