@@ -95,7 +95,7 @@ diesel::table! {
 }
 
 diesel::table! {
-    usage_records (usage_month, user_id, event_id) {
+    usage_records (event_id, user_id, usage_month) {
         usage_month -> Text,
         user_id -> Uuid,
         event_id -> Uuid,
