@@ -1,8 +1,7 @@
 -- One row per event, partitioned by the UTC month of occurred_at; the service makes partitions
 -- ahead. No foreign key to users: checking it would cost a third of the ingest rate, and sums
 -- outlive the person. The client's immutable occurred_at gives the month, so a replay meets the
--- same key. The id leads it: ids grow with time, so new keys meet at one end of the index however
--- many users there are, and not each in a page of its own.
+-- same key.
 CREATE TABLE usage_records (
     usage_month text COLLATE "C" NOT NULL,
     user_id uuid NOT NULL,
@@ -17,7 +16,7 @@ CREATE TABLE usage_records (
     request_id text NOT NULL DEFAULT '',
     labels jsonb NOT NULL DEFAULT '{}',
     recorded_at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (event_id, user_id, usage_month)
+    PRIMARY KEY (usage_month, user_id, event_id)
 ) PARTITION BY LIST (usage_month);
 
 CREATE TABLE usage_records_default PARTITION OF usage_records DEFAULT;

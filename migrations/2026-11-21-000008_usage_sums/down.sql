@@ -1,3 +1,6 @@
+ALTER TABLE usage_records
+    DROP CONSTRAINT usage_records_pkey,
+    ADD PRIMARY KEY (usage_month, user_id, event_id);
 ALTER TABLE monthly_model_usage
     DROP CONSTRAINT monthly_model_usage_month_check,
     ADD CONSTRAINT monthly_model_usage_month_check CHECK (month ~ '^\d{4}-(0[1-9]|1[0-2])$');

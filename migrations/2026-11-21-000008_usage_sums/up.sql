@@ -10,3 +10,9 @@ ALTER TABLE monthly_usage
 ALTER TABLE monthly_model_usage
     DROP CONSTRAINT monthly_model_usage_month_check,
     ADD CONSTRAINT monthly_model_usage_month_check CHECK (length(month) = 7);
+
+-- The id leads the key: ids grow with time, so new keys meet at one end of the index however many
+-- users there are, and not each in a page of its own.
+ALTER TABLE usage_records
+    DROP CONSTRAINT usage_records_pkey,
+    ADD PRIMARY KEY (event_id, user_id, usage_month);

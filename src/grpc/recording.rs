@@ -5,10 +5,12 @@ use std::{collections::HashMap, mem, pin::Pin};
 use chrono::Utc;
 use futures_util::{
     FutureExt as _, Stream, StreamExt as _,
-    future::BoxFuture,
     stream::{self, FuturesOrdered},
 };
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    task::{JoinError, JoinHandle},
+};
 use tonic::{Status, Streaming};
 
 use super::{
@@ -144,8 +146,9 @@ struct Session {
     closing: watch::Receiver<bool>,
     /// Where the next batch must begin.
     next_offset: Option<i64>,
-    /// In the order of their offsets.
-    under_way: FuturesOrdered<BoxFuture<'static, Result<Settled>>>,
+    /// In the order of their offsets. Tasks: what a client that reads no more has under way must not
+    /// stand still with what others wait for.
+    under_way: FuturesOrdered<JoinHandle<Result<Settled>>>,
     /// Nothing more is read; how the stream ends once all that was read is settled.
     end: Option<End>,
 }
@@ -200,7 +203,7 @@ impl Session {
         let may_read = self.end.is_none() && self.under_way.len() < WINDOW;
         tokio::select! {
             biased;
-            Some(settled) = self.under_way.next() => Step::Settled(settled),
+            Some(settled) = self.under_way.next() => Step::Settled(ended(settled)),
             _ = self.closing.wait_for(|closing| *closing), if self.end.is_none() => Step::Closing,
             request = self.requests.message(), if may_read => Step::Request(request),
             else => Step::Nothing,
@@ -237,13 +240,10 @@ impl Session {
         })?;
         self.next_offset = Some(first.saturating_add_unsigned(events.len() as u64));
         let (auth, usage) = (self.auth.clone(), self.usage.clone());
-        self.under_way.push_back(
-            async move {
-                let recorded = record(&auth, &usage, events, WhenFull::Wait).await?;
-                Ok(Settled { first, recorded })
-            }
-            .boxed(),
-        );
+        self.under_way.push_back(tokio::spawn(async move {
+            let recorded = record(&auth, &usage, events, WhenFull::Wait).await?;
+            Ok(Settled { first, recorded })
+        }));
         Ok(())
     }
 
@@ -253,16 +253,23 @@ impl Session {
         loop {
             add(&mut answer, settled)?;
             match self.under_way.next().now_or_never() {
-                Some(Some(Ok(next))) => settled = next,
-                Some(Some(Err(error))) => {
-                    // After what it follows has been acknowledged.
-                    self.fail(error.into());
-                    return Ok(answer);
-                }
+                Some(Some(next)) => match ended(next) {
+                    Ok(next) => settled = next,
+                    Err(error) => {
+                        // After what it follows has been acknowledged.
+                        self.fail(error.into());
+                        return Ok(answer);
+                    }
+                },
                 Some(None) | None => return Ok(answer),
             }
         }
     }
+}
+
+/// What a task has left.
+fn ended(settled: Result<Result<Settled>, JoinError>) -> Result<Settled> {
+    settled.map_err(Error::internal)?
 }
 
 /// Adds a batch to an answer.

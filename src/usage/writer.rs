@@ -37,8 +37,8 @@ const SMALL_EVENTS: usize = 4;
 
 /// Attempts at a batch: a connection may prove to be gone, a transaction may lose to another.
 const ATTEMPTS: u32 = 3;
-/// No further attempt after so long: callers wait.
-const ATTEMPTS_WITHIN: Duration = Duration::from_secs(1);
+/// No further attempt after so long: callers wait. Postgres takes a second to notice a deadlock.
+const ATTEMPTS_WITHIN: Duration = Duration::from_secs(3);
 
 /// When to come back to a full queue: a batch takes milliseconds.
 const RETRY_AFTER: Duration = Duration::from_millis(100);

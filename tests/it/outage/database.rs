@@ -35,13 +35,15 @@ async fn terminated_connections_cost_a_retry_at_most() {
         })
         .collect();
     let booked = "SELECT count(*) FROM usage_records";
+    let mut hits = 0;
     for round in 1..=10 {
         eventually("the load goes on", async || {
             app.count(booked).await >= round * 20
         })
         .await;
-        assert!(!app.sql(TERMINATE).await.is_empty(), "nothing was hit");
+        hits += app.sql(TERMINATE).await.len();
     }
+    assert!(hits > 5, "{hits} connections were hit");
     enough.store(true, Ordering::Relaxed);
     let (mut events, mut failures) = (0, Vec::new());
     for load in load {
