@@ -1,16 +1,18 @@
 //! Many events at once: what `BatchRecordUsage` and `StreamUsage` share, and the stream.
 
-use std::{collections::HashMap, mem, pin::Pin};
+use std::{
+    collections::HashMap,
+    mem,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
 
 use chrono::Utc;
 use futures_util::{
     FutureExt as _, Stream, StreamExt as _,
     stream::{self, FuturesOrdered},
 };
-use tokio::{
-    sync::watch,
-    task::{JoinError, JoinHandle},
-};
+use tokio::{sync::watch, task::JoinHandle};
 use tonic::{Status, Streaming};
 
 use super::{
@@ -148,7 +150,7 @@ struct Session {
     next_offset: Option<i64>,
     /// In the order of their offsets. Tasks: what a client that reads no more has under way must not
     /// stand still with what others wait for.
-    under_way: FuturesOrdered<JoinHandle<Result<Settled>>>,
+    under_way: FuturesOrdered<Task>,
     /// Nothing more is read; how the stream ends once all that was read is settled.
     end: Option<End>,
 }
@@ -203,7 +205,7 @@ impl Session {
         let may_read = self.end.is_none() && self.under_way.len() < WINDOW;
         tokio::select! {
             biased;
-            Some(settled) = self.under_way.next() => Step::Settled(ended(settled)),
+            Some(settled) = self.under_way.next() => Step::Settled(settled),
             _ = self.closing.wait_for(|closing| *closing), if self.end.is_none() => Step::Closing,
             request = self.requests.message(), if may_read => Step::Request(request),
             else => Step::Nothing,
@@ -240,10 +242,10 @@ impl Session {
         })?;
         self.next_offset = Some(first.saturating_add_unsigned(events.len() as u64));
         let (auth, usage) = (self.auth.clone(), self.usage.clone());
-        self.under_way.push_back(tokio::spawn(async move {
+        self.under_way.push_back(Task(tokio::spawn(async move {
             let recorded = record(&auth, &usage, events, WhenFull::Wait).await?;
             Ok(Settled { first, recorded })
-        }));
+        })));
         Ok(())
     }
 
@@ -252,24 +254,39 @@ impl Session {
         let mut answer = StreamUsageResponse::default();
         loop {
             add(&mut answer, settled)?;
+            // A message has a size: nearly all that is in it are failures.
+            if answer.failures.len() >= BATCH_EVENTS {
+                return Ok(answer);
+            }
             match self.under_way.next().now_or_never() {
-                Some(Some(next)) => match ended(next) {
-                    Ok(next) => settled = next,
-                    Err(error) => {
-                        // After what it follows has been acknowledged.
-                        self.fail(error.into());
-                        return Ok(answer);
-                    }
-                },
+                Some(Some(Ok(next))) => settled = next,
+                Some(Some(Err(error))) => {
+                    // After what it follows has been acknowledged.
+                    self.fail(error.into());
+                    return Ok(answer);
+                }
                 Some(None) | None => return Ok(answer),
             }
         }
     }
 }
 
-/// What a task has left.
-fn ended(settled: Result<Result<Settled>, JoinError>) -> Result<Settled> {
-    settled.map_err(Error::internal)?
+/// A batch on its way. What has not reached the ledger when its stream ends goes with it.
+struct Task(JoinHandle<Result<Settled>>);
+
+impl Future for Task {
+    type Output = Result<Settled>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let ended = ready!(Pin::new(&mut self.0).poll(cx));
+        Poll::Ready(ended.map_err(Error::internal)?)
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Adds a batch to an answer.

@@ -105,14 +105,17 @@ pub(super) fn reason_name(fault: Fault) -> &'static str {
 }
 
 /// The name of the reason, as `ErrorInfo` has it, for which an event is refused for good; `None` for
-/// what is not its own fault.
+/// what is not its own fault. A fault of ours is logged.
 pub(super) fn event_reason(error: &Error) -> Option<&'static str> {
     let reason = match error {
         Error::Invalid(_) => ErrorReason::InvalidField,
         Error::UserNotFound => ErrorReason::UserNotFound,
         Error::EventConflict => ErrorReason::EventConflict,
         Error::TotalOutOfRange => ErrorReason::TotalOutOfRange,
-        Error::Internal(_) => ErrorReason::Internal,
+        Error::Internal(cause) => {
+            tracing::error!(cause = %chain(&**cause), "an event is refused by the database");
+            ErrorReason::Internal
+        }
         _ => return None,
     };
     Some(short_name(reason))

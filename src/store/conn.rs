@@ -23,6 +23,7 @@ pub(super) struct Conn {
     pooled: Option<Object<AsyncPgConnection>>,
     runtime: Handle,
     cancel_timeout: Duration,
+    is_given_up: bool,
 }
 
 impl Conn {
@@ -35,7 +36,13 @@ impl Conn {
             pooled: Some(pooled),
             runtime,
             cancel_timeout,
+            is_given_up: false,
         }
+    }
+
+    /// Ends the connection rather than to give it back: a statement on it is not answered.
+    pub(super) fn give_up(mut self) {
+        self.is_given_up = true;
     }
 }
 
@@ -58,7 +65,7 @@ impl Drop for Conn {
         let Some(mut pooled) = self.pooled.take() else {
             return;
         };
-        if !Manager::is_broken_transaction_manager(&mut *pooled) {
+        if !self.is_given_up && !Manager::is_broken_transaction_manager(&mut *pooled) {
             return;
         }
         let cancel = pooled.cancel_token();

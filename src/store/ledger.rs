@@ -1,6 +1,9 @@
 //! Booking events: the one statement that does it, for one or many at once.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -12,6 +15,7 @@ use diesel::{
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use serde_json::Value;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{Store, errors::stored, usage::UsageRow};
@@ -31,6 +35,9 @@ pub enum UsageInsert {
     Conflict,
 }
 
+/// Beyond the time that Postgres gives a statement: nobody is there any more.
+const SILENCE: Duration = Duration::from_secs(2);
+
 /// What makes an event the same event.
 type Key = (Period, Uuid, Uuid);
 
@@ -45,12 +52,19 @@ impl Store {
     /// `Internal`: none is
     pub async fn usage_insert(&self, events: &[&UsageEvent]) -> Result<Vec<UsageInsert>> {
         let mut conn = self.conn().await?;
-        insert(events, &mut conn)
-            .await
-            .map_err(|error| match error {
-                Error::Internal(cause) if is_overflow(&*cause) => Error::TotalOutOfRange,
-                error => error,
-            })
+        let within = self.statement_timeout + SILENCE;
+        let Ok(inserted) = timeout(within, insert(events, &mut conn)).await else {
+            conn.give_up();
+            // They are likely to be no better.
+            self.pool.retain(|_, _| false);
+            return Err(Error::Unavailable(
+                "a batch of usage is not answered".into(),
+            ));
+        };
+        inserted.map_err(|error| match error {
+            Error::Internal(cause) if is_overflow(&*cause) => Error::TotalOutOfRange,
+            error => error,
+        })
     }
 }
 

@@ -40,6 +40,9 @@ const ATTEMPTS: u32 = 3;
 /// No further attempt after so long: callers wait. Postgres takes a second to notice a deadlock.
 const ATTEMPTS_WITHIN: Duration = Duration::from_secs(3);
 
+/// Of one call; the queue has room for it.
+const MOST_EVENTS: usize = 1000;
+
 /// When to come back to a full queue: a batch takes milliseconds.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
@@ -66,6 +69,8 @@ struct Shared {
     counters: Arc<Counters>,
     /// One per event that waits or is being written.
     places: Arc<Semaphore>,
+    /// Those of them that callers who wait may take: the others must not be left without.
+    patient_places: Arc<Semaphore>,
     queue: Mutex<Queue>,
     idle: Notify,
 }
@@ -86,7 +91,7 @@ struct Queue {
 struct Submission {
     events: Vec<UsageEvent>,
     reply: oneshot::Sender<Vec<Booked>>,
-    _places: OwnedSemaphorePermit,
+    _places: [Option<OwnedSemaphorePermit>; 2],
 }
 
 /// What a caller does when too much waits already.
@@ -108,6 +113,7 @@ impl Writers {
             runtime: Handle::current(),
             counters,
             places: Arc::new(Semaphore::new(settings.queue_events)),
+            patient_places: Arc::new(Semaphore::new((settings.queue_events / 2).max(MOST_EVENTS))),
             queue: Mutex::new(Queue {
                 waiting: VecDeque::new(),
                 batches: 0,
@@ -135,13 +141,19 @@ impl Writers {
         let shared = &self.0;
         let wanted = u32::try_from(events.len()).map_err(Error::internal)?;
         let places = shared.places.clone();
+        let patient_places = shared.patient_places.clone();
         let places = match when_full {
-            WhenFull::Refuse => places.try_acquire_many_owned(wanted).ok(),
-            WhenFull::Wait => places.acquire_many_owned(wanted).await.ok(),
+            WhenFull::Refuse => [places.try_acquire_many_owned(wanted).ok(), None],
+            WhenFull::Wait => {
+                let patient = patient_places.acquire_many_owned(wanted).await.ok();
+                [places.acquire_many_owned(wanted).await.ok(), patient]
+            }
         };
-        let places = places.ok_or(Error::Overloaded {
-            retry_after: RETRY_AFTER,
-        })?;
+        if places[0].is_none() {
+            return Err(Error::Overloaded {
+                retry_after: RETRY_AFTER,
+            });
+        }
         let (reply, answer) = oneshot::channel();
         {
             let mut queue = shared.queue();
@@ -154,7 +166,7 @@ impl Writers {
                 _places: places,
             });
         }
-        start(shared);
+        start(shared, Some(&Handle::current()));
         answer.await.map_err(|_| closed())
     }
 
@@ -223,15 +235,15 @@ struct Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.shared.queue().end_batch(self.events);
-        start(&self.shared);
+        start(&self.shared, None);
         if self.shared.queue().is_idle() {
             self.shared.idle.notify_waiters();
         }
     }
 }
 
-/// Starts as many batches as may start.
-fn start(shared: &Arc<Shared>) {
+/// Starts as many batches as may start; small ones `here`.
+fn start(shared: &Arc<Shared>, here: Option<&Handle>) {
     loop {
         let Some(batch) = shared.queue().next_batch() else {
             return;
@@ -240,10 +252,9 @@ fn start(shared: &Arc<Shared>) {
             shared: shared.clone(),
             events: batch.iter().map(|one| one.events.len()).sum(),
         };
-        let here = Handle::try_current().ok();
         let runtime = match here {
             Some(here) if turn.events <= SMALL_EVENTS => here,
-            _ => shared.runtime.clone(),
+            _ => &shared.runtime,
         };
         runtime.spawn(async move {
             commit(&turn.shared, batch).await;
@@ -352,7 +363,7 @@ mod tests {
             queue.waiting.push_back(Submission {
                 events: vec![event(); size],
                 reply: oneshot::channel().0,
-                _places: places.clone().try_acquire_owned().expect("enough"),
+                _places: [places.clone().try_acquire_owned().ok(), None],
             });
         }
     }

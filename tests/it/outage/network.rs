@@ -172,3 +172,34 @@ async fn failures(app: &TestApp, user_id: &str, token: &str) -> Vec<Status> {
             .unwrap_err(),
     ]
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_falls_silent_does_not_keep_the_ledger_waiting() {
+    let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
+        settings.database.statement_timeout = Duration::from_millis(300);
+        settings.database.acquire_timeout = Duration::from_millis(500);
+    })
+    .await;
+    let user = app.user().create().await;
+    app.record(&event(&user.id)).await.unwrap();
+    proxy.pause();
+    let begun = Instant::now();
+    let events: Vec<_> = (0..20).map(|_| event(&user.id)).collect();
+    let calls: Vec<_> = events
+        .iter()
+        .map(|event| start_recording(&app, event.clone()))
+        .collect();
+    for call in calls {
+        assert_database_unavailable(&call.await.unwrap().unwrap_err());
+    }
+    assert!(
+        begun.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        begun.elapsed()
+    );
+    proxy.resume();
+    for event in &events {
+        eventually("it is booked", async || app.record(event).await.is_ok()).await;
+    }
+    app.assert_books_balance(21).await;
+}

@@ -11,13 +11,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::DisableServiceAccountRequest,
     usage::v1::{
-        StreamUsageRequest, StreamUsageResponse, UsageEvent,
+        StreamUsageRequest, StreamUsageResponse, UsageEvent, record_usage_response::Outcome,
         usage_service_client::UsageServiceClient,
     },
 };
 use tonic::{Code, Status, Streaming, transport::Channel};
 
-use super::{event, refuse_model, tokens};
+use super::{event, record_through, refuse_model, tokens};
 use crate::harness::{Blocker, TestApp, reason, with_bearer};
 
 /// A stream under way.
@@ -237,6 +237,30 @@ async fn a_stream_does_not_hold_up_the_end_of_the_server() {
     assert_eq!(reason(&status), "SHUTTING_DOWN");
     let stopped = timeout(Duration::from_secs(10), stopping).await;
     stopped.expect("at once").unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_that_wait_leave_room_for_calls_that_do_not() {
+    let app = TestApp::spawn_with(|settings| settings.usage.queue_events = 2000).await;
+    let events = events(&app, 5001).await;
+    let (single, events) = events.split_last().unwrap();
+    let mut stream = app.stream().await;
+    let blocker = Blocker::lock(&app, "monthly_usage").await;
+    for (n, batch) in (0..).zip(events.chunks(500)) {
+        stream.send(n * 500, batch).await;
+    }
+    blocker.hold_up(&app, 2).await;
+    let (channel, key, single) = (app.channel.clone(), app.service_key.clone(), single.clone());
+    let call = tokio::spawn(async move { record_through(&channel, &key, &single).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(
+        !call.is_finished(),
+        "it waits to be written, and is not refused"
+    );
+    blocker.release().await;
+    assert_eq!(call.await.unwrap().unwrap(), Outcome::Recorded);
+    stream.until(5000).await.unwrap();
+    app.assert_books_balance(5001).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
