@@ -32,7 +32,7 @@ pub enum ExportFormat {
     Ndjson,
 }
 
-/// An export under way. Holds no connection between chunks, nor any rows of the database.
+/// An export under way. Between chunks it holds no connection, and the records of one batch at most.
 pub struct Export {
     store: Store,
     whose: Option<UserId>,
