@@ -5,7 +5,7 @@ use std::pin::Pin;
 use chrono::{DateTime, Utc};
 use futures_util::{Stream, stream};
 use prost_types::Timestamp;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tonic::Status;
 
 use super::{
@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     auth::Auth,
+    error::Result,
     model::{Interval, ModelName, UsageFilter, UsageGroup, UserId, Violation},
     proto::tollkeeper::usage::v1::{
         ExportSummary, ExportUsageRequest, ExportUsageResponse, ListUsageRecordsRequest,
@@ -202,22 +203,32 @@ fn series(series: UsageSeries) -> crate::proto::tollkeeper::usage::v1::UsageSeri
 pub(super) type Chunks = Pin<Box<dyn Stream<Item = Result<ExportUsageResponse, Status>> + Send>>;
 
 /// Streams an export for the caller with `credential`, as fast as it is taken.
-pub(super) fn chunks(auth: Auth, usage: &Usage, credential: String, export: Export) -> Chunks {
+///
+/// # Errors
+/// `Overloaded`
+pub(super) fn chunks(
+    auth: Auth,
+    usage: &Usage,
+    credential: String,
+    export: Export,
+) -> Result<Chunks> {
     let running = Running {
+        _place: usage.export_place()?,
         auth,
         credential,
         closing: usage.closing(),
         export,
         is_over: false,
     };
-    Box::pin(stream::unfold(running, |mut running| async {
+    Ok(Box::pin(stream::unfold(running, |mut running| async {
         let next = running.next().await?;
         Some((next, running))
-    }))
+    })))
 }
 
 /// An export under way.
 struct Running {
+    _place: OwnedSemaphorePermit,
     auth: Auth,
     /// The caller's own: it must stay good.
     credential: String,

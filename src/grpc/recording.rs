@@ -194,7 +194,9 @@ impl Session {
                     }
                 }
                 Step::Request(Ok(None)) => self.end = Some(End::Done),
-                Step::Request(Err(status)) => self.end = Some(End::Failed(status)),
+                Step::Request(Err(status)) => {
+                    self.end = Some(End::Failed(status::explain(&status)));
+                }
                 Step::Nothing => return self.finish(),
             }
         }

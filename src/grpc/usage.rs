@@ -169,7 +169,7 @@ impl UsageService for Handler {
             &self.usage,
             credential,
             export,
-        )))
+        )?))
     }
 
     async fn list_tiers(

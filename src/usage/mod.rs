@@ -11,9 +11,9 @@ mod quota;
 mod tiers;
 mod writer;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 pub use counters::Counters;
 pub use export::{Export, ExportFormat, Written};
@@ -40,7 +40,14 @@ pub struct Usage {
     writers: Writers,
     counters: Arc<Counters>,
     closing: watch::Sender<bool>,
+    exports: Arc<Semaphore>,
 }
+
+/// When to ask for a place again: exports take a while.
+const EXPORT_RETRY: Duration = Duration::from_secs(5);
+
+/// Exports at a time: each holds a batch of records for as long as its reader likes.
+const MAX_EXPORTS: usize = 64;
 
 impl Usage {
     /// The ledger is written on the current runtime.
@@ -54,6 +61,7 @@ impl Usage {
             writers: Writers::new(&store, settings, counters.clone())?,
             counters,
             closing: watch::Sender::new(false),
+            exports: Arc::new(Semaphore::new(MAX_EXPORTS)),
             store,
         })
     }
@@ -66,6 +74,17 @@ impl Usage {
     /// Turns true when streams of events are to end.
     pub fn closing(&self) -> watch::Receiver<bool> {
         self.closing.subscribe()
+    }
+
+    /// A place to export in, for as long as it is held.
+    ///
+    /// # Errors
+    /// `Overloaded`
+    pub fn export_place(&self) -> Result<OwnedSemaphorePermit> {
+        let place = self.exports.clone().try_acquire_owned();
+        place.map_err(|_| Error::Overloaded {
+            retry_after: EXPORT_RETRY,
+        })
     }
 
     /// Books nothing more; returns once everything that was taken is durable or has failed.

@@ -297,6 +297,28 @@ async fn readers_who_stop_hold_nothing_of_the_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_has_64_exports_at_a_time_and_takes_others_when_some_end() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    fill(&app, &user, MANY).await;
+    let mut under_way = Vec::new();
+    for _ in 0..64 {
+        // Each on a connection of its own: what is not read of one stream holds up the others.
+        let mut usage = UsageServiceClient::new(app.running().channel());
+        let request = with_bearer(all_users(), &app.service_key);
+        under_way.push(usage.export_usage(request).await.unwrap().into_inner());
+    }
+    let refused = open(&app, &app.service_key, all_users()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert_eq!(reason(&refused), "OVERLOADED");
+    under_way.pop();
+    eventually("a place is free", async || {
+        open(&app, &app.service_key, all_users()).await.is_ok()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_export_that_is_cut_has_no_summary() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
