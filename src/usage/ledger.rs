@@ -39,7 +39,7 @@ impl Usage {
     /// dropped future leaves it behind to be booked.
     ///
     /// # Errors
-    /// `EventConflict` · `TotalOutOfRange` · `Overloaded` · `Unavailable`
+    /// `EventConflict` · `TotalOutOfRange` · `Overloaded` · `Unavailable` · `Internal`
     pub async fn record(&self, event: UsageEvent) -> Result<Recorded> {
         let booked = self.record_all(vec![event], WhenFull::Refuse).await?.pop();
         booked.ok_or_else(|| Error::internal("an event was left out"))?

@@ -91,8 +91,11 @@ struct Queue {
 struct Submission {
     events: Vec<UsageEvent>,
     reply: oneshot::Sender<Vec<Booked>>,
-    _places: [Option<OwnedSemaphorePermit>; 2],
+    _places: Places,
 }
+
+/// Room in the queue, also among those who wait for it.
+type Places = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
 
 /// What a caller does when too much waits already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,21 +142,7 @@ impl Writers {
         when_full: WhenFull,
     ) -> Result<Vec<Booked>> {
         let shared = &self.0;
-        let wanted = u32::try_from(events.len()).map_err(Error::internal)?;
-        let places = shared.places.clone();
-        let patient_places = shared.patient_places.clone();
-        let places = match when_full {
-            WhenFull::Refuse => [places.try_acquire_many_owned(wanted).ok(), None],
-            WhenFull::Wait => {
-                let patient = patient_places.acquire_many_owned(wanted).await.ok();
-                [places.acquire_many_owned(wanted).await.ok(), patient]
-            }
-        };
-        if places[0].is_none() {
-            return Err(Error::Overloaded {
-                retry_after: RETRY_AFTER,
-            });
-        }
+        let places = shared.places(events.len(), when_full).await?;
         let (reply, answer) = oneshot::channel();
         {
             let mut queue = shared.queue();
@@ -192,6 +181,31 @@ impl Writers {
 }
 
 impl Shared {
+    /// Room for as many events.
+    ///
+    /// # Errors
+    /// `Overloaded`
+    async fn places(&self, events: usize, when_full: WhenFull) -> Result<Places> {
+        let events = u32::try_from(events).map_err(Error::internal)?;
+        let (places, patient) = (self.places.clone(), self.patient_places.clone());
+        match when_full {
+            WhenFull::Refuse => {
+                let place = places.try_acquire_many_owned(events);
+                let place = place.map_err(|_| Error::Overloaded {
+                    retry_after: RETRY_AFTER,
+                })?;
+                Ok((place, None))
+            }
+            // An error would mean that the semaphores were closed, which nobody does.
+            WhenFull::Wait => {
+                let patient = patient.acquire_many_owned(events).await;
+                let patient = patient.map_err(Error::internal)?;
+                let place = places.acquire_many_owned(events).await;
+                Ok((place.map_err(Error::internal)?, Some(patient)))
+            }
+        }
+    }
+
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -363,7 +377,7 @@ mod tests {
             queue.waiting.push_back(Submission {
                 events: vec![event(); size],
                 reply: oneshot::channel().0,
-                _places: [places.clone().try_acquire_owned().ok(), None],
+                _places: (places.clone().try_acquire_owned().expect("enough"), None),
             });
         }
     }
