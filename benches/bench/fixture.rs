@@ -235,9 +235,9 @@ impl Fixture {
             .await?;
         client
             .execute(
-                "INSERT INTO monthly_usage (user_id, month, input_tokens, output_tokens,
+                "INSERT INTO monthly_model_usage (user_id, month, model, input_tokens, output_tokens,
                      cached_input_tokens, cache_write_tokens, reasoning_tokens, request_count)
-                 SELECT id::uuid, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), 1000, 500, 0, 0, 0, 1
+                 SELECT id::uuid, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), 'm', 1000, 500, 0, 0, 0, 1
                  FROM unnest($1::text[]) AS ids (id)",
                 &[&users],
             )

@@ -18,7 +18,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Store, errors::stored, usage::UsageRow};
+use super::{Store, usage::UsageRow};
 use crate::{
     error::{Error, Result},
     model::{Period, UsageEvent, UsageRecord},
@@ -42,7 +42,7 @@ const SILENCE: Duration = Duration::from_secs(2);
 type Key = (Period, Uuid, Uuid);
 
 impl Store {
-    /// Books events, each with its months' sums, and says what became of each, in their order.
+    /// Books events, each with the sums of its month, and says what became of each, in their order.
     ///
     /// All that are recorded are durable when it returns, in one transaction. Any number of calls
     /// with one event count once; events that are in `events` twice as well.
@@ -83,38 +83,40 @@ async fn insert(events: &[&UsageEvent], conn: &mut AsyncPgConnection) -> Result<
     order.sort_by(|&a, &b| keys[a].cmp(&keys[b]));
     order.dedup_by(|&mut later, &mut first| keys[later] == keys[first]);
     let firsts: Vec<&UsageEvent> = order.iter().map(|&index| events[index]).collect();
-    let new: Vec<(String, Uuid, Uuid)> = match firsts[..] {
+    let known: Vec<i64> = match firsts[..] {
         [event] => InsertEvent::new(event).load(conn).await?,
         _ => InsertEvents::new(&firsts).load(conn).await?,
     };
-    if new.len() == events.len() {
-        return Ok(vec![UsageInsert::Recorded; new.len()]);
+    if known.is_empty() && firsts.len() == events.len() {
+        return Ok(vec![UsageInsert::Recorded; events.len()]);
     }
-    let new = new.into_iter().map(|(month, user_id, event_id)| {
-        let period = stored("usage_records.usage_month", &month)?;
-        Ok((period, user_id, event_id))
-    });
-    let new: HashSet<Key> = new.collect::<Result<_>>()?;
-    let known: Vec<&UsageEvent> = order
-        .iter()
-        .filter(|&&index| !new.contains(&keys[index]))
-        .map(|&index| events[index])
-        .collect();
+    let known: Vec<&UsageEvent> = known
+        .into_iter()
+        .map(|place| {
+            let place = usize::try_from(place - 1).ok();
+            let event = place.and_then(|place| firsts.get(place)).copied();
+            event.ok_or_else(|| Error::internal("an event that was not sent is known"))
+        })
+        .collect::<Result<_>>()?;
     // A statement of its own: its snapshot sees what the insert stumbled over.
     let booked = match known.is_empty() {
         true => HashMap::new(),
         false => booked(&known, conn).await?,
     };
+    let known_keys: HashSet<Key> = known.iter().map(|event| key_of(event)).collect();
     let firsts: HashMap<&Key, usize> = order.iter().map(|&index| (&keys[index], index)).collect();
     let outcome = |index: usize| {
         let (event, key) = (events[index], &keys[index]);
         let first = firsts[key];
-        let same = match new.contains(key) {
-            true if first == index => return UsageInsert::Recorded,
-            true => *events[first] == *event,
-            false => booked.get(key).is_some_and(|booked| *booked == *event),
+        let is_known = known_keys.contains(key);
+        if !is_known && first == index {
+            return UsageInsert::Recorded;
+        }
+        let before = match is_known {
+            true => booked.get(key),
+            false => Some(events[first]),
         };
-        if same {
+        if before == Some(event) {
             UsageInsert::Duplicate
         } else {
             UsageInsert::Conflict
@@ -208,7 +210,8 @@ pub(super) type UsageRowTypes = (
     Timestamptz,
 );
 
-/// Inserts events that are not there yet and adds just those to both sums; returns their keys.
+/// Inserts events that are not there yet and adds just those to the sums; returns the places, from 1
+/// on, of the others, which are seldom any.
 ///
 /// A fragment of its own with a static id: diesel would prepare an upsert anew on every call. Keys
 /// are inserted and upserted in sorted order, so that concurrent batches never wait for each other in
@@ -339,7 +342,7 @@ impl QueryId for InsertEvent {
 }
 
 impl Query for InsertEvent {
-    type SqlType = (Text, SqlUuid, SqlUuid);
+    type SqlType = BigInt;
 }
 
 fn labels_of(event: &UsageEvent) -> Value {
@@ -351,18 +354,19 @@ fn labels_of(event: &UsageEvent) -> Value {
 struct Shape {
     /// Before the values; they end with a parenthesis.
     values: &'static str,
-    /// What an event, or all of a group, adds to a month.
+    /// What an event, or all of a group, adds to a month of a model.
     sums: &'static str,
-    by_model: &'static str,
-    by_month: &'static str,
+    groups: &'static str,
+    /// The places of those that were there. Parameters are named by their numbers: they are bound.
+    known: &'static str,
 }
 
 const ONE: Shape = Shape {
     values: "VALUES (",
     sums: "input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
                     reasoning_tokens, 1",
-    by_model: "",
-    by_month: "",
+    groups: "",
+    known: "SELECT 1::bigint WHERE NOT EXISTS (SELECT FROM new)",
 };
 
 const MANY: Shape = Shape {
@@ -370,18 +374,13 @@ const MANY: Shape = Shape {
     sums: "sum_bigint(input_tokens), sum_bigint(output_tokens),
                     sum_bigint(cached_input_tokens), sum_bigint(cache_write_tokens),
                     sum_bigint(reasoning_tokens), count(*)",
-    by_model: "GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
-    by_month: "GROUP BY 1, 2 ORDER BY 1, 2",
+    groups: "GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
+    known: "SELECT place
+            FROM unnest($1, $2, $3) WITH ORDINALITY AS sent (usage_month, user_id, event_id, place)
+            WHERE (SELECT count(*) FROM new) < cardinality($1)
+                AND NOT EXISTS (SELECT FROM new WHERE new.event_id = sent.event_id
+                    AND new.user_id = sent.user_id AND new.usage_month = sent.usage_month)",
 };
-
-const ADDED: &str = "
-                    input_tokens = m.input_tokens + EXCLUDED.input_tokens,
-                    output_tokens = m.output_tokens + EXCLUDED.output_tokens,
-                    cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
-                    cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
-                    reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
-                    request_count = m.request_count + EXCLUDED.request_count
-            )";
 
 fn walk_insert<'b>(
     mut out: AstPass<'_, 'b, Pg>,
@@ -402,36 +401,28 @@ fn walk_insert<'b>(
                 ON CONFLICT DO NOTHING
                 RETURNING usage_month, user_id, event_id, model, input_tokens, output_tokens,
                     cached_input_tokens, cache_write_tokens, reasoning_tokens
-            ), by_model AS (
+            ), sums AS (
                 INSERT INTO monthly_model_usage AS m (user_id, month, model,
                     input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
                     reasoning_tokens, request_count)
                 SELECT user_id, usage_month, model, ",
     );
-    for sql in [shape.sums, " FROM new ", shape.by_model] {
+    for sql in [shape.sums, " FROM new ", shape.groups] {
         out.push_sql(sql);
     }
     out.push_sql(
         "
-                ON CONFLICT (user_id, month, model) DO UPDATE SET",
+                ON CONFLICT (user_id, month, model) DO UPDATE SET
+                    input_tokens = m.input_tokens + EXCLUDED.input_tokens,
+                    output_tokens = m.output_tokens + EXCLUDED.output_tokens,
+                    cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
+                    cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
+                    reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
+                    request_count = m.request_count + EXCLUDED.request_count
+            )
+            ",
     );
-    out.push_sql(ADDED);
-    out.push_sql(
-        ", by_month AS (
-                INSERT INTO monthly_usage AS m (user_id, month,
-                    input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
-                    reasoning_tokens, request_count)
-                SELECT user_id, usage_month, ",
-    );
-    for sql in [shape.sums, " FROM new ", shape.by_month] {
-        out.push_sql(sql);
-    }
-    out.push_sql(
-        "
-                ON CONFLICT (user_id, month) DO UPDATE SET",
-    );
-    out.push_sql(ADDED);
-    out.push_sql(" SELECT usage_month, user_id, event_id FROM new");
+    out.push_sql(shape.known);
     Ok(())
 }
 
@@ -441,5 +432,5 @@ impl QueryId for InsertEvents {
 }
 
 impl Query for InsertEvents {
-    type SqlType = (Text, SqlUuid, SqlUuid);
+    type SqlType = BigInt;
 }

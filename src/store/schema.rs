@@ -44,19 +44,6 @@ diesel::table! {
 }
 
 diesel::table! {
-    monthly_usage (user_id, month) {
-        user_id -> Uuid,
-        month -> Text,
-        input_tokens -> Int8,
-        output_tokens -> Int8,
-        cached_input_tokens -> Int8,
-        cache_write_tokens -> Int8,
-        reasoning_tokens -> Int8,
-        request_count -> Int8,
-    }
-}
-
-diesel::table! {
     service_accounts (id) {
         id -> Uuid,
         name -> Text,
@@ -139,7 +126,6 @@ diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
     audit_events,
     monthly_model_usage,
-    monthly_usage,
     service_accounts,
     service_keys,
     sessions,

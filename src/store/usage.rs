@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::{
     Store,
     errors::stored,
-    schema::{monthly_model_usage, monthly_usage, usage_records},
+    schema::{monthly_model_usage, usage_records},
 };
 use crate::{
     error::{Error, Result},
@@ -26,20 +26,14 @@ impl Store {
     /// `Unavailable`
     pub async fn usage_month_tokens(&self, user_id: UserId, period: Period) -> Result<i64> {
         let mut conn = self.conn().await?;
-        let row: Option<SumsRow> = monthly_usage::table
-            .find((user_id.0, period.to_string()))
-            .select((
-                monthly_usage::input_tokens,
-                monthly_usage::output_tokens,
-                monthly_usage::cached_input_tokens,
-                monthly_usage::cache_write_tokens,
-                monthly_usage::reasoning_tokens,
-                monthly_usage::request_count,
-            ))
-            .first(&mut conn)
-            .await
-            .optional()?;
-        Ok(row.map_or(0, |row| UsageTotals::from(row).tokens.total()))
+        let models: Vec<SumsRow> = monthly_model_usage::table
+            .filter(monthly_model_usage::user_id.eq(user_id.0))
+            .filter(monthly_model_usage::month.eq(period.to_string()))
+            .select(SumsRow::as_select())
+            .load(&mut conn)
+            .await?;
+        let totals: UsageTotals = models.into_iter().map(UsageTotals::from).sum();
+        Ok(totals.tokens.total())
     }
 
     /// A user's month, per model and in all; zeroes when nothing was used.
@@ -53,17 +47,7 @@ impl Store {
             .filter(monthly_model_usage::user_id.eq(user_id.0))
             .filter(monthly_model_usage::month.eq(period.to_string()))
             .order(monthly_model_usage::model)
-            .select((
-                monthly_model_usage::model,
-                (
-                    monthly_model_usage::input_tokens,
-                    monthly_model_usage::output_tokens,
-                    monthly_model_usage::cached_input_tokens,
-                    monthly_model_usage::cache_write_tokens,
-                    monthly_model_usage::reasoning_tokens,
-                    monthly_model_usage::request_count,
-                ),
-            ))
+            .select((monthly_model_usage::model, SumsRow::as_select()))
             .load(&mut conn)
             .await?;
         let models = rows
@@ -146,12 +130,18 @@ impl Store {
 }
 
 /// The five dimensions and the count of requests.
-#[derive(Queryable)]
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = monthly_model_usage)]
 pub(super) struct SumsRow {
+    #[diesel(column_name = input_tokens)]
     input: i64,
+    #[diesel(column_name = output_tokens)]
     output: i64,
+    #[diesel(column_name = cached_input_tokens)]
     cached_input: i64,
+    #[diesel(column_name = cache_write_tokens)]
     cache_write: i64,
+    #[diesel(column_name = reasoning_tokens)]
     reasoning: i64,
     request_count: i64,
 }

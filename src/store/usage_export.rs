@@ -11,7 +11,7 @@ use diesel_async::RunQueryDsl;
 use tokio::sync::SemaphorePermit;
 use uuid::Uuid;
 
-use super::{Store, ledger::UsageRowTypes, schema::monthly_usage, usage::UsageRow};
+use super::{Store, ledger::UsageRowTypes, schema::monthly_model_usage, usage::UsageRow};
 use crate::{
     error::{Error, Result},
     model::{TimeRange, UsageCursor, UsageFilter, UsageRecord, UserId},
@@ -70,12 +70,12 @@ impl Store {
             range.first_month().to_string(),
             range.last_month().to_string(),
         );
-        let mut query = monthly_usage::table
-            .filter(monthly_usage::month.between(months.0, months.1))
+        let mut query = monthly_model_usage::table
+            .filter(monthly_model_usage::month.between(months.0, months.1))
             .select(sql::<Nullable<BigInt>>("sum(request_count)::bigint"))
             .into_boxed();
         if let Some(user_id) = whose {
-            query = query.filter(monthly_usage::user_id.eq(user_id.0));
+            query = query.filter(monthly_model_usage::user_id.eq(user_id.0));
         }
         let mut conn = self.conn().await?;
         let size: Option<i64> = query.get_result(&mut conn).await?;

@@ -90,9 +90,13 @@ struct Queue {
 /// Events of one caller.
 struct Submission {
     events: Vec<UsageEvent>,
-    reply: oneshot::Sender<Vec<Booked>>,
+    reply: Reply,
+    /// Where the caller waits.
+    runtime: Handle,
     _places: Places,
 }
+
+type Reply = oneshot::Sender<Vec<Booked>>;
 
 /// Room in the queue, also among those who wait for it.
 type Places = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
@@ -144,6 +148,7 @@ impl Writers {
         let shared = &self.0;
         let places = shared.places(events.len(), when_full).await?;
         let (reply, answer) = oneshot::channel();
+        let here = Handle::current();
         {
             let mut queue = shared.queue();
             if queue.is_closed {
@@ -152,10 +157,11 @@ impl Writers {
             queue.waiting.push_back(Submission {
                 events,
                 reply,
+                runtime: here.clone(),
                 _places: places,
             });
         }
-        start(shared, Some(&Handle::current()));
+        start(shared, Some(&here));
         answer.await.map_err(|_| closed())
     }
 
@@ -311,9 +317,45 @@ async fn commit(shared: &Shared, batch: Vec<Submission>) {
         }
         booked => booked,
     });
-    for Submission { events, reply, .. } in batch {
-        // An error means that the caller has gone.
-        let _ = reply.send(booked.by_ref().take(events.len()).collect());
+    let mut answers = Answers::default();
+    for submission in batch {
+        let booked = booked.by_ref().take(submission.events.len()).collect();
+        answers.add(submission.runtime, submission.reply, booked);
+    }
+    answers.send();
+}
+
+/// What callers are to be told, by the runtime that they wait on.
+///
+/// A runtime is woken once for all of its callers: it answers them together, where one after the
+/// other each would be woken across threads and written to its connection alone.
+#[derive(Default)]
+struct Answers(Vec<(Handle, Vec<(Reply, Vec<Booked>)>)>);
+
+impl Answers {
+    fn add(&mut self, runtime: Handle, reply: Reply, booked: Vec<Booked>) {
+        let answer = (reply, booked);
+        match self.0.iter_mut().find(|(at, _)| at.id() == runtime.id()) {
+            Some((_, answers)) => answers.push(answer),
+            None => self.0.push((runtime, vec![answer])),
+        }
+    }
+
+    fn send(self) {
+        let here = Handle::current().id();
+        for (runtime, answers) in self.0 {
+            let send = move || {
+                for (reply, booked) in answers {
+                    // An error means that the caller has gone.
+                    let _ = reply.send(booked);
+                }
+            };
+            if runtime.id() == here {
+                send();
+            } else {
+                runtime.spawn(async move { send() });
+            }
+        }
     }
 }
 
@@ -377,6 +419,7 @@ mod tests {
             queue.waiting.push_back(Submission {
                 events: vec![event(); size],
                 reply: oneshot::channel().0,
+                runtime: Handle::current(),
                 _places: (places.clone().try_acquire_owned().expect("enough"), None),
             });
         }
@@ -387,8 +430,8 @@ mod tests {
         Some(batch.iter().map(|one| one.events.len()).sum())
     }
 
-    #[test]
-    fn few_events_start_at_once_and_many_wait_for_two() {
+    #[tokio::test]
+    async fn few_events_start_at_once_and_many_wait_for_two() {
         let mut queue = queue();
         assert_eq!(next(&mut queue), None);
         for _ in 0..8 {
@@ -410,8 +453,8 @@ mod tests {
         assert_eq!(next(&mut queue), None);
     }
 
-    #[test]
-    fn a_batch_has_a_size_and_submissions_stay_whole() {
+    #[tokio::test]
+    async fn a_batch_has_a_size_and_submissions_stay_whole() {
         let mut queue = queue();
         arrive(&mut queue, &[60, 60, 1, 300]);
         assert_eq!(next(&mut queue), Some(120));

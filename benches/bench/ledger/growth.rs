@@ -344,21 +344,14 @@ fn add_to_sums() -> String {
     let names = columns.join(", ");
     let added = columns.map(|name| format!("{name} = m.{name} + EXCLUDED.{name}"));
     let added = added.join(", ");
-    let sums = columns.map(|name| format!("sum({name})")).join(", ");
     let events = "sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
         sum(cache_write_tokens), sum(reasoning_tokens), count(*)";
     format!(
         "WITH by_model AS MATERIALIZED (
              SELECT user_id, usage_month, model, {events} FROM usage_records GROUP BY 1, 2, 3
-         ), renamed (user_id, month, model, {names}) AS (
-             SELECT * FROM by_model
-         ), added AS (
-             INSERT INTO monthly_model_usage AS m (user_id, month, model, {names})
-             SELECT * FROM renamed
-             ON CONFLICT (user_id, month, model) DO UPDATE SET {added}
-         )
-         INSERT INTO monthly_usage AS m (user_id, month, {names})
-         SELECT user_id, month, {sums} FROM renamed GROUP BY 1, 2
-         ON CONFLICT (user_id, month) DO UPDATE SET {added}"
+                  )
+         INSERT INTO monthly_model_usage AS m (user_id, month, model, {names})
+         SELECT * FROM by_model
+         ON CONFLICT (user_id, month, model) DO UPDATE SET {added}"
     )
 }

@@ -1,9 +1,9 @@
 //! `RecordUsage` as one would write it first: tonic on its default runtime, a pool of 16 connections,
 //! one transaction for each call.
 //!
-//! What it leaves out is in its favour: it asks nobody who calls, looks for no user, checks no bounds
-//! and compares no replay. Its statements are prepared once and its pool tests no connection, so a
-//! call is four round trips (BEGIN, the event, both sums, COMMIT) or, in its other shape, one.
+//! What it leaves out is in its favour: it asks nobody who calls, looks for no user, checks no bounds,
+//! compares no replay and keeps one total for each user and month, without models. Its statements are prepared once and its pool tests no connection, so a
+//! call is four round trips (BEGIN, the event, the month, COMMIT) or, in its other shape, one.
 
 use std::{convert::Infallible, io::Read as _, thread};
 
@@ -99,7 +99,7 @@ impl Naive {
                 conn.transaction::<_, DieselError, _>(async |conn| {
                     let inserted = InsertEvent(event).execute(conn).await?;
                     if inserted > 0 {
-                        AddToSums(event).execute(conn).await?;
+                        AddToMonth(event).execute(conn).await?;
                     }
                     Ok(inserted)
                 })
@@ -224,21 +224,19 @@ const INSERT: &str =
     input_tokens, output_tokens, cached_input_tokens, cache_write_tokens, reasoning_tokens,
     request_id, labels) VALUES (";
 
-/// Adds the row of `new` to both sums.
-const ADD: &str = "by_model AS (
-        INSERT INTO monthly_model_usage AS m (user_id, month, model, input_tokens, output_tokens,
-            cached_input_tokens, cache_write_tokens, reasoning_tokens, request_count)
-        SELECT user_id, usage_month, model, input_tokens, output_tokens, cached_input_tokens,
-            cache_write_tokens, reasoning_tokens, 1 FROM new
-        ON CONFLICT (user_id, month, model) DO UPDATE SET
-            input_tokens = m.input_tokens + EXCLUDED.input_tokens,
-            output_tokens = m.output_tokens + EXCLUDED.output_tokens,
-            cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
-            cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
-            reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
-            request_count = m.request_count + 1
-    )
-    INSERT INTO monthly_usage AS m (user_id, month, input_tokens, output_tokens,
+/// Its sums, one row for each user and month; everybody has used something.
+pub(crate) const MONTHS: &str = "
+    CREATE TABLE naive_months (
+        user_id uuid, month text COLLATE \"C\", input_tokens bigint NOT NULL,
+        output_tokens bigint NOT NULL, cached_input_tokens bigint NOT NULL,
+        cache_write_tokens bigint NOT NULL, reasoning_tokens bigint NOT NULL,
+        request_count bigint NOT NULL, PRIMARY KEY (user_id, month)
+    ) WITH (fillfactor = 70);
+    INSERT INTO naive_months
+    SELECT id, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), 0, 0, 0, 0, 0, 0 FROM users";
+
+/// Adds the row of `new` to its month.
+const ADD: &str = "INSERT INTO naive_months AS m (user_id, month, input_tokens, output_tokens,
         cached_input_tokens, cache_write_tokens, reasoning_tokens, request_count)
     SELECT user_id, usage_month, input_tokens, output_tokens, cached_input_tokens,
         cache_write_tokens, reasoning_tokens, 1 FROM new
@@ -262,10 +260,10 @@ impl QueryFragment<Pg> for InsertEvent<'_> {
     }
 }
 
-/// Both sums.
-struct AddToSums<'a>(&'a Row);
+/// Its month.
+struct AddToMonth<'a>(&'a Row);
 
-impl QueryFragment<Pg> for AddToSums<'_> {
+impl QueryFragment<Pg> for AddToMonth<'_> {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         out.push_sql(
             "WITH new (usage_month, user_id, event_id, occurred_at, model, input_tokens,
@@ -273,13 +271,13 @@ impl QueryFragment<Pg> for AddToSums<'_> {
                  request_id, labels) AS (VALUES (",
         );
         self.0.push(&mut out)?;
-        out.push_sql(")), ");
+        out.push_sql(")) ");
         out.push_sql(ADD);
         Ok(())
     }
 }
 
-/// The event and, if it is new, both sums.
+/// The event and, if it is new, its month.
 struct InsertAndAdd<'a>(&'a Row);
 
 impl QueryFragment<Pg> for InsertAndAdd<'_> {
@@ -287,7 +285,7 @@ impl QueryFragment<Pg> for InsertAndAdd<'_> {
         out.push_sql("WITH new AS (");
         out.push_sql(INSERT);
         self.0.push(&mut out)?;
-        out.push_sql(") ON CONFLICT DO NOTHING RETURNING *), ");
+        out.push_sql(") ON CONFLICT DO NOTHING RETURNING *) ");
         out.push_sql(ADD);
         Ok(())
     }
@@ -298,8 +296,8 @@ impl QueryId for InsertEvent<'_> {
     const HAS_STATIC_QUERY_ID: bool = true;
 }
 
-impl QueryId for AddToSums<'_> {
-    type QueryId = AddToSums<'static>;
+impl QueryId for AddToMonth<'_> {
+    type QueryId = AddToMonth<'static>;
     const HAS_STATIC_QUERY_ID: bool = true;
 }
 

@@ -38,21 +38,6 @@ const BOOK: &str = "
             cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
             reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
             request_count = m.request_count + EXCLUDED.request_count
-    ), by_month AS (
-        INSERT INTO monthly_usage AS m (user_id, month,
-            input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
-            reasoning_tokens, request_count)
-        SELECT user_id, usage_month,
-            sum(input_tokens), sum(output_tokens), sum(cached_input_tokens),
-            sum(cache_write_tokens), sum(reasoning_tokens), count(*)
-        FROM new GROUP BY 1, 2 ORDER BY 1, 2
-        ON CONFLICT (user_id, month) DO UPDATE SET
-            input_tokens = m.input_tokens + EXCLUDED.input_tokens,
-            output_tokens = m.output_tokens + EXCLUDED.output_tokens,
-            cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
-            cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
-            reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
-            request_count = m.request_count + EXCLUDED.request_count
     )
     SELECT usage_month, user_id, event_id FROM new";
 

@@ -89,7 +89,7 @@ async fn a_statement_over_its_time_is_unavailable_and_books_nothing() {
     })
     .await;
     let user = app.user().create().await;
-    for table in ["usage_records", "monthly_usage", "monthly_model_usage"] {
+    for table in ["usage_records", "monthly_model_usage"] {
         let blocker = Blocker::lock(&app, table).await;
         let failed = app.record(&event(&user.id)).await.unwrap_err();
         assert_database_unavailable(&failed);
@@ -106,7 +106,7 @@ async fn what_cancelled_calls_brought_is_booked_and_their_connections_are_free()
     let user = app.user().create().await;
     let events: Vec<_> = (0..8).map(|_| event(&user.id)).collect();
     for _ in 0..3 {
-        let blocker = Blocker::lock(&app, "monthly_usage").await;
+        let blocker = Blocker::lock(&app, "monthly_model_usage").await;
         let calls: Vec<_> = events
             .iter()
             .map(|event| start_recording(&app, event.clone()))
@@ -159,7 +159,7 @@ async fn calls_cancelled_at_any_moment_book_all_or_nothing() {
 async fn a_fault_of_ours_shows_nothing_of_its_cause() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
-    app.sql("DROP TABLE monthly_usage").await;
+    app.sql("DROP TABLE monthly_model_usage CASCADE").await;
     let failed = app.record(&event(&user.id)).await.unwrap_err();
     assert_eq!(failed.code(), Code::Internal);
     assert_eq!(reason(&failed), "INTERNAL");

@@ -90,16 +90,14 @@ impl Used {
              FROM generate_series(1, {records}) n"
         ))
         .await;
-        for (table, model) in [("monthly_usage", ""), ("monthly_model_usage", "model,")] {
-            self.sql(&format!("TRUNCATE {table}")).await;
-            self.sql(&format!(
-                "INSERT INTO {table} SELECT user_id, usage_month, {model} sum(input_tokens),
-                     sum(output_tokens), sum(cached_input_tokens), sum(cache_write_tokens),
-                     sum(reasoning_tokens), count(*)
-                 FROM usage_records GROUP BY user_id, {model} usage_month"
-            ))
-            .await;
-        }
+        self.sql(
+            "TRUNCATE monthly_model_usage;
+             INSERT INTO monthly_model_usage
+             SELECT user_id, usage_month, model, sum(input_tokens), sum(output_tokens),
+                 sum(cached_input_tokens), sum(cache_write_tokens), sum(reasoning_tokens), count(*)
+             FROM usage_records GROUP BY user_id, usage_month, model",
+        )
+        .await;
     }
 
     async fn sql(&self, statement: &str) {

@@ -149,8 +149,9 @@ async fn a_real_deadlock_costs_a_retry_at_most() {
         .await
         .unwrap();
     tokio::spawn(connection);
-    let lock =
-        |user: &str| format!("UPDATE monthly_usage SET month = month WHERE user_id = '{user}'");
+    let lock = |user: &str| {
+        format!("UPDATE monthly_model_usage SET month = month WHERE user_id = '{user}'")
+    };
     // Patient itself, so that the service is the one to give in.
     client
         .batch_execute("SET deadlock_timeout = '60s'; BEGIN")
@@ -199,7 +200,7 @@ async fn a_poisoned_event_fails_alone_whichever_way_it_comes() {
     }
     let is_poison = |index: usize| [3, 20, 39].contains(&index);
     // All of them wait for one batch.
-    let blocker = Blocker::lock(&app, "monthly_usage").await;
+    let blocker = Blocker::lock(&app, "monthly_model_usage").await;
     let calls: Vec<_> = events
         .iter()
         .map(|event| {

@@ -127,7 +127,8 @@ async fn refuse_model(app: &TestApp, model: &str) {
 pub(crate) async fn use_up(app: &TestApp, user_id: &str) {
     let this = Period::containing(Utc::now());
     app.sql(&format!(
-        "INSERT INTO monthly_usage VALUES ('{user_id}', '{this}', 9223372036854775000, 0, 0, 0, 0, 1)",
+        "INSERT INTO monthly_model_usage
+             VALUES ('{user_id}', '{this}', 'gpt-x', 9223372036854775000, 0, 0, 0, 0, 1)",
     ))
     .await;
 }

@@ -36,7 +36,6 @@ async fn book(app: &TestApp, user_id: &str, month: Period) {
             "INSERT INTO usage_records VALUES ('{month}', '{user_id}', gen_random_uuid(),
                  '{month}-15', 'gpt-x', 7, 1, 0, 0, 0)"
         ),
-        format!("INSERT INTO monthly_usage VALUES ('{user_id}', '{month}', 7, 1, 0, 0, 0, 1)"),
         format!(
             "INSERT INTO monthly_model_usage
                  VALUES ('{user_id}', '{month}', 'gpt-x', 7, 1, 0, 0, 0, 1)"

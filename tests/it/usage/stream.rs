@@ -245,7 +245,7 @@ async fn streams_that_wait_leave_room_for_calls_that_do_not() {
     let events = events(&app, 5001).await;
     let (single, events) = events.split_last().unwrap();
     let mut stream = app.stream().await;
-    let blocker = Blocker::lock(&app, "monthly_usage").await;
+    let blocker = Blocker::lock(&app, "monthly_model_usage").await;
     for (n, batch) in (0..).zip(events.chunks(500)) {
         stream.send(n * 500, batch).await;
     }
@@ -275,7 +275,7 @@ async fn while_nothing_can_be_written_a_stream_reads_no_further_and_loses_nothin
         event.labels.extend(labels);
     }
     let mut stream = app.stream().await;
-    let blocker = Blocker::lock(&app, "monthly_usage").await;
+    let blocker = Blocker::lock(&app, "monthly_model_usage").await;
     let requests = stream.requests.clone();
     let sent = Arc::new(AtomicUsize::new(0));
     let counter = sent.clone();
