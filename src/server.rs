@@ -116,7 +116,8 @@ impl Server {
             &settings.auth,
             &settings.password,
         )?;
-        let usage = Usage::new(store.clone(), tiers, &settings.usage)?;
+        let threads = config::or_cores(settings.server.threads);
+        let usage = Usage::new(store.clone(), tiers, &settings.usage, threads)?;
         let upkeep = Upkeep::new(store.clone(), settings.usage.retention_months);
         Ok(Self {
             settings: settings.server.clone(),

@@ -89,7 +89,7 @@ impl Store {
                 RecyclingMethod::Verified,
                 url,
                 settings.acquire_timeout,
-                settings.statement_timeout,
+                session(settings.statement_timeout),
             )?,
             url: url.into(),
             connect_timeout: settings.acquire_timeout,
@@ -101,19 +101,19 @@ impl Store {
         })
     }
 
-    /// The same database through connections of their own, for one kind of work that is never cut
-    /// short: a connection is taken as it is, without asking Postgres whether it is there.
+    /// The same database through connections of their own for the ledger, which is never cut short: a
+    /// connection is taken as it is, without asking Postgres whether it is there.
     ///
     /// # Errors
     /// `Internal` when the URL cannot be read.
-    pub fn with_connections(&self, connections: usize) -> Result<Self> {
+    pub fn with_ledger_connections(&self, connections: usize) -> Result<Self> {
         Ok(Self {
             pool: pool(
                 connections,
                 RecyclingMethod::Fast,
                 &self.url,
                 self.connect_timeout,
-                self.statement_timeout,
+                session(self.statement_timeout) + LEDGER_SESSION,
             )?,
             ..self.clone()
         })
@@ -132,7 +132,8 @@ impl Store {
             *held = Some(conn);
             return Ok(());
         }
-        let connecting = connect(&self.url, self.statement_timeout);
+        let session = session(self.statement_timeout);
+        let connecting = connect(&self.url, &session);
         let mut conn = timeout(self.connect_timeout, connecting)
             .await
             .map_err(|silence| Error::Unavailable(silence.into()))?
@@ -177,21 +178,19 @@ fn pool(
     recycling: RecyclingMethod<AsyncPgConnection>,
     url: &str,
     acquire_timeout: Duration,
-    statement_timeout: Duration,
+    session: String,
 ) -> Result<Pool<AsyncPgConnection>> {
     let mut config = ManagerConfig::default();
     config.recycling_method = recycling;
     let runtime = Handle::current();
+    let session: Arc<str> = session.into();
     config.custom_setup = Box::new(move |url| {
         let url = url.to_owned();
-        let runtime = runtime.clone();
+        let (runtime, session) = (runtime.clone(), session.clone());
         Box::pin(async move {
             // The set ends the attempt when the caller has stopped waiting for it.
             let mut attempt = JoinSet::new();
-            attempt.spawn_on(
-                async move { connect(&url, statement_timeout).await },
-                &runtime,
-            );
+            attempt.spawn_on(async move { connect(&url, &session).await }, &runtime);
             match attempt.join_next().await {
                 Some(Ok(connected)) => connected,
                 Some(Err(error)) => Err(ConnectionError::BadConnection(error.to_string())),
@@ -213,13 +212,25 @@ fn pool(
         .map_err(Error::internal)
 }
 
-async fn connect(url: &str, statement_timeout: Duration) -> ConnectionResult<AsyncPgConnection> {
-    let mut conn = AsyncPgConnection::establish(url).await?;
-    conn.batch_execute(&format!(
-        "SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {}",
+/// What every connection sets first.
+fn session(statement_timeout: Duration) -> String {
+    format!(
+        "SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {};",
         statement_timeout.as_millis()
-    ))
-    .await
-    .map_err(ConnectionError::CouldntSetupConfiguration)?;
+    )
+}
+
+/// What the ledger sets beside: its few statements are planned once, and what it acknowledges is on
+/// the disk whatever the database's default is.
+const LEDGER_SESSION: &str = "
+    SET plan_cache_mode = force_generic_plan;
+    SELECT set_config('synchronous_commit', 'on', false)
+    WHERE current_setting('synchronous_commit') = 'off'";
+
+async fn connect(url: &str, session: &str) -> ConnectionResult<AsyncPgConnection> {
+    let mut conn = AsyncPgConnection::establish(url).await?;
+    conn.batch_execute(session)
+        .await
+        .map_err(ConnectionError::CouldntSetupConfiguration)?;
     Ok(conn)
 }

@@ -50,15 +50,20 @@ const EXPORT_RETRY: Duration = Duration::from_secs(5);
 const MAX_EXPORTS: usize = 64;
 
 impl Usage {
-    /// The ledger is written on the current runtime.
+    /// The ledger is written on the current runtime, and on as many `threads` that serve.
     ///
     /// # Errors
     /// `Internal` when the database's URL cannot be read.
-    pub fn new(store: Store, tiers: Tiers, settings: &UsageSettings) -> Result<Self> {
+    pub fn new(
+        store: Store,
+        tiers: Tiers,
+        settings: &UsageSettings,
+        threads: usize,
+    ) -> Result<Self> {
         let counters = Arc::<Counters>::default();
         Ok(Self {
             tiers: Arc::new(tiers),
-            writers: Writers::new(&store, settings, counters.clone())?,
+            writers: Writers::new(&store, settings, threads, counters.clone())?,
             counters,
             closing: watch::Sender::new(false),
             exports: Arc::new(Semaphore::new(MAX_EXPORTS)),

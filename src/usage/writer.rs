@@ -14,7 +14,7 @@ use std::{
 };
 
 use tokio::{
-    runtime::Handle,
+    runtime::{Handle, Id},
     sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
 };
 use tracing::warn;
@@ -63,9 +63,14 @@ pub(super) enum NotBooked {
 pub(super) struct Writers(Arc<Shared>);
 
 struct Shared {
+    /// Over the connections of `runtime`.
     store: Store,
     /// Where large batches run: the threads that serve have other things to do.
     runtime: Handle,
+    /// Over the connections of each thread that serves: what a small batch brings and what Postgres
+    /// answers crosses no threads.
+    near: Mutex<Vec<Near>>,
+    near_connections: usize,
     counters: Arc<Counters>,
     /// One per event that waits or is being written.
     places: Arc<Semaphore>,
@@ -73,6 +78,14 @@ struct Shared {
     patient_places: Arc<Semaphore>,
     queue: Mutex<Queue>,
     idle: Notify,
+}
+
+/// The database over the connections of a thread that serves.
+struct Near {
+    runtime: Id,
+    store: Store,
+    /// One for each connection.
+    free: Arc<Semaphore>,
 }
 
 /// What waits, and how much is being written.
@@ -109,15 +122,19 @@ pub enum WhenFull {
 }
 
 impl Writers {
-    /// Batches will run on the current runtime, over connections of their own.
+    /// Large batches will run on the current runtime, small ones on any of `threads` that serve, all
+    /// over connections of their own.
     pub(super) fn new(
         store: &Store,
         settings: &UsageSettings,
+        threads: usize,
         counters: Arc<Counters>,
     ) -> Result<Self> {
         Ok(Self(Arc::new(Shared {
-            store: store.with_connections(settings.writers)?,
+            store: store.with_ledger_connections(settings.writers)?,
             runtime: Handle::current(),
+            near: Mutex::default(),
+            near_connections: settings.writers.div_ceil(threads),
             counters,
             places: Arc::new(Semaphore::new(settings.queue_events)),
             patient_places: Arc::new(Semaphore::new((settings.queue_events / 2).max(MOST_EVENTS))),
@@ -172,6 +189,7 @@ impl Writers {
             let idle = self.0.idle.notified();
             if self.0.queue().is_idle() {
                 self.0.store.close();
+                self.0.near().drain(..).for_each(|near| near.store.close());
                 return;
             }
             idle.await;
@@ -210,6 +228,36 @@ impl Shared {
                 Ok((place.map_err(Error::internal)?, Some(patient)))
             }
         }
+    }
+
+    /// The database over a connection that lives on the current runtime, unless those are all in use.
+    fn store_here(&self) -> Result<(Store, Option<OwnedSemaphorePermit>)> {
+        let here = Handle::current().id();
+        if here == self.runtime.id() {
+            return Ok((self.store.clone(), None));
+        }
+        let mut near = self.near();
+        let known = near.iter().position(|near| near.runtime == here);
+        let place = match known {
+            Some(place) => place,
+            None => {
+                near.push(Near {
+                    runtime: here,
+                    store: self.store.with_ledger_connections(self.near_connections)?,
+                    free: Arc::new(Semaphore::new(self.near_connections)),
+                });
+                near.len() - 1
+            }
+        };
+        let near = &near[place];
+        Ok(match near.free.clone().try_acquire_owned() {
+            Ok(permit) => (near.store.clone(), Some(permit)),
+            Err(_) => (self.store.clone(), None),
+        })
+    }
+
+    fn near(&self) -> MutexGuard<'_, Vec<Near>> {
+        self.near.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -255,7 +303,7 @@ struct Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.shared.queue().end_batch(self.events);
-        start(&self.shared, None);
+        start(&self.shared, Handle::try_current().ok().as_ref());
         if self.shared.queue().is_idle() {
             self.shared.idle.notify_waiters();
         }
@@ -287,12 +335,15 @@ fn start(shared: &Arc<Shared>, here: Option<&Handle>) {
 async fn commit(shared: &Shared, batch: Vec<Submission>) {
     let events: Vec<&UsageEvent> = batch.iter().flat_map(|one| &one.events).collect();
     let mut booked: Vec<Option<Booked>> = vec![None; events.len()];
+    // An error would mean that its URL, read before, cannot be read.
+    let here = shared.store_here();
+    let (store, _place) = here.unwrap_or_else(|_| (shared.store.clone(), None));
     let all = 0..events.len();
     let mut ranges = vec![all];
     let mut some_are_booked = false;
     while let Some(range) = ranges.pop() {
         shared.counters.batches.add_one();
-        match insert(&shared.store, &events[range.clone()]).await {
+        match insert(&store, &events[range.clone()]).await {
             Ok(inserts) => {
                 some_are_booked = true;
                 for (place, insert) in booked[range].iter_mut().zip(inserts) {

@@ -41,6 +41,30 @@ const BOOK: &str = "
     )
     SELECT usage_month, user_id, event_id FROM new";
 
+/// The same for one event, without arrays, groups and sorting.
+const BOOK_ONE: &str = "
+    WITH new AS (
+        INSERT INTO usage_records (usage_month, user_id, event_id, occurred_at, model,
+            input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+            reasoning_tokens, request_id, labels)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+        ON CONFLICT DO NOTHING
+        RETURNING *
+    )
+    INSERT INTO monthly_model_usage AS m (user_id, month, model,
+        input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
+        reasoning_tokens, request_count)
+    SELECT user_id, usage_month, model, input_tokens, output_tokens, cached_input_tokens,
+        cache_write_tokens, reasoning_tokens, 1
+    FROM new
+    ON CONFLICT (user_id, month, model) DO UPDATE SET
+        input_tokens = m.input_tokens + EXCLUDED.input_tokens,
+        output_tokens = m.output_tokens + EXCLUDED.output_tokens,
+        cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
+        cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
+        reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
+        request_count = m.request_count + EXCLUDED.request_count";
+
 const BOOK_TYPES: [Type; 12] = [
     Type::TEXT_ARRAY,
     Type::UUID_ARRAY,
@@ -62,7 +86,7 @@ const COPY: &str = "
     COPY staged (usage_month, user_id, event_id, occurred_at, model, input_tokens, output_tokens,
         cached_input_tokens, cache_write_tokens, reasoning_tokens, request_id, labels)
     FROM STDIN (FORMAT binary)";
-const COPY_TYPES: [Type; 12] = [
+const ROW_TYPES: [Type; 12] = [
     Type::TEXT,
     Type::UUID,
     Type::UUID,
@@ -77,18 +101,46 @@ const COPY_TYPES: [Type; 12] = [
     Type::JSONB,
 ];
 
-/// A connection with the statement prepared.
+type Row<'a> = [&'a (dyn ToSql + Sync); 12];
+
+/// The columns of an event. A macro, for what it borrows lives where it is used.
+macro_rules! row {
+    ($event:expr) => {
+        [
+            &month($event),
+            &Bytes16($event.user),
+            &Bytes16($event.id),
+            &time($event),
+            &$event.model,
+            &$event.input,
+            &$event.output,
+            &$event.cached_input,
+            &0_i64,
+            &0_i64,
+            &$event.request_id,
+            &Labels,
+        ]
+    };
+}
+
+/// A connection with its statements prepared and, as the service's, planned once.
 pub(crate) struct Connection {
     client: Client,
     book: Statement,
+    book_one: Statement,
 }
 
 impl Connection {
     pub(crate) async fn open(database_url: &str) -> anyhow::Result<Self> {
         let (client, connection) = tokio_postgres::connect(database_url, NoTls).await?;
         tokio::spawn(connection);
-        let book = client.prepare_typed(BOOK, &BOOK_TYPES).await?;
-        Ok(Self { client, book })
+        let plan_once = "SET plan_cache_mode = force_generic_plan";
+        client.batch_execute(plan_once).await?;
+        Ok(Self {
+            book: client.prepare_typed(BOOK, &BOOK_TYPES).await?,
+            book_one: client.prepare_typed(BOOK_ONE, &ROW_TYPES).await?,
+            client,
+        })
     }
 
     /// Books new events in one transaction, in the order of their keys as the service does.
@@ -114,25 +166,20 @@ impl Connection {
         Ok(())
     }
 
+    /// Books a new event in a transaction of its own.
+    pub(crate) async fn book_one(&self, event: &Event) -> anyhow::Result<()> {
+        let row: Row = row!(event);
+        let booked = self.client.execute(&self.book_one, &row).await?;
+        ensure!(booked == 1, "it was booked before");
+        Ok(())
+    }
+
     /// Copies events into the staging table in one transaction, and does no more with them.
     pub(crate) async fn copy(&self, events: &[Event]) -> anyhow::Result<()> {
-        let writer = BinaryCopyInWriter::new(self.client.copy_in(COPY).await?, &COPY_TYPES);
+        let writer = BinaryCopyInWriter::new(self.client.copy_in(COPY).await?, &ROW_TYPES);
         let mut writer = pin!(writer);
         for event in events {
-            let row: [&(dyn ToSql + Sync); 12] = [
-                &month(event),
-                &Bytes16(event.user),
-                &Bytes16(event.id),
-                &time(event),
-                &event.model,
-                &event.input,
-                &event.output,
-                &event.cached_input,
-                &0_i64,
-                &0_i64,
-                &event.request_id,
-                &Labels,
-            ];
+            let row: Row = row!(event);
             writer.as_mut().write(&row).await?;
         }
         let copied = writer.finish().await?;

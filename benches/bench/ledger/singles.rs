@@ -132,9 +132,9 @@ async fn bare(
     let begun = Instant::now();
     let mut latencies = Vec::new();
     while begun.elapsed() < stage.plan.options.slice() {
-        let event = vec![events.next()];
+        let event = events.next();
         let sent = Instant::now();
-        connection.book(event).await?;
+        connection.book_one(&event).await?;
         latencies.push(sent.elapsed());
     }
     Ok(Slice::of(latencies, begun.elapsed()))

@@ -226,7 +226,6 @@ async fn of_things(app: &TestApp) -> Vec<Status> {
             .unwrap_err(),
     );
     let full = app.user().create().await;
-    usage::use_up(app, &full.id).await;
     let beyond = UsageEvent {
         tokens: Some(TokenCounts {
             input: 1_000_000,
@@ -234,6 +233,7 @@ async fn of_things(app: &TestApp) -> Vec<Status> {
         }),
         ..event(&full)
     };
+    usage::use_up(app, &full.id, &beyond.model).await;
     let answer = app.usage(key).record_usage(request(beyond)).await;
     errors.push(answer.unwrap_err());
     errors

@@ -117,7 +117,7 @@ async fn a_batch_has_at_most_a_thousand_events_and_a_replay_of_it_counts_once() 
 async fn a_total_beyond_what_can_be_counted_is_refused_alone() {
     let app = TestApp::spawn().await;
     let (full, other) = (app.user().create().await, app.user().create().await);
-    use_up(&app, &full.id).await;
+    use_up(&app, &full.id, "gpt-x").await;
     let (_, now, ..) = turn_of_the_month();
     let of = |user: &str, input| UsageEvent {
         occurred_at: Some(at(now)),

@@ -124,11 +124,11 @@ async fn refuse_model(app: &TestApp, model: &str) {
 }
 
 /// Brings a user's total of this month up to 807 tokens below what can be counted.
-pub(crate) async fn use_up(app: &TestApp, user_id: &str) {
+pub(crate) async fn use_up(app: &TestApp, user_id: &str, model: &str) {
     let this = Period::containing(Utc::now());
     app.sql(&format!(
         "INSERT INTO monthly_model_usage
-             VALUES ('{user_id}', '{this}', 'gpt-x', 9223372036854775000, 0, 0, 0, 0, 1)",
+             VALUES ('{user_id}', '{this}', '{model}', 9223372036854775000, 0, 0, 0, 0, 1)",
     ))
     .await;
 }
