@@ -118,6 +118,14 @@ impl Server {
         )?;
         let threads = config::or_cores(settings.server.threads);
         let usage = Usage::new(store.clone(), tiers, &settings.usage, threads)?;
+        match usage.missing_tiers().await {
+            Ok(missing) if missing.is_empty() => {}
+            Ok(missing) => error!(
+                tiers = missing.join(", "),
+                "users are in tiers that are not configured: they have the limits of the default one"
+            ),
+            Err(error) => warn!(%error, "the tiers of users could not be looked at"),
+        }
         let upkeep = Upkeep::new(store.clone(), settings.usage.retention_months);
         Ok(Self {
             settings: settings.server.clone(),

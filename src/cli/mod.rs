@@ -6,6 +6,7 @@ mod keys;
 mod migrate;
 mod secrets;
 mod serve;
+mod tiers;
 mod usage;
 
 use std::{
@@ -84,6 +85,9 @@ enum Command {
     /// Export usage records, or show who and what used a month's tokens
     #[command(subcommand)]
     Usage(usage::Command),
+    /// Look at a tiers file before a server reads it
+    #[command(subcommand)]
+    Tiers(tiers::Command),
     /// Make or list the keys that sign access tokens
     #[command(subcommand)]
     Keys(keys::Command),
@@ -131,6 +135,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Users(command) => accounts::users(command, cli.settings.load(None)?).await,
         Command::Services(command) => accounts::services(command, cli.settings.load(None)?).await,
         Command::Usage(command) => usage::run(command, cli.settings.load(None)?).await,
+        Command::Tiers(command) => tiers::run(command, &cli.settings.load(None)?.settings),
         Command::Keys(command) => keys::run(command, &cli.settings.load(None)?.settings),
         Command::Health {
             address,

@@ -14,6 +14,7 @@ use crate::{
     model::{Origin, Person, Role, Scope},
     server::Server,
     telemetry,
+    usage::{Usage, load_tiers},
 };
 
 const ADMIN_EMAIL: &str = "admin@tollkeeper.local";
@@ -40,7 +41,8 @@ pub(super) async fn serve(loaded: Loaded) -> anyhow::Result<()> {
     let address = server.local_addr().context("the listener has no address")?;
     let ops = server.ops_addr().map(|ops| ops.to_string());
     info!(%address, ops, dev = settings.dev, "listening");
-    let reload = tokio::spawn(reload_on_hangup(hangups, settings, server.auth().clone()));
+    let (auth, usage) = (server.auth().clone(), server.usage().clone());
+    let reload = tokio::spawn(reload_on_hangup(hangups, settings, auth, usage));
     let ended = server.run(signals.received()).await;
     reload.abort();
     database.close().await?;
@@ -126,8 +128,9 @@ async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::R
     Ok(())
 }
 
-/// Reads the signing keys again at every SIGHUP. Should they not be usable, the old ones stay.
-async fn reload_on_hangup(mut hangups: Signal, settings: Settings, auth: Auth) {
+/// Reads the signing keys and the tiers again at every SIGHUP. Should either not be usable, the old
+/// ones stay.
+async fn reload_on_hangup(mut hangups: Signal, settings: Settings, auth: Auth, usage: Usage) {
     while hangups.recv().await.is_some() {
         match secrets::reload_keys(&settings) {
             Ok(keys) => {
@@ -136,7 +139,16 @@ async fn reload_on_hangup(mut hangups: Signal, settings: Settings, auth: Auth) {
             }
             Err(error) => error!(error = format!("{error:#}"), "the old signing keys stay"),
         }
+        match reload_tiers(&settings, &usage).await {
+            Ok(()) => info!("read the tiers again"),
+            Err(error) => error!(error = format!("{error:#}"), "the old tiers stay"),
+        }
     }
+}
+
+async fn reload_tiers(settings: &Settings, usage: &Usage) -> anyhow::Result<()> {
+    let tiers = load_tiers(&settings.usage.tiers_file)?;
+    Ok(usage.replace_tiers(tiers).await?)
 }
 
 fn caught(kind: SignalKind) -> anyhow::Result<Signal> {

@@ -51,7 +51,7 @@ impl AdminService for Handler {
                 .map(InitialCredential::Hash),
             None => Some(InitialCredential::None),
         };
-        let tier = fields.tier("tier", &request.tier, self.usage.tiers());
+        let tier = fields.tier("tier", &request.tier, &self.usage.tiers());
         let role = fields.take("role", convert::role(request.role));
         let read = person.zip(credential).zip(role.zip(tier));
         let ((person, credential), (role, tier)) = fields.finish(read)?;
@@ -117,7 +117,7 @@ impl AdminService for Handler {
         let message = request.get_ref();
         let mut fields = Fields::default();
         let id = fields.parse("user_id", &message.user_id);
-        let tier = fields.known_tier("tier", &message.tier, self.usage.tiers());
+        let tier = fields.known_tier("tier", &message.tier, &self.usage.tiers());
         let (id, tier) = fields.finish(id.zip(tier))?;
         let user = self.auth.set_tier(id, &tier, &origin_of(&request)).await?;
         Ok(Response::new(SetUserTierResponse {

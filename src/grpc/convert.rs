@@ -11,8 +11,9 @@ use crate::{
     error::{Error, FieldViolation, Result, Violations},
     model::{
         ApiKey, Cursor, EventId, Identifier, KeyOverlap, Labels, MinFreshness, MonthlyUsage,
-        PageRequest, Person, QuotaStanding, Revision, Role, ServiceAccount, TierLimits, TierName,
-        Tiers, TokenCounts, UsageEvent, UsageRecord, UsageTotals, User, UserId, Violation,
+        OnOutage, PageRequest, Person, QuotaStanding, Revision, Role, ServiceAccount, TierLimits,
+        TierName, Tiers, TokenCounts, UsageEvent, UsageRecord, UsageTotals, User, UserId,
+        Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
     usage::{Recorded, check_occurred_at},
@@ -541,11 +542,32 @@ impl From<UsageRecord> for usage::v1::UsageRecord {
 
 /// A tier as listed.
 pub(super) fn tier(limits: &TierLimits, is_default: bool) -> usage::v1::Tier {
+    use usage::v1::tier::OnOutage as Policy;
+    let (on_outage, open_tokens) = match limits.on_outage {
+        OnOutage::Closed => (Policy::Closed, 0),
+        OnOutage::Open { open_tokens } => (Policy::Open, open_tokens),
+    };
     usage::v1::Tier {
         name: limits.name.to_string(),
         monthly_tokens: limits.monthly_tokens,
         max_request_tokens: limits.max_request_tokens,
         is_default,
+        model_limits: limits
+            .models
+            .iter()
+            .map(|(model, limit)| usage::v1::ModelLimit {
+                model: model.to_string(),
+                monthly_tokens: *limit,
+            })
+            .collect(),
+        requests_per_minute: limits.requests_per_minute,
+        on_outage: on_outage.into(),
+        open_tokens,
+        thresholds: limits
+            .thresholds
+            .iter()
+            .map(|one| u32::from(*one))
+            .collect(),
     }
 }
 

@@ -189,6 +189,51 @@ impl Store {
         Ok(Page::from_rows(users, page, |user| user.id.0))
     }
 
+    /// Which of these tiers any user is in.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn user_tiers_among(&self, tiers: &[TierName]) -> Result<Vec<String>> {
+        let mut conn = self.conn().await?;
+        let mut used = Vec::new();
+        for tier in tiers {
+            let of_tier = users::table.filter(users::tier.eq(tier.as_str()));
+            if diesel::select(exists(of_tier.select(users::id)))
+                .get_result(&mut conn)
+                .await?
+            {
+                used.push(tier.to_string());
+            }
+        }
+        Ok(used)
+    }
+
+    /// Which tiers users are in beside these.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn user_tiers_beside(&self, tiers: &[&TierName]) -> Result<Vec<String>> {
+        let known: Vec<&str> = tiers.iter().map(|tier| tier.as_str()).collect();
+        let mut conn = self.conn().await?;
+        let mut found: Vec<String> = Vec::new();
+        // From one name in the index to the next: there are few tiers and many users.
+        loop {
+            let next: Option<String> = users::table
+                .filter(users::tier.gt(found.last().map_or("", String::as_str)))
+                .order(users::tier)
+                .select(users::tier)
+                .first(&mut conn)
+                .await
+                .optional()?;
+            match next {
+                Some(tier) => found.push(tier),
+                None => break,
+            }
+        }
+        found.retain(|tier| !known.contains(&tier.as_str()));
+        Ok(found)
+    }
+
     /// Moves a user to another tier. Naming the present one changes nothing.
     ///
     /// # Errors

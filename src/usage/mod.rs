@@ -11,7 +11,10 @@ mod quota;
 mod tiers;
 mod writer;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
@@ -28,7 +31,7 @@ use writer::Writers;
 use crate::{
     config::UsageSettings,
     error::{Error, Result},
-    model::{TierLimits, TierName, Tiers, UsageFilter, UserId},
+    model::{TierName, Tiers, UsageFilter, UserId},
     store::Store,
 };
 
@@ -36,7 +39,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Usage {
     store: Store,
-    tiers: Arc<Tiers>,
+    tiers: Arc<RwLock<Arc<Tiers>>>,
     writers: Writers,
     counters: Arc<Counters>,
     closing: watch::Sender<bool>,
@@ -62,7 +65,7 @@ impl Usage {
     ) -> Result<Self> {
         let counters = Arc::<Counters>::default();
         Ok(Self {
-            tiers: Arc::new(tiers),
+            tiers: Arc::new(RwLock::new(Arc::new(tiers))),
             writers: Writers::new(&store, settings, threads, counters.clone())?,
             counters,
             closing: watch::Sender::new(false),
@@ -117,17 +120,48 @@ impl Usage {
         Export::new(self.store.clone(), whose, filter, format)
     }
 
-    pub fn tiers(&self) -> &Tiers {
-        &self.tiers
+    /// The tiers as they are configured now.
+    pub fn tiers(&self) -> Arc<Tiers> {
+        let tiers = self.tiers.read();
+        tiers.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The limits of a tier.
+    /// Puts other tiers in force, for the next call on.
     ///
     /// # Errors
-    /// `Internal` when a user is in a tier that is configured no longer.
-    fn limits(&self, tier: &TierName) -> Result<&TierLimits> {
-        self.tiers
-            .get(tier)
-            .ok_or_else(|| Error::internal(format!("tier {tier} is not configured")))
+    /// `Removed` when users are in a tier that would be gone: the tiers in force stay. `Unknown` when
+    /// that cannot be told.
+    pub async fn replace_tiers(&self, tiers: Tiers) -> Result<(), ReplaceError> {
+        let before = self.tiers();
+        let mut removed: Vec<TierName> = before.all.iter().map(|tier| tier.name.clone()).collect();
+        removed.retain(|name| tiers.get(name).is_none());
+        if !removed.is_empty() {
+            let used = self.store.user_tiers_among(&removed).await;
+            let used = used.map_err(ReplaceError::Unknown)?;
+            if !used.is_empty() {
+                return Err(ReplaceError::Removed(used));
+            }
+        }
+        *self.tiers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(tiers);
+        Ok(())
     }
+
+    /// The tiers that users are in and that are configured no longer.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn missing_tiers(&self) -> Result<Vec<String>> {
+        let tiers = self.tiers();
+        let configured: Vec<&TierName> = tiers.all.iter().map(|tier| &tier.name).collect();
+        self.store.user_tiers_beside(&configured).await
+    }
+}
+
+/// Why tiers were not put in force.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplaceError {
+    #[error("users are in tiers that the file does not have: {}", .0.join(", "))]
+    Removed(Vec<String>),
+    #[error("tiers are gone, and whether users are in them cannot be told: {0}")]
+    Unknown(#[source] Error),
 }

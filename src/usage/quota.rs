@@ -22,14 +22,15 @@ impl Usage {
     /// How much of the current month a user has used and may still use.
     ///
     /// # Errors
-    /// `Unavailable` · `Internal` when the user's tier is configured no longer
+    /// `Unavailable`
     pub async fn quota(
         &self,
         user_id: UserId,
         tier: &TierName,
         now: DateTime<Utc>,
     ) -> Result<QuotaStanding> {
-        let limits = self.limits(tier)?;
+        let tiers = self.tiers();
+        let limits = tiers.limits_of(tier);
         let period = Period::containing(now);
         let used_tokens = self.store.usage_month_tokens(user_id, period).await?;
         Ok(QuotaStanding {
@@ -55,7 +56,7 @@ impl Usage {
         }
         let standing = self.quota(user.id, &user.tier, now).await?;
         Ok((
-            decide(self.limits(&user.tier)?, &standing, wanted),
+            decide(self.tiers().limits_of(&user.tier), &standing, wanted),
             standing,
         ))
     }
@@ -83,7 +84,11 @@ mod tests {
         let limits = TierLimits {
             name: name.clone(),
             monthly_tokens: limit,
+            models: Default::default(),
+            requests_per_minute: None,
             max_request_tokens: max,
+            on_outage: crate::model::OnOutage::Closed,
+            thresholds: Vec::new(),
         };
         let standing = QuotaStanding {
             period: "2026-11".parse().expect("valid"),

@@ -11,6 +11,7 @@ mod own_postgres;
 mod production;
 mod replicas;
 mod stop;
+mod tiers;
 mod upkeep;
 mod usage_commands;
 

@@ -4,8 +4,8 @@ use chrono::Utc;
 use tollkeeper::{
     model::Period,
     proto::tollkeeper::usage::v1::{
-        CheckQuotaRequest, CheckQuotaResponse, ListTiersRequest, Tier, UsageEvent,
-        check_quota_response::Decision,
+        CheckQuotaRequest, CheckQuotaResponse, ListTiersRequest, ModelLimit, Tier, UsageEvent,
+        check_quota_response::Decision, tier::OnOutage,
     },
 };
 use tonic::{Code, Status};
@@ -25,6 +25,14 @@ max_request_tokens = 60
 [[tier]]
 name = "large"
 monthly_tokens = 1000
+requests_per_minute = 30
+on_outage = "open"
+open_tokens = 40
+thresholds = [50, 90]
+
+[tier.models]
+"gpt-5" = 200
+"a-model" = 700
 
 [[tier]]
 name = "open"
@@ -193,10 +201,24 @@ async fn the_tiers_are_listed_as_configured() {
         monthly_tokens,
         max_request_tokens,
         is_default,
+        on_outage: OnOutage::Closed.into(),
+        thresholds: vec![80, 100],
+        ..Tier::default()
+    };
+    let model = |model: &str, monthly_tokens| ModelLimit {
+        model: model.to_owned(),
+        monthly_tokens,
     };
     let expected = [
         tier("small", Some(100), Some(60), true),
-        tier("large", Some(1000), None, false),
+        Tier {
+            model_limits: vec![model("a-model", 700), model("gpt-5", 200)],
+            requests_per_minute: Some(30),
+            on_outage: OnOutage::Open.into(),
+            open_tokens: 40,
+            thresholds: vec![50, 90],
+            ..tier("large", Some(1000), None, false)
+        },
         tier("open", None, None, false),
         tier("none", Some(0), None, false),
     ];
