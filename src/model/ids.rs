@@ -63,6 +63,14 @@ id!(
     /// A usage event, named by the client that reports it.
     EventId
 );
+id!(
+    /// Credits granted to a user.
+    CreditId
+);
+id!(
+    /// A grant of credits, named by the client that asks for it.
+    GrantRequestId
+);
 
 #[cfg(test)]
 mod tests {

@@ -8,6 +8,7 @@ mod audit;
 mod change;
 mod count;
 mod ids;
+mod limit;
 mod names;
 mod page;
 mod period;
@@ -24,7 +25,13 @@ pub use api_key::{ApiKey, ApiKeyScopes, ApiKeyStanding};
 pub use audit::{Actor, AuditAction, AuditEvent, Origin};
 pub use change::Change;
 pub use count::Count;
-pub use ids::{ApiKeyId, EventId, ServiceAccountId, ServiceKeyId, SessionId, UserId};
+pub use ids::{
+    ApiKeyId, CreditId, EventId, GrantRequestId, ServiceAccountId, ServiceKeyId, SessionId, UserId,
+};
+pub use limit::{
+    BaseSource, ClosedCredit, Credit, CreditShare, EffectiveLimit, LimitFacts, MonthlyOverride,
+    PastMonth,
+};
 pub use names::{
     ApiKeyName, Email, FullName, Identifier, ModelName, ServiceName, TierName, Username,
 };

@@ -30,6 +30,24 @@ diesel::table! {
 }
 
 diesel::table! {
+    credit_grants (id) {
+        id -> Uuid,
+        user_id -> Uuid,
+        tokens -> Int8,
+        priority -> Int4,
+        granted_at -> Timestamptz,
+        expires_at -> Nullable<Timestamptz>,
+        voided_at -> Nullable<Timestamptz>,
+        closed_at -> Nullable<Timestamptz>,
+        drawn_tokens -> Nullable<Int8>,
+        reason -> Text,
+        request_id -> Uuid,
+        actor_kind -> Text,
+        actor_id -> Nullable<Uuid>,
+    }
+}
+
+diesel::table! {
     monthly_model_usage (user_id, month, model) {
         user_id -> Uuid,
         month -> Text,
@@ -40,6 +58,28 @@ diesel::table! {
         cache_write_tokens -> Int8,
         reasoning_tokens -> Int8,
         request_count -> Int8,
+    }
+}
+
+diesel::table! {
+    quota_balances (user_id, month, model) {
+        user_id -> Uuid,
+        month -> Text,
+        model -> Text,
+        base_limit -> Nullable<Int8>,
+        leased -> Int8,
+    }
+}
+
+diesel::table! {
+    quota_overrides (user_id) {
+        user_id -> Uuid,
+        monthly_tokens -> Nullable<Int8>,
+        expires_at -> Nullable<Timestamptz>,
+        reason -> Text,
+        actor_kind -> Text,
+        actor_id -> Nullable<Uuid>,
+        set_at -> Timestamptz,
     }
 }
 
@@ -119,13 +159,18 @@ diesel::table! {
 }
 
 diesel::joinable!(api_keys -> users (user_id));
+diesel::joinable!(credit_grants -> users (user_id));
+diesel::joinable!(quota_overrides -> users (user_id));
 diesel::joinable!(service_keys -> service_accounts (service_account_id));
 diesel::joinable!(sessions -> users (user_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
     audit_events,
+    credit_grants,
     monthly_model_usage,
+    quota_balances,
+    quota_overrides,
     service_accounts,
     service_keys,
     sessions,
