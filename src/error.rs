@@ -52,6 +52,13 @@ pub enum Error {
     EventConflict,
     #[error("a month's total would be more than can be counted")]
     TotalOutOfRange,
+    #[error("no such credits")]
+    CreditNotFound,
+    #[error("the request id was used before for another grant")]
+    CreditConflict,
+    /// Rather than grow without bound.
+    #[error("the user has {limit} live credits already, which is the most")]
+    TooManyCredits { limit: u32 },
     #[error("too much work is waiting, retry after {retry_after:?}")]
     Overloaded { retry_after: Duration },
     #[error("the database is unavailable")]

@@ -126,7 +126,11 @@ impl Server {
             ),
             Err(error) => warn!(%error, "the tiers of users could not be looked at"),
         }
-        let upkeep = Upkeep::new(store.clone(), settings.usage.retention_months);
+        let upkeep = Upkeep::new(
+            store.clone(),
+            usage.clone(),
+            settings.usage.retention_months,
+        );
         Ok(Self {
             settings: settings.server.clone(),
             listener,

@@ -234,6 +234,7 @@ impl<'a> Stage<'a> {
             let request = CheckQuotaRequest {
                 user_id: fixture.people[index].user.to_string(),
                 tokens: 100,
+                ..CheckQuotaRequest::default()
             };
             request.encode_to_vec()
         });

@@ -173,6 +173,8 @@ impl CredentialCache {
                 user_changes.add_one();
                 self.stamps.outdate(id);
             }
+            // Nothing that is remembered here follows from it.
+            Change::Quota(_) => {}
             Change::NewApiKey => {
                 user_changes.add_one();
                 self.stamps.outdate(API_KEYS);

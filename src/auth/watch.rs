@@ -83,7 +83,7 @@ impl Watchers {
             Change::User(id) => self.tell(Told::User(id)),
             Change::All => self.tell(Told::Reset),
             // No answer about a user's credential was kept of these.
-            Change::NewApiKey | Change::Services => {}
+            Change::NewApiKey | Change::Services | Change::Quota(_) => {}
         }
     }
 }

@@ -4,18 +4,22 @@ use tonic::{Request, Response, Status};
 use super::{
     call::origin_of,
     convert::{self, Fields, only, time},
+    quota::{self, reason},
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
-    model::{ScopeSet, UserFilter, UserId, Violation},
+    model::{ScopeSet, UserFilter, UserId},
     proto::tollkeeper::admin::v1::{
-        CreateServiceAccountRequest, CreateServiceAccountResponse, CreateUserRequest,
-        CreateUserResponse, DisableServiceAccountRequest, DisableServiceAccountResponse,
-        DisableUserRequest, DisableUserResponse, EnableUserRequest, EnableUserResponse,
-        GetUserRequest, GetUserResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
+        ClearQuotaOverrideRequest, ClearQuotaOverrideResponse, CreateServiceAccountRequest,
+        CreateServiceAccountResponse, CreateUserRequest, CreateUserResponse,
+        DisableServiceAccountRequest, DisableServiceAccountResponse, DisableUserRequest,
+        DisableUserResponse, EnableUserRequest, EnableUserResponse, GetUserRequest,
+        GetUserResponse, GrantCreditsRequest, GrantCreditsResponse, ListCreditsRequest,
+        ListCreditsResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
         ListUsersRequest, ListUsersResponse, LookupUserRequest, LookupUserResponse,
-        RotateServiceKeyRequest, RotateServiceKeyResponse, SetUserTierRequest, SetUserTierResponse,
-        admin_service_server::AdminService, create_user_request,
+        RotateServiceKeyRequest, RotateServiceKeyResponse, SetQuotaOverrideRequest,
+        SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse, VoidCreditsRequest,
+        VoidCreditsResponse, admin_service_server::AdminService, create_user_request,
     },
     usage::Usage,
 };
@@ -119,6 +123,7 @@ impl AdminService for Handler {
         let id = fields.parse("user_id", &message.user_id);
         let tier = fields.known_tier("tier", &message.tier, &self.usage.tiers());
         let (id, tier) = fields.finish(id.zip(tier))?;
+        self.usage.before_tier_change(id).await?;
         let user = self.auth.set_tier(id, &tier, &origin_of(&request)).await?;
         Ok(Response::new(SetUserTierResponse {
             user: Some(user.into()),
@@ -231,15 +236,80 @@ impl AdminService for Handler {
             revision: convert::revision(self.auth.revision().await),
         }))
     }
-}
 
-/// A remark for the audit trail.
-fn reason(text: &str) -> Result<&str, Violation> {
-    if text.chars().count() > 500 {
-        Err("must be at most 500 characters".into())
-    } else if text.contains('\0') {
-        Err("must not hold a NUL character".into())
-    } else {
-        Ok(text)
+    async fn set_quota_override(
+        &self,
+        request: Request<SetQuotaOverrideRequest>,
+    ) -> Result<Response<SetQuotaOverrideResponse>, Status> {
+        let now = Utc::now();
+        let (id, new, reason) = only(|fields| quota::new_override(fields, request.get_ref(), now))?;
+        let origin = origin_of(&request);
+        let set = self.usage.set_override(id, &new, reason, &origin, now);
+        Ok(Response::new(SetQuotaOverrideResponse {
+            quota: Some((&set.await?).into()),
+        }))
+    }
+
+    async fn clear_quota_override(
+        &self,
+        request: Request<ClearQuotaOverrideRequest>,
+    ) -> Result<Response<ClearQuotaOverrideResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let id = fields.parse("user_id", &message.user_id);
+        let reason = fields.take("reason", reason(&message.reason));
+        let (id, reason) = fields.finish(id.zip(reason))?;
+        let origin = origin_of(&request);
+        let cleared = self.usage.clear_override(id, reason, &origin, Utc::now());
+        Ok(Response::new(ClearQuotaOverrideResponse {
+            quota: Some((&cleared.await?).into()),
+        }))
+    }
+
+    async fn grant_credits(
+        &self,
+        request: Request<GrantCreditsRequest>,
+    ) -> Result<Response<GrantCreditsResponse>, Status> {
+        let new = only(|fields| quota::new_credit(fields, request.get_ref(), Utc::now()))?;
+        let credit = self.usage.grant_credits(&new, &origin_of(&request)).await?;
+        Ok(Response::new(GrantCreditsResponse {
+            credit: Some(credit.into()),
+        }))
+    }
+
+    async fn list_credits(
+        &self,
+        request: Request<ListCreditsRequest>,
+    ) -> Result<Response<ListCreditsResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let user_id: Option<UserId> = fields.parse("user_id", &request.user_id);
+        let list = format!("credits {user_id:?}");
+        let page = fields.page(request.page_size, &request.page_token, &list);
+        let (user_id, page) = fields.finish(user_id.zip(page))?;
+        let credits = self.usage.credits(user_id, &page, Utc::now()).await?;
+        let page = credits.map(Into::into);
+        Ok(Response::new(ListCreditsResponse {
+            credits: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn void_credits(
+        &self,
+        request: Request<VoidCreditsRequest>,
+    ) -> Result<Response<VoidCreditsResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let id = fields.parse("credit_id", &message.credit_id);
+        let reason = fields.take("reason", reason(&message.reason));
+        let (id, reason) = fields.finish(id.zip(reason))?;
+        let credit = self
+            .usage
+            .void_credits(id, reason, &origin_of(&request))
+            .await?;
+        Ok(Response::new(VoidCreditsResponse {
+            credit: Some(credit.into()),
+        }))
     }
 }

@@ -136,7 +136,7 @@ impl AuthService for Handler {
             .await?;
         let user = validated.user();
         let quota = if request.include_quota {
-            Some(self.usage.quota(user.id, &user.tier, now).await?.into())
+            Some((&self.usage.quota(user.id, now).await?).into())
         } else {
             None
         };

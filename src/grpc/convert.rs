@@ -11,9 +11,8 @@ use crate::{
     error::{Error, FieldViolation, Result, Violations},
     model::{
         ApiKey, Cursor, EventId, Identifier, KeyOverlap, Labels, MinFreshness, MonthlyUsage,
-        OnOutage, PageRequest, Person, QuotaStanding, Revision, Role, ServiceAccount, TierLimits,
-        TierName, Tiers, TokenCounts, UsageEvent, UsageRecord, UsageTotals, User, UserId,
-        Violation,
+        OnOutage, PageRequest, Person, Revision, Role, ServiceAccount, TierLimits, TierName, Tiers,
+        TokenCounts, UsageEvent, UsageRecord, UsageTotals, User, UserId, Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
     usage::{Recorded, check_occurred_at},
@@ -460,20 +459,6 @@ impl From<ServiceAccount> for admin::v1::ServiceAccount {
             scopes: account.scopes.names(),
             is_active: account.is_active,
             created_at: Some(time(account.created_at)),
-        }
-    }
-}
-
-impl From<QuotaStanding> for usage::v1::Quota {
-    fn from(standing: QuotaStanding) -> Self {
-        Self {
-            month: standing.period.to_string(),
-            limit_tokens: standing.limit_tokens.unwrap_or_default(),
-            unlimited: standing.limit_tokens.is_none(),
-            used_tokens: standing.used_tokens,
-            remaining_tokens: standing.remaining_tokens().unwrap_or_default(),
-            resets_at: Some(time(standing.period.end())),
-            tier: standing.tier.into_string(),
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod fuzzing;
 pub mod health;
 mod memory;
 mod metrics;
+mod quota;
 mod reading;
 mod recording;
 mod request_id;

@@ -70,6 +70,12 @@ impl From<Error> for Status {
             Error::WatchTooSlow => status(Code::ResourceExhausted, Reason::WatchTooSlow, message),
             Error::EventConflict => status(Code::AlreadyExists, Reason::EventConflict, message),
             Error::TotalOutOfRange => status(Code::OutOfRange, Reason::TotalOutOfRange, message),
+            Error::CreditNotFound => status(Code::NotFound, Reason::CreditNotFound, message),
+            Error::CreditConflict => status(Code::AlreadyExists, Reason::CreditConflict, message),
+            Error::TooManyCredits { limit } => {
+                let details = info(Reason::TooManyCredits, [("limit", &*limit.to_string())]);
+                Self::with_error_details(Code::FailedPrecondition, message, details)
+            }
             Error::Overloaded { retry_after } => {
                 let mut details = info(Reason::Overloaded, []);
                 details.set_retry_info(Some(retry_after));

@@ -4,17 +4,18 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     access::{Caller, bearer},
     convert::{self, Fields, only},
-    reading, recording,
+    quota, reading, recording,
 };
 use crate::{
     auth::Auth,
     model::{Period, UserId},
     proto::tollkeeper::usage::v1::{
         BatchRecordUsageRequest, BatchRecordUsageResponse, CheckQuotaRequest, CheckQuotaResponse,
-        ExportUsageRequest, GetMonthlyUsageRequest, GetMonthlyUsageResponse, ListTiersRequest,
-        ListTiersResponse, ListUsageRecordsRequest, ListUsageRecordsResponse, QueryUsageRequest,
-        QueryUsageResponse, RecordUsageRequest, RecordUsageResponse, StreamUsageRequest,
-        check_quota_response, usage_service_server::UsageService,
+        ExportUsageRequest, GetMonthlyUsageRequest, GetMonthlyUsageResponse, GetQuotaRequest,
+        GetQuotaResponse, ListTiersRequest, ListTiersResponse, ListUsageRecordsRequest,
+        ListUsageRecordsResponse, QueryUsageRequest, QueryUsageResponse, RecordUsageRequest,
+        RecordUsageResponse, StreamUsageRequest, check_quota_response,
+        usage_service_server::UsageService,
     },
     usage::{Decision, Usage, WhenFull},
 };
@@ -80,18 +81,35 @@ impl UsageService for Handler {
         let mut fields = Fields::default();
         let user_id: Option<UserId> = fields.parse("user_id", &request.user_id);
         let tokens = fields.take("tokens", convert::token_count(request.tokens));
-        let (user_id, tokens) = fields.finish(user_id.zip(tokens))?;
+        let model = fields.parse_optional("model", &request.model);
+        let read = user_id.zip(tokens).zip(model);
+        let ((user_id, tokens), model) = fields.finish(read)?;
         let user = self.auth.user_standing(user_id).await?;
-        let (decision, quota) = self.usage.check_quota(&user, tokens, Utc::now()).await?;
+        let checked = self
+            .usage
+            .check_quota(&user, tokens, model.as_ref(), Utc::now());
+        let (decision, quota) = checked.await?;
         let decision = match decision {
             Decision::Allowed => check_quota_response::Decision::Allowed,
             Decision::MonthlyLimit => check_quota_response::Decision::MonthlyLimit,
+            Decision::ModelLimit => check_quota_response::Decision::ModelLimit,
             Decision::RequestTooLarge => check_quota_response::Decision::RequestTooLarge,
         };
         Ok(Response::new(CheckQuotaResponse {
             decision: decision.into(),
-            quota: Some(quota.into()),
+            quota: Some((&quota).into()),
         }))
+    }
+
+    async fn get_quota(
+        &self,
+        request: Request<GetQuotaRequest>,
+    ) -> Result<Response<GetQuotaResponse>, Status> {
+        let text = &request.get_ref().user_id;
+        let named = only(|fields| fields.parse_optional("user_id", text))?;
+        let user_id = Caller::subject_of(&request, named)?;
+        let standing = self.usage.quota(user_id, Utc::now()).await?;
+        Ok(Response::new(quota::answer(&standing)))
     }
 
     async fn get_monthly_usage(

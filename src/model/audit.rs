@@ -73,6 +73,10 @@ pub enum AuditAction {
     ServiceKeyRotated,
     ApiKeyCreated,
     ApiKeyRevoked,
+    QuotaOverrideSet,
+    QuotaOverrideCleared,
+    CreditsGranted,
+    CreditsVoided,
 }
 
 impl AuditAction {
@@ -91,6 +95,10 @@ impl AuditAction {
             Self::ServiceKeyRotated => "service_account.key_rotated",
             Self::ApiKeyCreated => "api_key.created",
             Self::ApiKeyRevoked => "api_key.revoked",
+            Self::QuotaOverrideSet => "quota.override_set",
+            Self::QuotaOverrideCleared => "quota.override_cleared",
+            Self::CreditsGranted => "quota.credits_granted",
+            Self::CreditsVoided => "quota.credits_voided",
         }
     }
 }
@@ -100,7 +108,7 @@ impl AuditAction {
 pub struct AuditEvent<'a> {
     pub action: AuditAction,
     pub origin: &'a Origin,
-    /// The user, session, API key or service account acted on.
+    /// The user, session, API key, service account or credits acted on.
     pub target: Uuid,
     pub details: Value,
 }

@@ -5,6 +5,8 @@ use super::UserId;
 pub enum Change {
     /// A user's state, tier, role, sessions or API keys.
     User(UserId),
+    /// A user's own limit or credits. What the tier allows changes with the user.
+    Quota(UserId),
     /// There is a new API key: what was unknown may be one now.
     NewApiKey,
     /// Any service account or key; they are few.

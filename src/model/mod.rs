@@ -37,7 +37,7 @@ pub use names::{
 };
 pub use page::{Cursor, Page, PageRequest};
 pub use period::Period;
-pub use quota::{OnOutage, QuotaStanding, TierLimits, Tiers};
+pub use quota::{CreditGrant, NewCredit, OnOutage, QuotaStanding, TierLimits, Tiers};
 pub use revision::{MinFreshness, Revision};
 pub use scope::{Scope, ScopeSet};
 pub use service_account::{KeyOverlap, ServiceAccount};

@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
 
-use super::{ModelName, Period, TierName};
+use chrono::{DateTime, Utc};
+
+use super::{CreditId, EffectiveLimit, GrantRequestId, LimitFacts, ModelName, TierName, UserId};
 
 /// The tiers users can be in, in the order configured. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,19 +60,74 @@ pub enum OnOutage {
     },
 }
 
-/// How much of a month is used and left.
+/// How a user stands in a month: what may be used, what was, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuotaStanding {
-    pub period: Period,
-    pub tier: TierName,
-    pub limit_tokens: Option<i64>,
-    pub used_tokens: i64,
+    pub facts: LimitFacts,
+    pub limit: EffectiveLimit,
+    pub max_request_tokens: Option<i64>,
+    pub requests_per_minute: Option<i64>,
 }
 
 impl QuotaStanding {
+    pub fn new(facts: LimitFacts, tiers: &Tiers) -> Self {
+        let limits = tiers.limits_of(&facts.tier);
+        Self {
+            limit: facts.limit(tiers),
+            max_request_tokens: limits.max_request_tokens,
+            requests_per_minute: limits.requests_per_minute,
+            facts,
+        }
+    }
+
     /// What is left, never below zero; `None` means unlimited.
     pub fn remaining_tokens(&self) -> Option<i64> {
-        self.limit_tokens
-            .map(|limit| limit.saturating_sub(self.used_tokens).max(0))
+        left(self.limit.tokens, self.facts.used)
     }
+
+    /// What is left by the model's own limit, whatever all models together leave; `None` when it has
+    /// none.
+    pub fn remaining_of_model(&self, model: &ModelName) -> Option<i64> {
+        left(
+            self.limit.models.get(model).copied(),
+            self.used_of_model(model),
+        )
+    }
+
+    /// What was used of a model that has a limit.
+    pub fn used_of_model(&self, model: &ModelName) -> i64 {
+        self.facts.used_by_model.get(model).copied().unwrap_or(0)
+    }
+}
+
+fn left(limit: Option<i64>, used: i64) -> Option<i64> {
+    limit.map(|limit| limit.saturating_sub(used).max(0))
+}
+
+/// Credits to grant.
+#[derive(Clone, Debug)]
+pub struct NewCredit {
+    pub user_id: UserId,
+    /// 1 to [`TierLimits::MAX_TOKENS`].
+    pub tokens: i64,
+    pub priority: i32,
+    pub expires_at: Option<DateTime<Utc>>,
+    pub reason: String,
+    /// Chosen by the caller: the same one again is the same grant.
+    pub request_id: GrantRequestId,
+}
+
+/// Credits as granted, and what is left of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreditGrant {
+    pub id: CreditId,
+    pub user_id: UserId,
+    pub tokens: i64,
+    pub priority: i32,
+    pub granted_at: DateTime<Utc>,
+    pub expires_at: Option<DateTime<Utc>>,
+    pub voided_at: Option<DateTime<Utc>>,
+    pub remaining: i64,
+    pub reason: String,
+    pub request_id: GrantRequestId,
 }

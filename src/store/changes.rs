@@ -170,6 +170,10 @@ fn parse(payload: &str, listener: Uuid) -> Option<Notification> {
             let change = Change::User(id.parse::<UserId>().ok()?);
             Some(Notification::Changed(change))
         }
+        ("quota", Some(id), None) => {
+            let change = Change::Quota(id.parse::<UserId>().ok()?);
+            Some(Notification::Changed(change))
+        }
         ("api_keys", None, None) => Some(Notification::Changed(Change::NewApiKey)),
         ("services", None, None) => Some(Notification::Changed(Change::Services)),
         ("all", None, None) => Some(Notification::Changed(Change::All)),
@@ -198,6 +202,10 @@ mod tests {
             parse(&format!("user {user}"), me),
             changed(Change::User(user))
         );
+        assert_eq!(
+            parse(&format!("quota {user}"), me),
+            changed(Change::Quota(user))
+        );
         assert_eq!(parse("services", me), changed(Change::Services));
         assert_eq!(parse("api_keys", me), changed(Change::NewApiKey));
         assert_eq!(parse("all", me), changed(Change::All));
@@ -205,6 +213,7 @@ mod tests {
             "",
             "user",
             "user x",
+            "quota",
             "services 3",
             "planet mars",
             "beat x y z",

@@ -11,6 +11,8 @@ mod errors;
 mod ledger;
 mod migrations;
 mod partitions;
+mod quota;
+mod quota_facts;
 #[rustfmt::skip]
 mod schema;
 mod service_accounts;

@@ -20,22 +20,6 @@ use crate::{
 };
 
 impl Store {
-    /// Tokens a user has used in a month, all dimensions together.
-    ///
-    /// # Errors
-    /// `Unavailable`
-    pub async fn usage_month_tokens(&self, user_id: UserId, period: Period) -> Result<i64> {
-        let mut conn = self.conn().await?;
-        let models: Vec<SumsRow> = monthly_model_usage::table
-            .filter(monthly_model_usage::user_id.eq(user_id.0))
-            .filter(monthly_model_usage::month.eq(period.to_string()))
-            .select(SumsRow::as_select())
-            .load(&mut conn)
-            .await?;
-        let totals: UsageTotals = models.into_iter().map(UsageTotals::from).sum();
-        Ok(totals.tokens.total())
-    }
-
     /// A user's month, per model and in all; zeroes when nothing was used.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use crate::{
     error::Result,
     model::{Count, Period},
     store::Store,
+    usage::Usage,
 };
 
 const PERIOD: Duration = Duration::from_hours(1);
@@ -29,10 +30,13 @@ const SWEEP_BATCH: i64 = 5_000;
 /// API keys are listed for a while after their end.
 const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 
-/// Makes partitions ahead, drops those of old usage records, and deletes sessions and API keys long
-/// ended.
+const CREDITS_BATCH: i64 = 1_000;
+
+/// Makes partitions ahead, drops those of old usage records, deletes sessions and API keys long
+/// ended, and notes what expired credits have given.
 pub struct Upkeep {
     store: Store,
+    usage: Usage,
     retention_months: u32,
     status: Arc<UpkeepStatus>,
 }
@@ -83,9 +87,10 @@ impl UpkeepStatus {
 
 impl Upkeep {
     /// Usage records of `retention_months` full months are kept, or all when it is 0.
-    pub fn new(store: Store, retention_months: u32) -> Self {
+    pub fn new(store: Store, usage: Usage, retention_months: u32) -> Self {
         Self {
             store,
+            usage,
             retention_months,
             status: Arc::default(),
         }
@@ -124,6 +129,8 @@ impl Upkeep {
         sweep("sessions", || store.session_sweep(before, SWEEP_BATCH)).await?;
         let before = now - API_KEY_RETENTION;
         sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
+        let usage = &self.usage;
+        while usage.close_expired_credits(CREDITS_BATCH).await? > 0 {}
         // Last: it gives way to whoever reads for long, and nothing else is to wait for that.
         self.drop_old().await
     }

@@ -230,7 +230,11 @@ async fn a_quota_check_asks_for_0_to_a_trillion_tokens() {
         (1_000_000_000_001, false),
     ] {
         let user_id = user.id.clone();
-        let request = CheckQuotaRequest { user_id, tokens };
+        let request = CheckQuotaRequest {
+            user_id,
+            tokens,
+            ..CheckQuotaRequest::default()
+        };
         let answer: Result<CheckQuotaResponse, _> = ask(&app, CHECK, request).await;
         decide(answer, fits, "tokens");
     }

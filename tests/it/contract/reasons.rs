@@ -8,7 +8,7 @@ use prost::Message as _;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{
         CreateServiceAccountRequest, DisableServiceAccountRequest, DisableUserRequest,
-        GetUserRequest, ListUsersRequest,
+        GetUserRequest, GrantCreditsRequest, ListUsersRequest, VoidCreditsRequest,
     },
     auth::v1::{
         GetCurrentUserRequest, ListApiKeysRequest, LogoutRequest, RefreshTokensRequest,
@@ -21,7 +21,7 @@ use tonic_types::StatusExt as _;
 
 use super::{
     send,
-    wrong::{LOGIN, REGISTER, create_api_key, event, register},
+    wrong::{LOGIN, REGISTER, create_api_key, event, grant_credits, register},
 };
 use crate::{
     descriptor,
@@ -51,6 +51,7 @@ async fn every_reason_of_the_contract_is_given_with_a_code_that_it_names() {
     errors.push(internal(&app).await);
     errors.push(expired().await);
     errors.push(too_many_keys().await);
+    errors.extend(of_credits(&app).await);
     errors.push(crate::watch::dropped_reader().await);
     errors.push(too_late().await);
     errors.push(overloaded().await);
@@ -284,6 +285,29 @@ async fn too_many_keys() -> Status {
     let mut auth = app.auth(&token);
     auth.create_api_key(create_api_key()).await.unwrap();
     auth.create_api_key(create_api_key()).await.unwrap_err()
+}
+
+async fn of_credits(app: &TestApp) -> Vec<Status> {
+    let user = app.user().create().await;
+    let mut admin = app.admin(&app.service_key);
+    let void = VoidCreditsRequest {
+        credit_id: NOBODY.to_owned(),
+        reason: String::new(),
+    };
+    let mut errors = vec![admin.void_credits(void).await.unwrap_err()];
+    let first = grant_credits(&user);
+    admin.grant_credits(first.clone()).await.unwrap();
+    let second = GrantCreditsRequest { tokens: 2, ..first };
+    errors.push(admin.grant_credits(second).await.unwrap_err());
+    app.sql(&format!(
+        "INSERT INTO credit_grants (id, user_id, tokens, priority, reason, request_id, actor_kind)
+         SELECT gen_random_uuid(), '{}', 1, 0, '', gen_random_uuid(), 'operator'
+         FROM generate_series(1, 199)",
+        user.id
+    ))
+    .await;
+    errors.push(admin.grant_credits(grant_credits(&user)).await.unwrap_err());
+    errors
 }
 
 async fn too_late() -> Status {

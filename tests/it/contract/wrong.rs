@@ -7,10 +7,12 @@ use prost::Message;
 use prost_types::Timestamp;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{
-        CreateServiceAccountRequest, CreateUserRequest, DisableServiceAccountRequest,
-        DisableUserRequest, EnableUserRequest, GetUserRequest, ListServiceAccountsRequest,
-        ListUsersRequest, LookupUserRequest, RotateServiceKeyRequest, SetUserTierRequest,
-        create_user_request::Credential, lookup_user_request::By,
+        ClearQuotaOverrideRequest, CreateServiceAccountRequest, CreateUserRequest,
+        DisableServiceAccountRequest, DisableUserRequest, EnableUserRequest, GetUserRequest,
+        GrantCreditsRequest, ListCreditsRequest, ListServiceAccountsRequest, ListUsersRequest,
+        LookupUserRequest, RotateServiceKeyRequest, SetQuotaOverrideRequest, SetUserTierRequest,
+        VoidCreditsRequest, create_user_request::Credential, lookup_user_request::By,
+        set_quota_override_request::Limit,
     },
     auth::v1::{
         BatchValidateTokensRequest, CreateApiKeyRequest, ListApiKeysRequest, LoginRequest,
@@ -19,8 +21,8 @@ use tollkeeper::proto::tollkeeper::{
     },
     usage::v1::{
         BatchRecordUsageRequest, CheckQuotaRequest, ExportUsageRequest, GetMonthlyUsageRequest,
-        ListUsageRecordsRequest, QueryUsageRequest, RecordUsageRequest, StreamUsageRequest,
-        TokenCounts, UsageEvent,
+        GetQuotaRequest, ListUsageRecordsRequest, QueryUsageRequest, RecordUsageRequest,
+        StreamUsageRequest, TokenCounts, UsageEvent,
         query_usage_request::{GroupBy, Interval},
     },
 };
@@ -51,6 +53,7 @@ pub(super) const RECORD: &str = "usage.v1.UsageService/RecordUsage";
 pub(super) const RECORD_BATCH: &str = "usage.v1.UsageService/BatchRecordUsage";
 pub(super) const RECORD_STREAM: &str = "usage.v1.UsageService/StreamUsage";
 pub(super) const CHECK: &str = "usage.v1.UsageService/CheckQuota";
+pub(super) const QUOTA: &str = "usage.v1.UsageService/GetQuota";
 pub(super) const MONTH: &str = "usage.v1.UsageService/GetMonthlyUsage";
 pub(super) const RECORDS: &str = "usage.v1.UsageService/ListUsageRecords";
 pub(super) const QUERY: &str = "usage.v1.UsageService/QueryUsage";
@@ -67,6 +70,12 @@ pub(super) const SERVICES: &str = "admin.v1.AdminService/ListServiceAccounts";
 pub(super) const DISABLE_SERVICE: &str = "admin.v1.AdminService/DisableServiceAccount";
 
 pub(super) const ROTATE: &str = "admin.v1.AdminService/RotateServiceKey";
+
+pub(super) const OVERRIDE: &str = "admin.v1.AdminService/SetQuotaOverride";
+pub(super) const CLEAR: &str = "admin.v1.AdminService/ClearQuotaOverride";
+pub(super) const GRANT: &str = "admin.v1.AdminService/GrantCredits";
+pub(super) const CREDITS: &str = "admin.v1.AdminService/ListCredits";
+pub(super) const VOID: &str = "admin.v1.AdminService/VoidCredits";
 
 const IDS: &[&str] = &[
     "",
@@ -108,6 +117,7 @@ const REVISIONS: &[&str] = &[
     "+0000016b3748d80",
     "00000016b3748d80\u{0}",
 ];
+const MODELS: &[&str] = &["a model", "mödel", "model\u{0}"];
 const TIERS: &[&str] = &["Free", "no tier", "free\u{0}", "9tier"];
 
 /// Rows for every field of every request.
@@ -116,6 +126,7 @@ pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
     auth(&mut table);
     usage(&mut table, user);
     admin(&mut table, user);
+    limits(&mut table, user);
     table.0
 }
 
@@ -337,6 +348,7 @@ fn usage(t: &mut Table, user: &TestUser) {
     t.texts(CHECK, "user_id", IDS, |user_id| CheckQuotaRequest {
         user_id,
         tokens: 1,
+        ..CheckQuotaRequest::default()
     });
     for tokens in [-1, i64::MIN, i64::MAX, 1_000_000_000_001] {
         let user_id = user.id.clone();
@@ -344,9 +356,20 @@ fn usage(t: &mut Table, user: &TestUser) {
             CHECK,
             "tokens",
             &tokens.to_string(),
-            CheckQuotaRequest { user_id, tokens },
+            CheckQuotaRequest {
+                user_id,
+                tokens,
+                ..CheckQuotaRequest::default()
+            },
         );
     }
+
+    t.texts(CHECK, "model", MODELS, |model| CheckQuotaRequest {
+        user_id: user.id.clone(),
+        tokens: 1,
+        model,
+    });
+    t.texts(QUOTA, "user_id", IDS, |user_id| GetQuotaRequest { user_id });
 
     let month = |user_id: &str, month: &str| GetMonthlyUsageRequest {
         user_id: user_id.to_owned(),
@@ -705,6 +728,123 @@ fn admin(t: &mut Table, user: &TestUser) {
     );
 }
 
+fn limits(t: &mut Table, user: &TestUser) {
+    let over = || set_override(user);
+    let late = [
+        ("the epoch", Timestamp::default()),
+        ("a moment ago", ago(1)),
+        ("eleven years ahead", ago(-11 * 366 * DAY)),
+        (
+            "past the year 9999",
+            Timestamp {
+                seconds: i64::MAX,
+                nanos: 0,
+            },
+        ),
+        (
+            "negative nanos",
+            Timestamp {
+                seconds: ago(-DAY).seconds,
+                nanos: -1,
+            },
+        ),
+    ];
+    let reasons = &["reason\u{0}reason", &"é".repeat(501)];
+    t.texts(OVERRIDE, "user_id", IDS, |user_id| {
+        SetQuotaOverrideRequest { user_id, ..over() }
+    });
+    let none = SetQuotaOverrideRequest {
+        limit: None,
+        ..over()
+    };
+    t.row(OVERRIDE, "limit", "", none);
+    for tokens in [-1, i64::MIN, 1_000_000_000_000_001, i64::MAX] {
+        let message = SetQuotaOverrideRequest {
+            limit: Some(Limit::MonthlyTokens(tokens)),
+            ..over()
+        };
+        t.row(OVERRIDE, "monthly_tokens", &tokens.to_string(), message);
+    }
+    for (value, at) in late {
+        let message = SetQuotaOverrideRequest {
+            expires_at: Some(at),
+            ..over()
+        };
+        t.row(OVERRIDE, "expires_at", value, message);
+    }
+    t.texts(OVERRIDE, "reason", reasons, |reason| {
+        SetQuotaOverrideRequest { reason, ..over() }
+    });
+    t.texts(CLEAR, "user_id", IDS, |user_id| ClearQuotaOverrideRequest {
+        user_id,
+        reason: String::new(),
+    });
+    t.texts(CLEAR, "reason", reasons, |reason| {
+        ClearQuotaOverrideRequest {
+            user_id: user.id.clone(),
+            reason,
+        }
+    });
+
+    let grant = || grant_credits(user);
+    t.texts(GRANT, "user_id", IDS, |user_id| GrantCreditsRequest {
+        user_id,
+        ..grant()
+    });
+    t.texts(GRANT, "request_id", IDS, |request_id| GrantCreditsRequest {
+        request_id,
+        ..grant()
+    });
+    for tokens in [0, -1, i64::MIN, 1_000_000_000_000_001, i64::MAX] {
+        let message = GrantCreditsRequest { tokens, ..grant() };
+        t.row(GRANT, "tokens", &tokens.to_string(), message);
+    }
+    for priority in [-1, 1001, i32::MIN, i32::MAX] {
+        let message = GrantCreditsRequest {
+            priority,
+            ..grant()
+        };
+        t.row(GRANT, "priority", &format!("priority {priority}"), message);
+    }
+    for (value, at) in late {
+        let message = GrantCreditsRequest {
+            expires_at: Some(at),
+            ..grant()
+        };
+        t.row(GRANT, "expires_at", value, message);
+    }
+    t.texts(GRANT, "reason", reasons, |reason| GrantCreditsRequest {
+        reason,
+        ..grant()
+    });
+    let list = ListCreditsRequest {
+        user_id: user.id.clone(),
+        ..Default::default()
+    };
+    t.texts(CREDITS, "user_id", IDS, |user_id| ListCreditsRequest {
+        user_id,
+        ..list.clone()
+    });
+    t.sizes(CREDITS, |page_size| ListCreditsRequest {
+        page_size,
+        ..list.clone()
+    });
+    t.texts(CREDITS, "page_token", PAGE_TOKENS, |page_token| {
+        ListCreditsRequest {
+            page_token,
+            ..list.clone()
+        }
+    });
+    t.texts(VOID, "credit_id", IDS, |credit_id| VoidCreditsRequest {
+        credit_id,
+        reason: String::new(),
+    });
+    t.texts(VOID, "reason", reasons, |reason| VoidCreditsRequest {
+        credit_id: user.id.clone(),
+        reason,
+    });
+}
+
 /// Requests with several wrong fields, and these fields.
 pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'static str], Bytes)> {
     let bad = || "?".to_owned();
@@ -752,6 +892,20 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         occurred_at: Some(old),
         model: String::new(),
         ..self::event(user)
+    };
+    let over = SetQuotaOverrideRequest {
+        user_id: bad(),
+        limit: None,
+        expires_at: Some(old),
+        reason: "\0".to_owned(),
+    };
+    let grant = GrantCreditsRequest {
+        user_id: bad(),
+        tokens: 0,
+        priority: -1,
+        expires_at: Some(old),
+        reason: "\0".to_owned(),
+        request_id: bad(),
     };
     let list = ListUsageRecordsRequest {
         user_id: bad(),
@@ -818,6 +972,7 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
     let check = CheckQuotaRequest {
         user_id: bad(),
         tokens: -1,
+        ..CheckQuotaRequest::default()
     };
     let rotate = RotateServiceKeyRequest {
         service_account_id: bad(),
@@ -911,6 +1066,23 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
             encode(&export),
         ),
         (USERS, &["page_size", "page_token", "tier"], encode(&users)),
+        (
+            OVERRIDE,
+            &["user_id", "limit", "expires_at", "reason"],
+            encode(&over),
+        ),
+        (
+            GRANT,
+            &[
+                "user_id",
+                "tokens",
+                "priority",
+                "expires_at",
+                "reason",
+                "request_id",
+            ],
+            encode(&grant),
+        ),
         (SET_TIER, &["user_id", "tier"], encode(&tier)),
         (DISABLE, &["user_id", "reason"], encode(&disable)),
         (CREATE_SERVICE, &["name", "scopes"], encode(&service)),
@@ -960,6 +1132,28 @@ pub(super) fn register() -> RegisterRequest {
         username: name,
         full_name: "A Person".to_owned(),
         password: PASSWORD.to_owned(),
+    }
+}
+
+/// A limit that a user may be given.
+pub(super) fn set_override(user: &TestUser) -> SetQuotaOverrideRequest {
+    SetQuotaOverrideRequest {
+        user_id: user.id.clone(),
+        limit: Some(Limit::MonthlyTokens(1000)),
+        expires_at: Some(ago(-DAY)),
+        reason: "a reason".to_owned(),
+    }
+}
+
+/// Credits that a user may be granted.
+pub(super) fn grant_credits(user: &TestUser) -> GrantCreditsRequest {
+    GrantCreditsRequest {
+        user_id: user.id.clone(),
+        tokens: 1000,
+        priority: 5,
+        expires_at: Some(ago(-DAY)),
+        reason: "a reason".to_owned(),
+        request_id: Uuid::now_v7().to_string(),
     }
 }
 

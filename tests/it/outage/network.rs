@@ -153,6 +153,7 @@ async fn failures(app: &TestApp, user_id: &str, token: &str) -> Vec<Status> {
     let quota = CheckQuotaRequest {
         user_id: user_id.to_owned(),
         tokens: 1,
+        ..CheckQuotaRequest::default()
     };
     let login = LoginRequest {
         identifier: app.admin_email.clone(),

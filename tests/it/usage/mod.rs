@@ -4,6 +4,7 @@ mod batch;
 mod concurrent;
 mod export;
 mod faults;
+mod limits;
 mod list;
 mod month;
 mod query;

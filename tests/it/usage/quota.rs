@@ -231,7 +231,7 @@ async fn the_tiers_are_listed_as_configured() {
 }
 
 /// A server with [`TIERS`], and their file: a replica reads it again.
-async fn with_tiers() -> (TestApp, tempfile::TempPath) {
+pub(super) async fn with_tiers() -> (TestApp, tempfile::TempPath) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(TIERS.as_bytes()).unwrap();
     let file = file.into_temp_path();
@@ -240,7 +240,7 @@ async fn with_tiers() -> (TestApp, tempfile::TempPath) {
     (app, file)
 }
 
-async fn use_tokens(app: &TestApp, user_id: &str, input: i64) {
+pub(super) async fn use_tokens(app: &TestApp, user_id: &str, input: i64) {
     let event = UsageEvent {
         tokens: tokens(input),
         ..event(user_id)
@@ -265,6 +265,7 @@ async fn check_through(
     let request = CheckQuotaRequest {
         user_id: user_id.to_owned(),
         tokens,
+        ..CheckQuotaRequest::default()
     };
     let answer = super::UsageServiceClient::new(channel.clone())
         .check_quota(with_bearer(request, service_key))

@@ -1,0 +1,179 @@
+//! Messages about quota, overrides and credits.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use prost_types::Timestamp;
+
+use super::convert::{Fields, time, timestamp};
+use crate::{
+    model::{
+        BaseSource, CreditGrant, MonthlyOverride, NewCredit, QuotaStanding, TierLimits, UserId,
+        Violation,
+    },
+    proto::tollkeeper::{
+        admin::v1::{self as admin, set_quota_override_request::Limit},
+        usage::v1::{self as usage, get_quota_response::BaseSource as Source},
+    },
+};
+
+/// Longest time that an override or a credit may be good for, unless for ever.
+const MAX_LIFETIME: TimeDelta = TimeDelta::days(3653);
+
+const MAX_PRIORITY: i32 = 1000;
+
+/// A remark for the audit trail.
+pub(super) fn reason(text: &str) -> Result<&str, Violation> {
+    if text.chars().count() > 500 {
+        Err("must be at most 500 characters".into())
+    } else if text.contains('\0') {
+        Err("must not hold a NUL character".into())
+    } else {
+        Ok(text)
+    }
+}
+
+/// Reads whose limit is to be what, and why.
+pub(super) fn new_override<'a>(
+    fields: &mut Fields,
+    request: &'a admin::SetQuotaOverrideRequest,
+    now: DateTime<Utc>,
+) -> Option<(UserId, MonthlyOverride, &'a str)> {
+    let user_id = fields.parse("user_id", &request.user_id);
+    let monthly_tokens = match request.limit {
+        Some(Limit::MonthlyTokens(tokens)) => fields
+            .take("monthly_tokens", tokens_from(0, tokens))
+            .map(Some),
+        Some(Limit::Unlimited(())) => Some(None),
+        None => fields.take("limit", Err("must hold monthly_tokens or unlimited".into())),
+    };
+    let expires_at = fields.take("expires_at", expiry(request.expires_at, now));
+    let reason = fields.take("reason", reason(&request.reason));
+    let new = MonthlyOverride {
+        monthly_tokens: monthly_tokens?,
+        expires_at: expires_at?,
+    };
+    Some((user_id?, new, reason?))
+}
+
+/// Reads what is to be granted.
+pub(super) fn new_credit(
+    fields: &mut Fields,
+    request: &admin::GrantCreditsRequest,
+    now: DateTime<Utc>,
+) -> Option<NewCredit> {
+    let user_id = fields.parse("user_id", &request.user_id);
+    let tokens = fields.take("tokens", tokens_from(1, request.tokens));
+    let priority = if (0..=MAX_PRIORITY).contains(&request.priority) {
+        Ok(request.priority)
+    } else {
+        Err(format!("must be 0 to {MAX_PRIORITY}").into())
+    };
+    let priority = fields.take("priority", priority);
+    let expires_at = fields.take("expires_at", expiry(request.expires_at, now));
+    let reason = fields.take("reason", reason(&request.reason));
+    let request_id = fields.parse("request_id", &request.request_id);
+    Some(NewCredit {
+        user_id: user_id?,
+        tokens: tokens?,
+        priority: priority?,
+        expires_at: expires_at?,
+        reason: reason?.to_owned(),
+        request_id: request_id?,
+    })
+}
+
+fn tokens_from(min: i64, tokens: i64) -> Result<i64, Violation> {
+    if (min..=TierLimits::MAX_TOKENS).contains(&tokens) {
+        Ok(tokens)
+    } else {
+        Err(format!("must be {min} to {}", TierLimits::MAX_TOKENS).into())
+    }
+}
+
+/// Reads when something ends; unset means never.
+fn expiry(
+    value: Option<Timestamp>,
+    now: DateTime<Utc>,
+) -> Result<Option<DateTime<Utc>>, Violation> {
+    if value.is_none() {
+        return Ok(None);
+    }
+    let at = timestamp(value)?;
+    if at > now && at <= now + MAX_LIFETIME {
+        Ok(Some(at))
+    } else {
+        Err("must be ahead of now, at most ten years".into())
+    }
+}
+
+impl From<&QuotaStanding> for usage::Quota {
+    fn from(standing: &QuotaStanding) -> Self {
+        let limit = standing.limit.tokens;
+        Self {
+            month: standing.facts.period.to_string(),
+            limit_tokens: limit.unwrap_or_default(),
+            unlimited: limit.is_none(),
+            used_tokens: standing.facts.used,
+            remaining_tokens: standing.remaining_tokens().unwrap_or_default(),
+            resets_at: Some(time(standing.facts.period.end())),
+            tier: standing.facts.tier.to_string(),
+            held_tokens: 0,
+        }
+    }
+}
+
+/// A user's quota and where it comes from.
+pub(super) fn answer(standing: &QuotaStanding) -> usage::GetQuotaResponse {
+    let limit = &standing.limit;
+    let (base_source, override_) = match limit.base_source {
+        BaseSource::Tier => (Source::Tier, None),
+        BaseSource::Override => (Source::Override, standing.facts.override_),
+        BaseSource::Kept => (Source::Kept, None),
+    };
+    let credits = limit.credits.iter();
+    let counting = credits.filter(|share| share.remaining > 0 || share.drawn_this_month > 0);
+    let credits = counting.map(|share| usage::QuotaCredit {
+        id: share.credit.id.to_string(),
+        tokens: share.credit.tokens,
+        drawn_tokens: share.drawn_this_month,
+        remaining_tokens: share.remaining,
+        expires_at: share.credit.expires_at.map(time),
+    });
+    let models = limit
+        .models
+        .iter()
+        .map(|(model, tokens)| usage::ModelQuota {
+            model: model.to_string(),
+            limit_tokens: *tokens,
+            used_tokens: standing.used_of_model(model),
+            remaining_tokens: standing.remaining_of_model(model).unwrap_or_default(),
+            held_tokens: 0,
+        });
+    usage::GetQuotaResponse {
+        user_id: standing.facts.user_id.to_string(),
+        quota: Some(standing.into()),
+        base_tokens: limit.base.unwrap_or_default(),
+        base_source: base_source.into(),
+        override_expires_at: override_.and_then(|one| one.expires_at).map(time),
+        credits: credits.collect(),
+        models: models.collect(),
+        requests_per_minute: standing.requests_per_minute,
+        max_request_tokens: standing.max_request_tokens,
+    }
+}
+
+impl From<CreditGrant> for admin::Credit {
+    fn from(grant: CreditGrant) -> Self {
+        Self {
+            id: grant.id.to_string(),
+            user_id: grant.user_id.to_string(),
+            tokens: grant.tokens,
+            remaining_tokens: grant.remaining,
+            priority: grant.priority,
+            granted_at: Some(time(grant.granted_at)),
+            expires_at: grant.expires_at.map(time),
+            voided_at: grant.voided_at.map(time),
+            reason: grant.reason,
+            request_id: grant.request_id.to_string(),
+        }
+    }
+}

@@ -1,0 +1,733 @@
+//! Overrides, credits, and where a limit comes from.
+
+use std::collections::BTreeSet;
+
+use chrono::{TimeDelta, Utc};
+use futures_util::future::join_all;
+use tollkeeper::{
+    config::{DatabaseSettings, Secret},
+    model::{Change, Period, UserId},
+    proto::tollkeeper::{
+        admin::v1::{
+            ClearQuotaOverrideRequest, Credit, GrantCreditsRequest, ListCreditsRequest,
+            ListCreditsResponse, SetQuotaOverrideRequest, VoidCreditsRequest,
+            admin_service_client::AdminServiceClient, set_quota_override_request::Limit,
+        },
+        auth::v1::ValidateTokenRequest,
+        usage::v1::{
+            CheckQuotaRequest, GetQuotaRequest, GetQuotaResponse, ModelQuota, Quota, UsageEvent,
+            check_quota_response::Decision, get_quota_response::BaseSource,
+            usage_service_client::UsageServiceClient,
+        },
+    },
+    store::{Notification, Store},
+};
+use tonic::{Code, Status, transport::Channel};
+use uuid::Uuid;
+
+use super::{
+    at, event,
+    quota::{use_tokens, with_tiers},
+    tokens, turn_of_the_month,
+};
+use crate::harness::{TestApp, reason, with_bearer};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_says_where_each_number_comes_from() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    use_tokens(&app, &user, 60).await;
+    let plain = quota(&app, &user).await;
+    assert_eq!(plain.user_id, user);
+    assert_eq!(plain.base_source(), BaseSource::Tier);
+    assert_eq!(
+        (plain.base_tokens, plain.max_request_tokens),
+        (100, Some(60))
+    );
+    assert_eq!(plain.requests_per_minute, None);
+    assert_eq!((plain.credits.len(), plain.models.len()), (0, 0));
+    let end = Period::containing(Utc::now()).end();
+    let expected = Quota {
+        month: Period::containing(Utc::now()).to_string(),
+        limit_tokens: 100,
+        used_tokens: 60,
+        remaining_tokens: 40,
+        resets_at: Some(at(end)),
+        tier: "small".to_owned(),
+        ..Quota::default()
+    };
+    assert_eq!(plain.quota, Some(expected));
+
+    let expiry = Utc::now() + TimeDelta::days(90);
+    let late = grant(
+        &app,
+        GrantCreditsRequest {
+            priority: 2,
+            ..credits(&user, 30)
+        },
+    )
+    .await;
+    let first = GrantCreditsRequest {
+        priority: 1,
+        expires_at: Some(at(expiry)),
+        ..credits(&user, 20)
+    };
+    let first = grant(&app, first).await;
+    use_tokens(&app, &user, 65).await;
+    let full = quota(&app, &user).await;
+    let numbers = full.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.used_tokens), (150, 125));
+    assert_eq!(numbers.remaining_tokens, 25);
+    assert_eq!(full.base_tokens, 100);
+    let shares: Vec<_> = full
+        .credits
+        .iter()
+        .map(|one| {
+            (
+                one.id.clone(),
+                one.tokens,
+                one.drawn_tokens,
+                one.remaining_tokens,
+            )
+        })
+        .collect();
+    let expected = [(first.id, 20, 20, 0), (late.id, 30, 5, 25)];
+    assert_eq!(shares, expected);
+    assert_eq!(full.credits[0].expires_at, Some(at(expiry)));
+    assert_eq!(full.credits[1].expires_at, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_see_their_own_quota_and_nobody_elses() {
+    let (app, _tiers) = with_tiers().await;
+    let (ada, bob) = (app.user().create().await, app.user().create().await);
+    let token = app.login(&ada).await.access_token;
+    let ask = |credential: String, user_id: String| {
+        let mut usage = app.usage(&credential);
+        async move { usage.get_quota(GetQuotaRequest { user_id }).await }
+    };
+    let own = ask(token.clone(), String::new())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(own.user_id, ada.id);
+    let refused = ask(token, bob.id.clone()).await.unwrap_err();
+    assert_eq!(reason(&refused), "CALLER_NOT_ALLOWED");
+    let named = ask(app.service_key.clone(), bob.id.clone()).await.unwrap();
+    assert_eq!(named.into_inner().user_id, bob.id);
+    let nobody = ask(app.service_key.clone(), Uuid::now_v7().to_string()).await;
+    let nobody = nobody.unwrap_err();
+    assert_eq!(
+        (nobody.code(), reason(&nobody)),
+        (Code::NotFound, "USER_NOT_FOUND".to_owned())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_override_counts_at_once_on_every_replica_until_it_is_cleared() {
+    let (app, _tiers) = with_tiers().await;
+    let replica = app.replica().await;
+    let user = app.user().tier("small").create().await.id;
+    for (limit, tokens) in [
+        (Limit::MonthlyTokens(5000), Some(5000)),
+        (Limit::MonthlyTokens(0), Some(0)),
+        (Limit::Unlimited(()), None),
+        (Limit::MonthlyTokens(7), Some(7)),
+    ] {
+        let request = SetQuotaOverrideRequest {
+            user_id: user.clone(),
+            limit: Some(limit),
+            ..SetQuotaOverrideRequest::default()
+        };
+        let set = app
+            .admin(&app.service_key)
+            .set_quota_override(request)
+            .await;
+        let set = set.unwrap().into_inner().quota.unwrap();
+        assert_eq!((!set.unlimited).then_some(set.limit_tokens), tokens);
+        for channel in [app.channel.clone(), replica.channel()] {
+            let seen = quota_through(&channel, &app.service_key, &user).await;
+            assert_eq!(seen.base_source(), BaseSource::Override);
+            assert_eq!(seen.override_expires_at, None);
+            assert_eq!(seen.quota.as_ref(), Some(&set));
+            let wanted = tokens.unwrap_or(1_000_000_000_000);
+            // The tier still limits a single request to 60.
+            let decision = check_through(&channel, &app, &user, wanted.min(60), "").await;
+            let expected = if wanted == 0 {
+                Decision::MonthlyLimit
+            } else {
+                Decision::Allowed
+            };
+            assert_eq!(decision, expected, "{tokens:?}");
+        }
+    }
+    let decision = check_through(&replica.channel(), &app, &user, 8, "").await;
+    assert_eq!(decision, Decision::MonthlyLimit);
+    for _ in 0..2 {
+        let cleared = clear(&app, &user).await.unwrap();
+        assert_eq!(cleared.limit_tokens, 100);
+    }
+    let seen = quota_through(&replica.channel(), &app.service_key, &user).await;
+    assert_eq!(seen.base_source(), BaseSource::Tier);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_override_ends_when_it_expires() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let expiry = Utc::now() + TimeDelta::days(1);
+    let request = SetQuotaOverrideRequest {
+        expires_at: Some(at(expiry)),
+        ..own_limit(&user, 5000)
+    };
+    app.admin(&app.service_key)
+        .set_quota_override(request)
+        .await
+        .unwrap();
+    assert_eq!(
+        quota(&app, &user).await.override_expires_at,
+        Some(at(expiry))
+    );
+    app.sql("UPDATE quota_overrides SET expires_at = now()")
+        .await;
+    let after = quota(&app, &user).await;
+    assert_eq!(after.base_source(), BaseSource::Tier);
+    assert_eq!((after.base_tokens, after.override_expires_at), (100, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_used_under_a_larger_limit_draws_no_credit() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("large").create().await.id;
+    grant(&app, credits(&user, 50)).await;
+    use_tokens(&app, &user, 400).await;
+    app.set_tier(&user, "small").await;
+    let smaller = quota(&app, &user).await;
+    assert_eq!(smaller.base_source(), BaseSource::Kept);
+    assert_eq!(smaller.base_tokens, 400);
+    let numbers = smaller.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (450, 50));
+    // The same by an override that goes.
+    let other = app.user().tier("small").create().await.id;
+    app.admin(&app.service_key)
+        .set_quota_override(own_limit(&other, 1000))
+        .await
+        .unwrap();
+    use_tokens(&app, &other, 300).await;
+    assert_eq!(clear(&app, &other).await.unwrap().limit_tokens, 300);
+    use_tokens(&app, &other, 10).await;
+    let numbers = quota(&app, &other).await.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (300, 0));
+    // An upgrade holds at once.
+    app.set_tier(&other, "large").await;
+    assert_eq!(quota(&app, &other).await.quota.unwrap().limit_tokens, 1000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credits_count_at_once_on_every_replica_and_in_every_answer() {
+    let (app, _tiers) = with_tiers().await;
+    let replica = app.replica().await;
+    let user = app.user().tier("small").create().await;
+    use_tokens(&app, &user.id, 100).await;
+    let channel = replica.channel();
+    assert_eq!(
+        check_through(&channel, &app, &user.id, 1, "").await,
+        Decision::MonthlyLimit
+    );
+    grant(&app, credits(&user.id, 25)).await;
+    assert_eq!(
+        check_through(&channel, &app, &user.id, 25, "").await,
+        Decision::Allowed
+    );
+    assert_eq!(
+        check_through(&channel, &app, &user.id, 26, "").await,
+        Decision::MonthlyLimit
+    );
+    let request = ValidateTokenRequest {
+        token: app.login(&user).await.access_token,
+        include_quota: true,
+        ..ValidateTokenRequest::default()
+    };
+    let validated = app.auth(&app.service_key).validate_token(request).await;
+    let validated = validated.unwrap().into_inner().quota.unwrap();
+    assert_eq!(
+        (validated.limit_tokens, validated.remaining_tokens),
+        (125, 25)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_credits_goes_on_into_the_next_month() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let (last, ..) = turn_of_the_month();
+    grant(&app, credits(&user, 50)).await;
+    let month = Period::containing(last);
+    app.sql(&format!(
+        "UPDATE credit_grants SET granted_at = '{}'",
+        month.start().to_rfc3339()
+    ))
+    .await;
+    let beyond = UsageEvent {
+        occurred_at: Some(at(last)),
+        tokens: tokens(130),
+        ..event(&user)
+    };
+    app.record(&beyond).await.unwrap();
+    // Drawn by the base of that month; where nobody recorded one, by today's.
+    let left = |answer: GetQuotaResponse| answer.quota.unwrap().limit_tokens - 100;
+    assert_eq!(left(quota(&app, &user).await), 20);
+    app.sql(&format!(
+        "INSERT INTO quota_balances (user_id, month, model, base_limit)
+         VALUES ('{user}', '{month}', '', 115)"
+    ))
+    .await;
+    let answer = quota(&app, &user).await;
+    let share = &answer.credits[0];
+    assert_eq!((share.drawn_tokens, share.remaining_tokens), (0, 35));
+    assert_eq!(left(answer), 35);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_credit_gives_nothing_more_and_keeps_what_it_gave() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let expiring = GrantCreditsRequest {
+        expires_at: Some(at(Utc::now() + TimeDelta::days(1))),
+        ..credits(&user, 50)
+    };
+    grant(&app, expiring).await;
+    use_tokens(&app, &user, 130).await;
+    app.sql("UPDATE credit_grants SET expires_at = now()").await;
+    for closed in [false, true] {
+        let numbers = quota(&app, &user).await.quota.unwrap();
+        assert_eq!(
+            (numbers.limit_tokens, numbers.remaining_tokens),
+            (130, 0),
+            "{closed}"
+        );
+        let listed = list(&app, &user, 0, "").await.unwrap().credits;
+        assert_eq!(listed[0].remaining_tokens, 0);
+        let usage = &app.running().usage;
+        let users = usage.close_expired_credits(10).await.unwrap();
+        assert_eq!(users, usize::from(!closed));
+    }
+    let drawn = app.count("SELECT drawn_tokens FROM credit_grants").await;
+    assert_eq!(drawn, 30);
+    use_tokens(&app, &user, 5).await;
+    let numbers = quota(&app, &user).await.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.used_tokens), (130, 135));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn voiding_takes_back_what_is_left_and_nothing_else() {
+    let (app, _tiers) = with_tiers().await;
+    let replica = app.replica().await;
+    let user = app.user().tier("small").create().await.id;
+    let granted = grant(&app, credits(&user, 50)).await;
+    use_tokens(&app, &user, 120).await;
+    let voided = void(&app, &granted.id).await.unwrap();
+    assert_eq!((voided.tokens, voided.remaining_tokens), (50, 0));
+    assert!(voided.voided_at.is_some());
+    let seen = quota_through(&replica.channel(), &app.service_key, &user).await;
+    let numbers = seen.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (120, 0));
+    assert_eq!(void(&app, &granted.id).await.unwrap(), voided);
+    let acts = "SELECT count(*) FROM audit_events WHERE action = 'quota.credits_voided'";
+    assert_eq!(app.count(acts).await, 1);
+    let unknown = void(&app, &Uuid::now_v7().to_string()).await.unwrap_err();
+    assert_eq!(
+        (unknown.code(), reason(&unknown)),
+        (Code::NotFound, "CREDIT_NOT_FOUND".to_owned())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_grant_counts_once_however_it_races() {
+    let (app, _tiers) = with_tiers().await;
+    let replica = app.replica().await;
+    let user = app.user().tier("small").create().await.id;
+    let request = credits(&user, 40);
+    let channels = [app.channel.clone(), replica.channel()];
+    let grants = (0..32).map(|n| grant_through(&channels[n % 2], &app, request.clone()));
+    let grants = join_all(grants).await.into_iter().map(Result::unwrap);
+    let grants: Vec<Credit> = grants.collect();
+    assert!(grants.iter().all(|one| *one == grants[0]), "{grants:?}");
+    assert_eq!(quota(&app, &user).await.quota.unwrap().limit_tokens, 140);
+    assert_eq!(app.count("SELECT count(*) FROM credit_grants").await, 1);
+    let acts = "SELECT count(*) FROM audit_events WHERE action = 'quota.credits_granted'";
+    assert_eq!(app.count(acts).await, 1);
+
+    // Anything else by the same id is another grant; the same is answered as it stands.
+    let other = app.user().tier("small").create().await.id;
+    let same = || request.clone();
+    for changed in [
+        GrantCreditsRequest {
+            user_id: other.clone(),
+            ..same()
+        },
+        GrantCreditsRequest {
+            tokens: 41,
+            ..same()
+        },
+        GrantCreditsRequest {
+            priority: 9,
+            ..same()
+        },
+        GrantCreditsRequest {
+            expires_at: Some(at(Utc::now() + TimeDelta::days(1))),
+            ..same()
+        },
+        GrantCreditsRequest {
+            reason: "another".to_owned(),
+            ..same()
+        },
+    ] {
+        let refused = grant_through(&app.channel, &app, changed)
+            .await
+            .unwrap_err();
+        let said = (refused.code(), reason(&refused));
+        assert_eq!(said, (Code::AlreadyExists, "CREDIT_CONFLICT".to_owned()));
+    }
+    let voided = void(&app, &grants[0].id).await.unwrap();
+    assert_eq!(grant(&app, same()).await, voided);
+    assert_eq!(app.count("SELECT count(*) FROM credit_grants").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn racing_grants_do_not_exceed_what_a_user_may_have() {
+    let (app, _tiers) = with_tiers().await;
+    let replica = app.replica().await;
+    let user = app.user().tier("small").create().await.id;
+    app.sql(&format!(
+        "INSERT INTO credit_grants (id, user_id, tokens, priority, reason, request_id, actor_kind)
+         SELECT gen_random_uuid(), '{user}', 1, 0, '', gen_random_uuid(), 'operator'
+         FROM generate_series(1, 195)"
+    ))
+    .await;
+    let channels = [app.channel.clone(), replica.channel()];
+    let grants = (0..12).map(|n| grant_through(&channels[n % 2], &app, credits(&user, 10)));
+    let grants = join_all(grants).await;
+    let refused = grants.iter().filter_map(|one| one.as_ref().err());
+    let refused: Vec<_> = refused.map(reason).collect();
+    assert_eq!(refused, ["TOO_MANY_CREDITS"; 7]);
+    assert_eq!(
+        quota(&app, &user).await.quota.unwrap().limit_tokens,
+        100 + 195 + 50
+    );
+    // Voiding one makes room.
+    let newest = list(&app, &user, 1, "").await.unwrap().credits.remove(0);
+    void(&app, &newest.id).await.unwrap();
+    grant(&app, credits(&user, 10)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credits_are_listed_newest_first_page_by_page() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let other = app.user().tier("small").create().await.id;
+    let mut granted = Vec::new();
+    for tokens in 1..=5 {
+        granted.push(grant(&app, credits(&user, tokens)).await);
+        grant(&app, credits(&other, tokens)).await;
+    }
+    granted.reverse();
+    let (mut listed, mut token) = (Vec::new(), String::new());
+    for size in [2, 2, 1] {
+        let page = list(&app, &user, 2, &token).await.unwrap();
+        assert_eq!(page.credits.len(), size);
+        listed.extend(page.credits);
+        token = page.next_page_token;
+    }
+    assert_eq!((listed, token.as_str()), (granted, ""));
+    let first = list(&app, &user, 2, "").await.unwrap();
+    let refused = list(&app, &other, 2, &first.next_page_token)
+        .await
+        .unwrap_err();
+    assert_eq!(reason(&refused), "INVALID_FIELD");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_can_be_given_a_limit_or_credits() {
+    let (app, _tiers) = with_tiers().await;
+    let nobody = Uuid::now_v7().to_string();
+    let mut admin = app.admin(&app.service_key);
+    let errors = [
+        admin
+            .set_quota_override(own_limit(&nobody, 1))
+            .await
+            .unwrap_err(),
+        clear(&app, &nobody).await.unwrap_err(),
+        grant_through(&app.channel, &app, credits(&nobody, 1))
+            .await
+            .unwrap_err(),
+        list(&app, &nobody, 0, "").await.unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(
+            (error.code(), reason(&error)),
+            (Code::NotFound, "USER_NOT_FOUND".to_owned())
+        );
+    }
+    assert_eq!(app.count("SELECT count(*) FROM quota_balances").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_act_is_in_the_trail_with_its_reason() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let why = |what: &str| what.to_owned();
+    let mut admin = app.admin(&app.service_key);
+    let set = SetQuotaOverrideRequest {
+        reason: why("set it"),
+        ..own_limit(&user, 7)
+    };
+    admin.set_quota_override(set).await.unwrap();
+    let cleared = ClearQuotaOverrideRequest {
+        user_id: user.clone(),
+        reason: why("clear it"),
+    };
+    for _ in 0..2 {
+        admin.clear_quota_override(cleared.clone()).await.unwrap();
+    }
+    let given = GrantCreditsRequest {
+        reason: why("give it"),
+        ..credits(&user, 30)
+    };
+    let credit = grant(&app, given).await;
+    let taken = VoidCreditsRequest {
+        credit_id: credit.id.clone(),
+        reason: why("take it"),
+    };
+    admin.void_credits(taken).await.unwrap();
+    let rows = app
+        .sql(
+            "SELECT action, target_id::text, actor_kind, details->>'reason',
+                coalesce(details->>'user_id', target_id::text)
+             FROM audit_events WHERE action LIKE 'quota.%' ORDER BY occurred_at",
+        )
+        .await;
+    let events: Vec<[String; 5]> = rows
+        .iter()
+        .map(|row| std::array::from_fn(|column| row.get(column)))
+        .collect();
+    let expected = [
+        ("quota.override_set", &user, "set it"),
+        ("quota.override_cleared", &user, "clear it"),
+        ("quota.credits_granted", &credit.id, "give it"),
+        ("quota.credits_voided", &credit.id, "take it"),
+    ];
+    let expected = expected
+        .map(|(action, target, why)| [action, target, "service", why, &user].map(str::to_owned));
+    assert_eq!(events, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_has_a_limit_of_its_own() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("large").create().await.id;
+    let spent = UsageEvent {
+        model: "gpt-5".to_owned(),
+        tokens: tokens(150),
+        ..event(&user)
+    };
+    app.record(&spent).await.unwrap();
+    let model = |model: &str, limit, used| ModelQuota {
+        model: model.to_owned(),
+        limit_tokens: limit,
+        used_tokens: used,
+        remaining_tokens: limit - used,
+        held_tokens: 0,
+    };
+    let answer = quota(&app, &user).await;
+    assert_eq!(
+        answer.models,
+        [model("a-model", 700, 0), model("gpt-5", 200, 150)]
+    );
+    for (model, wanted, decision) in [
+        ("gpt-5", 50, Decision::Allowed),
+        ("gpt-5", 51, Decision::ModelLimit),
+        ("a-model", 700, Decision::Allowed),
+        ("another", 850, Decision::Allowed),
+        ("", 850, Decision::Allowed),
+        ("gpt-5", 851, Decision::MonthlyLimit),
+    ] {
+        let got = check_through(&app.channel, &app, &user, wanted, model).await;
+        assert_eq!(got, decision, "{model} {wanted}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tier_that_is_gone_has_the_limits_of_the_default_one() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("large").create().await.id;
+    app.sql("UPDATE users SET tier = 'retired' WHERE tier = 'large'")
+        .await;
+    let answer = quota(&app, &user).await;
+    let numbers = answer.quota.unwrap();
+    assert_eq!(
+        (numbers.limit_tokens, numbers.tier.as_str()),
+        (100, "retired")
+    );
+    assert_eq!(answer.max_request_tokens, Some(60));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_changes_a_limit_is_told_to_all_replicas() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    grant(&app, credits(&user, 5)).await;
+    let settings = DatabaseSettings {
+        url: Secret::new(app.database_url.clone()),
+        ..DatabaseSettings::default()
+    };
+    let mut changes = Store::new(&settings).unwrap().changes().await.unwrap();
+    let id: UserId = user.parse().unwrap();
+    let of_user = Some(Change::Quota(id));
+    let over = format!(
+        "INSERT INTO quota_overrides (user_id, monthly_tokens, reason, actor_kind)
+         VALUES ('{user}', 5, '', 'operator')"
+    );
+    for (statement, told) in [
+        (over.as_str(), of_user),
+        ("UPDATE quota_overrides SET monthly_tokens = 6", of_user),
+        ("DELETE FROM quota_overrides", of_user),
+        ("UPDATE credit_grants SET tokens = 6", of_user),
+        (
+            "UPDATE credit_grants SET closed_at = now(), drawn_tokens = 0",
+            None,
+        ),
+        ("UPDATE credit_grants SET voided_at = now()", of_user),
+        ("UPDATE quota_balances SET leased = 1", None),
+        ("DELETE FROM credit_grants", of_user),
+        ("TRUNCATE credit_grants", Some(Change::All)),
+        ("TRUNCATE quota_overrides", Some(Change::All)),
+    ] {
+        app.sql(statement).await;
+        // What is told after it: changes come in the order of their commits.
+        app.sql("UPDATE service_accounts SET name = name").await;
+        let mut heard = Vec::new();
+        loop {
+            match changes.next().await.unwrap() {
+                Notification::Changed(Change::Services) => break,
+                Notification::Changed(change) => heard.push(change),
+                Notification::Heartbeat(..) => {}
+            }
+        }
+        assert_eq!(heard, told.into_iter().collect::<Vec<_>>(), "{statement}");
+    }
+    // And by what no statement of a test does: the RPCs.
+    grant(&app, credits(&user, 5)).await;
+    clear(&app, &user).await.unwrap();
+    app.sql("UPDATE service_accounts SET name = name").await;
+    let mut heard = BTreeSet::new();
+    loop {
+        match changes.next().await.unwrap() {
+            Notification::Changed(Change::Services) => break,
+            Notification::Changed(Change::Quota(user)) => heard.insert(user),
+            _ => true,
+        };
+    }
+    assert_eq!(heard, BTreeSet::from([id]));
+}
+
+fn own_limit(user_id: &str, tokens: i64) -> SetQuotaOverrideRequest {
+    SetQuotaOverrideRequest {
+        user_id: user_id.to_owned(),
+        limit: Some(Limit::MonthlyTokens(tokens)),
+        ..SetQuotaOverrideRequest::default()
+    }
+}
+
+async fn clear(app: &TestApp, user_id: &str) -> Result<Quota, Status> {
+    let request = ClearQuotaOverrideRequest {
+        user_id: user_id.to_owned(),
+        reason: String::new(),
+    };
+    let cleared = app
+        .admin(&app.service_key)
+        .clear_quota_override(request)
+        .await?;
+    Ok(cleared.into_inner().quota.unwrap())
+}
+
+fn credits(user_id: &str, tokens: i64) -> GrantCreditsRequest {
+    GrantCreditsRequest {
+        user_id: user_id.to_owned(),
+        tokens,
+        request_id: Uuid::now_v7().to_string(),
+        ..GrantCreditsRequest::default()
+    }
+}
+
+async fn grant(app: &TestApp, request: GrantCreditsRequest) -> Credit {
+    grant_through(&app.channel, app, request).await.unwrap()
+}
+
+async fn grant_through(
+    channel: &Channel,
+    app: &TestApp,
+    request: GrantCreditsRequest,
+) -> Result<Credit, Status> {
+    let mut admin = AdminServiceClient::new(channel.clone());
+    let granted = admin
+        .grant_credits(with_bearer(request, &app.service_key))
+        .await?;
+    Ok(granted.into_inner().credit.unwrap())
+}
+
+async fn void(app: &TestApp, id: &str) -> Result<Credit, Status> {
+    let request = VoidCreditsRequest {
+        credit_id: id.to_owned(),
+        reason: String::new(),
+    };
+    let voided = app.admin(&app.service_key).void_credits(request).await?;
+    Ok(voided.into_inner().credit.unwrap())
+}
+
+async fn list(
+    app: &TestApp,
+    user_id: &str,
+    page_size: i32,
+    page_token: &str,
+) -> Result<ListCreditsResponse, Status> {
+    let request = ListCreditsRequest {
+        user_id: user_id.to_owned(),
+        page_size,
+        page_token: page_token.to_owned(),
+    };
+    let listed = app.admin(&app.service_key).list_credits(request).await?;
+    Ok(listed.into_inner())
+}
+
+async fn quota(app: &TestApp, user_id: &str) -> GetQuotaResponse {
+    quota_through(&app.channel, &app.service_key, user_id).await
+}
+
+async fn quota_through(channel: &Channel, service_key: &str, user_id: &str) -> GetQuotaResponse {
+    let request = GetQuotaRequest {
+        user_id: user_id.to_owned(),
+    };
+    let answer = UsageServiceClient::new(channel.clone())
+        .get_quota(with_bearer(request, service_key))
+        .await;
+    answer.expect("answered").into_inner()
+}
+
+async fn check_through(
+    channel: &Channel,
+    app: &TestApp,
+    user_id: &str,
+    tokens: i64,
+    model: &str,
+) -> Decision {
+    let request = CheckQuotaRequest {
+        user_id: user_id.to_owned(),
+        tokens,
+        model: model.to_owned(),
+    };
+    let answer = UsageServiceClient::new(channel.clone())
+        .check_quota(with_bearer(request, &app.service_key))
+        .await;
+    answer.expect("answered").into_inner().decision()
+}
