@@ -129,10 +129,15 @@ impl Upkeep {
         sweep("sessions", || store.session_sweep(before, SWEEP_BATCH)).await?;
         let before = now - API_KEY_RETENTION;
         sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
-        let usage = &self.usage;
-        while usage.close_expired_credits(CREDITS_BATCH).await? > 0 {}
+        let closed = self.close_credits().await;
         // Last: it gives way to whoever reads for long, and nothing else is to wait for that.
-        self.drop_old().await
+        self.drop_old().await?;
+        closed
+    }
+
+    async fn close_credits(&self) -> Result<()> {
+        while self.usage.close_expired_credits(CREDITS_BATCH).await? > 0 {}
+        Ok(())
     }
 
     async fn look(&self) -> Result<()> {

@@ -150,10 +150,14 @@ impl Usage {
     /// `Unavailable`
     pub async fn close_expired_credits(&self, limit: i64) -> Result<usize> {
         let users = self.store.credit_expired_users(limit).await?;
-        for user_id in &users {
-            self.store.quota_record(*user_id, &self.tiers()).await?;
+        let mut closed = Ok(users.len());
+        for user_id in users {
+            // What is wrong with one user's rows keeps none of the others waiting.
+            if let Err(error) = self.store.quota_record(user_id, &self.tiers()).await {
+                closed = Err(error);
+            }
         }
-        Ok(users.len())
+        closed
     }
 }
 

@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{
         CreateServiceAccountRequest, CreateServiceAccountResponse, CreateUserResponse,
-        DisableUserRequest, DisableUserResponse, ListServiceAccountsRequest,
+        DisableUserRequest, DisableUserResponse, GrantCreditsRequest, GrantCreditsResponse,
+        ListCreditsRequest, ListCreditsResponse, ListServiceAccountsRequest,
         ListServiceAccountsResponse, ListUsersRequest, ListUsersResponse, RotateServiceKeyRequest,
-        RotateServiceKeyResponse,
+        RotateServiceKeyResponse, SetQuotaOverrideRequest, SetQuotaOverrideResponse,
+        set_quota_override_request::Limit,
     },
     auth::v1::{
         CreateApiKeyRequest, CreateApiKeyResponse, ListApiKeysRequest, ListApiKeysResponse,
@@ -24,9 +26,9 @@ use tonic::{Code, Status};
 use super::{
     ask, violations,
     wrong::{
-        CHECK, CREATE_KEY, CREATE_SERVICE, CREATE_USER, DAY, DIMENSIONS, DISABLE, KEYS, LOGIN,
-        RECORD, RECORDS, REGISTER, ROTATE, SERVICES, USERS, VALIDATE, ago, create_api_key,
-        create_user, event, register,
+        CHECK, CREATE_KEY, CREATE_SERVICE, CREATE_USER, CREDITS, DAY, DIMENSIONS, DISABLE, GRANT,
+        KEYS, LOGIN, OVERRIDE, RECORD, RECORDS, REGISTER, ROTATE, SERVICES, USERS, VALIDATE, ago,
+        create_api_key, create_user, event, grant_credits, register, set_override,
     },
 };
 use crate::harness::{PASSWORD, TestApp, TestUser, reason};
@@ -373,6 +375,96 @@ async fn a_page_of_api_keys_is_50_by_default_and_1000_at_most() {
         };
         let page: ListApiKeysResponse = ask(&app, KEYS, request).await.unwrap();
         assert_eq!(page.api_keys.len(), items, "{page_size}");
+        assert_ne!(page.next_page_token, "", "{page_size}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credits_and_overrides_are_within_their_bounds() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    const MOST: i64 = 1_000_000_000_000_000;
+    for (tokens, fits) in [(0, false), (1, true), (MOST, true), (MOST + 1, false)] {
+        let request = GrantCreditsRequest {
+            tokens,
+            ..grant_credits(&user)
+        };
+        let answer: Result<GrantCreditsResponse, _> = ask(&app, GRANT, request).await;
+        decide(answer, fits, "tokens");
+    }
+    for (priority, fits) in [(-1, false), (0, true), (1000, true), (1001, false)] {
+        let request = GrantCreditsRequest {
+            priority,
+            ..grant_credits(&user)
+        };
+        let answer: Result<GrantCreditsResponse, _> = ask(&app, GRANT, request).await;
+        decide(answer, fits, "priority");
+    }
+    for (secs_ahead, fits) in [
+        (-1, false),
+        (60, true),
+        (3653 * DAY - 60, true),
+        (3653 * DAY + 60, false),
+    ] {
+        let expires_at = Some(ago(-secs_ahead));
+        let request = GrantCreditsRequest {
+            expires_at,
+            ..grant_credits(&user)
+        };
+        let answer: Result<GrantCreditsResponse, _> = ask(&app, GRANT, request).await;
+        decide(answer, fits, "expires_at");
+        let request = SetQuotaOverrideRequest {
+            expires_at,
+            ..set_override(&user)
+        };
+        let answer: Result<SetQuotaOverrideResponse, _> = ask(&app, OVERRIDE, request).await;
+        decide(answer, fits, "expires_at");
+    }
+    for (tokens, fits) in [(-1, false), (0, true), (MOST, true), (MOST + 1, false)] {
+        let request = SetQuotaOverrideRequest {
+            limit: Some(Limit::MonthlyTokens(tokens)),
+            ..set_override(&user)
+        };
+        let answer: Result<SetQuotaOverrideResponse, _> = ask(&app, OVERRIDE, request).await;
+        decide(answer, fits, "monthly_tokens");
+    }
+    for (length, fits) in [(500, true), (501, false)] {
+        let reason = "é".repeat(length);
+        let request = GrantCreditsRequest {
+            reason: reason.clone(),
+            ..grant_credits(&user)
+        };
+        let answer: Result<GrantCreditsResponse, _> = ask(&app, GRANT, request).await;
+        decide(answer, fits, "reason");
+        let request = SetQuotaOverrideRequest {
+            reason,
+            ..set_override(&user)
+        };
+        let answer: Result<SetQuotaOverrideResponse, _> = ask(&app, OVERRIDE, request).await;
+        decide(answer, fits, "reason");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_credits_is_50_by_default_and_1000_at_most() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    app.sql(&format!(
+        "INSERT INTO credit_grants (id, user_id, tokens, priority, closed_at, drawn_tokens, reason,
+             request_id, actor_kind)
+         SELECT gen_random_uuid(), '{}', 1, 0, now(), 0, '', gen_random_uuid(), 'operator'
+         FROM generate_series(1, 1001) n",
+        user.id
+    ))
+    .await;
+    for (page_size, items) in [(0, 50), (1, 1), (1000, 1000), (1001, 1000)] {
+        let request = ListCreditsRequest {
+            user_id: user.id.clone(),
+            page_size,
+            page_token: String::new(),
+        };
+        let page: ListCreditsResponse = ask(&app, CREDITS, request).await.unwrap();
+        assert_eq!(page.credits.len(), items, "{page_size}");
         assert_ne!(page.next_page_token, "", "{page_size}");
     }
 }
