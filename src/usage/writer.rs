@@ -381,7 +381,9 @@ async fn commit(shared: &Shared, batch: Vec<Submission>) {
 /// A runtime is woken once for all of its callers: it answers them together, where one after the
 /// other each would be woken across threads and written to its connection alone.
 #[derive(Default)]
-struct Answers(Vec<(Handle, Vec<(Reply, Vec<Booked>)>)>);
+struct Answers(Vec<(Handle, Vec<Answer>)>);
+
+type Answer = (Reply, Vec<Booked>);
 
 impl Answers {
     fn add(&mut self, runtime: Handle, reply: Reply, booked: Vec<Booked>) {
