@@ -1,6 +1,6 @@
 //! Group commit: what arrives while others are written becomes the next batch.
 //!
-//! Handlers hand events over and wait. While little is being written a batch starts at once, so few
+//! Handlers hand events over and wait. While few calls are being written a batch starts at once, so few
 //! callers never wait for each other; beyond that few batches are written at a time, and those that
 //! wait grow. Nobody waits for a timer: a lonely event is a batch of one.
 //!
@@ -33,7 +33,7 @@ const BUSY_BATCHES: usize = 2;
 
 /// A batch of as many is written by the thread that has it: to wake another one costs more than to
 /// do it.
-const SMALL_EVENTS: usize = 4;
+const SMALL_EVENTS: usize = 128;
 
 /// Attempts at a batch: a connection may prove to be gone, a transaction may lose to another.
 const ATTEMPTS: u32 = 3;
@@ -92,8 +92,10 @@ struct Near {
 struct Queue {
     waiting: VecDeque<Submission>,
     batches: usize,
+    /// Events and calls that are being written.
     writing: usize,
-    /// Most batches at a time.
+    calls: usize,
+    /// While fewer calls are being written, the next one does not wait for them.
     max_batches: usize,
     /// A batch takes more submissions while it has fewer events.
     batch_events: usize,
@@ -142,6 +144,7 @@ impl Writers {
                 waiting: VecDeque::new(),
                 batches: 0,
                 writing: 0,
+                calls: 0,
                 max_batches: settings.writers,
                 batch_events: settings.batch_events,
                 is_closed: false,
@@ -268,7 +271,7 @@ impl Shared {
 impl Queue {
     /// Takes the next batch, if one may start now.
     fn next_batch(&mut self) -> Option<Vec<Submission>> {
-        let may_start = self.batches < BUSY_BATCHES || self.writing < self.max_batches;
+        let may_start = self.batches < BUSY_BATCHES || self.calls < self.max_batches;
         if !may_start || self.waiting.is_empty() {
             return None;
         }
@@ -281,12 +284,14 @@ impl Queue {
         }
         self.batches += 1;
         self.writing += events;
+        self.calls += batch.len();
         Some(batch)
     }
 
-    fn end_batch(&mut self, events: usize) {
+    fn end_batch(&mut self, calls: usize, events: usize) {
         self.batches -= 1;
         self.writing -= events;
+        self.calls -= calls;
     }
 
     fn is_idle(&self) -> bool {
@@ -297,12 +302,13 @@ impl Queue {
 /// A batch that is being written. Its end, however it comes, lets the next one start.
 struct Turn {
     shared: Arc<Shared>,
+    calls: usize,
     events: usize,
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.shared.queue().end_batch(self.events);
+        self.shared.queue().end_batch(self.calls, self.events);
         start(&self.shared, Handle::try_current().ok().as_ref());
         if self.shared.queue().is_idle() {
             self.shared.idle.notify_waiters();
@@ -318,6 +324,7 @@ fn start(shared: &Arc<Shared>, here: Option<&Handle>) {
         };
         let turn = Turn {
             shared: shared.clone(),
+            calls: batch.len(),
             events: batch.iter().map(|one| one.events.len()).sum(),
         };
         let runtime = match here {
@@ -447,6 +454,7 @@ mod tests {
             waiting: VecDeque::new(),
             batches: 0,
             writing: 0,
+            calls: 0,
             max_batches: 8,
             batch_events: 100,
             is_closed: false,
@@ -484,7 +492,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn few_events_start_at_once_and_many_wait_for_two() {
+    async fn few_calls_start_at_once_and_many_wait_for_two() {
         let mut queue = queue();
         assert_eq!(next(&mut queue), None);
         for _ in 0..8 {
@@ -493,17 +501,28 @@ mod tests {
         }
         arrive(&mut queue, &[1; 50]);
         assert_eq!(next(&mut queue), None, "eight are being written");
-        queue.end_batch(1);
+        queue.end_batch(1, 1);
         assert_eq!(next(&mut queue), Some(50));
         arrive(&mut queue, &[1; 20]);
         for _ in 0..6 {
-            queue.end_batch(1);
+            queue.end_batch(1, 1);
             assert_eq!(next(&mut queue), None);
         }
-        queue.end_batch(1);
+        queue.end_batch(1, 1);
         assert_eq!(next(&mut queue), Some(20), "one large batch is left");
         arrive(&mut queue, &[1]);
         assert_eq!(next(&mut queue), None);
+    }
+
+    #[tokio::test]
+    async fn few_large_calls_do_not_wait_for_each_other() {
+        let mut queue = queue();
+        for _ in 0..8 {
+            arrive(&mut queue, &[1000]);
+            assert_eq!(next(&mut queue), Some(1000));
+        }
+        arrive(&mut queue, &[1000]);
+        assert_eq!(next(&mut queue), None, "eight are being written");
     }
 
     #[tokio::test]
@@ -513,8 +532,8 @@ mod tests {
         assert_eq!(next(&mut queue), Some(120));
         assert_eq!(next(&mut queue), Some(301));
         assert!(queue.waiting.is_empty() && !queue.is_idle());
-        queue.end_batch(120);
-        queue.end_batch(301);
+        queue.end_batch(2, 120);
+        queue.end_batch(2, 301);
         assert!(queue.is_idle());
     }
 }
