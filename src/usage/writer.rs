@@ -7,15 +7,17 @@
 //! A batch is a task of its own: a handler that is cut short leaves its events with it, and they are
 //! booked.
 
+mod connections;
+mod queue;
+
 use std::{
-    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use tokio::{
-    runtime::{Handle, Id},
-    sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
+    runtime::Handle,
+    sync::{Notify, Semaphore, oneshot},
 };
 use tracing::warn;
 
@@ -26,10 +28,8 @@ use crate::{
     model::UsageEvent,
     store::{Store, UsageInsert},
 };
-
-/// Batches at a time when much is written: one is on its way to the disk while another is read by
-/// Postgres. More would only be smaller.
-const BUSY_BATCHES: usize = 2;
+use connections::Connections;
+use queue::{Places, Queue, Reply, Submission};
 
 /// A batch of as many is written by the thread that has it: to wake another one costs more than to
 /// do it.
@@ -63,14 +63,9 @@ pub(super) enum NotBooked {
 pub(super) struct Writers(Arc<Shared>);
 
 struct Shared {
-    /// Over the connections of `runtime`.
-    store: Store,
+    connections: Connections,
     /// Where large batches run: the threads that serve have other things to do.
     runtime: Handle,
-    /// Over the connections of each thread that serves: what a small batch brings and what Postgres
-    /// answers crosses no threads.
-    near: Mutex<Vec<Near>>,
-    near_connections: usize,
     counters: Arc<Counters>,
     /// One per event that waits or is being written.
     places: Arc<Semaphore>,
@@ -79,42 +74,6 @@ struct Shared {
     queue: Mutex<Queue>,
     idle: Notify,
 }
-
-/// The database over the connections of a thread that serves.
-struct Near {
-    runtime: Id,
-    store: Store,
-    /// One for each connection.
-    free: Arc<Semaphore>,
-}
-
-/// What waits, and how much is being written.
-struct Queue {
-    waiting: VecDeque<Submission>,
-    batches: usize,
-    /// Events and calls that are being written.
-    writing: usize,
-    calls: usize,
-    /// While fewer calls are being written, the next one does not wait for them.
-    max_batches: usize,
-    /// A batch takes more submissions while it has fewer events.
-    batch_events: usize,
-    is_closed: bool,
-}
-
-/// Events of one caller.
-struct Submission {
-    events: Vec<UsageEvent>,
-    reply: Reply,
-    /// Where the caller waits.
-    runtime: Handle,
-    _places: Places,
-}
-
-type Reply = oneshot::Sender<Vec<Booked>>;
-
-/// Room in the queue, also among those who wait for it.
-type Places = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
 
 /// What a caller does when too much waits already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,22 +92,12 @@ impl Writers {
         counters: Arc<Counters>,
     ) -> Result<Self> {
         Ok(Self(Arc::new(Shared {
-            store: store.with_ledger_connections(settings.writers)?,
+            connections: Connections::new(store, settings, threads)?,
             runtime: Handle::current(),
-            near: Mutex::default(),
-            near_connections: settings.writers.div_ceil(threads),
             counters,
             places: Arc::new(Semaphore::new(settings.queue_events)),
             patient_places: Arc::new(Semaphore::new((settings.queue_events / 2).max(MOST_EVENTS))),
-            queue: Mutex::new(Queue {
-                waiting: VecDeque::new(),
-                batches: 0,
-                writing: 0,
-                calls: 0,
-                max_batches: settings.writers,
-                batch_events: settings.batch_events,
-                is_closed: false,
-            }),
+            queue: Mutex::new(Queue::new(settings)),
             idle: Notify::new(),
         })))
     }
@@ -191,8 +140,7 @@ impl Writers {
         loop {
             let idle = self.0.idle.notified();
             if self.0.queue().is_idle() {
-                self.0.store.close();
-                self.0.near().drain(..).for_each(|near| near.store.close());
+                self.0.connections.close();
                 return;
             }
             idle.await;
@@ -233,69 +181,8 @@ impl Shared {
         }
     }
 
-    /// The database over a connection that lives on the current runtime, unless those are all in use.
-    fn store_here(&self) -> Result<(Store, Option<OwnedSemaphorePermit>)> {
-        let here = Handle::current().id();
-        if here == self.runtime.id() {
-            return Ok((self.store.clone(), None));
-        }
-        let mut near = self.near();
-        let known = near.iter().position(|near| near.runtime == here);
-        let place = match known {
-            Some(place) => place,
-            None => {
-                near.push(Near {
-                    runtime: here,
-                    store: self.store.with_ledger_connections(self.near_connections)?,
-                    free: Arc::new(Semaphore::new(self.near_connections)),
-                });
-                near.len() - 1
-            }
-        };
-        let near = &near[place];
-        Ok(match near.free.clone().try_acquire_owned() {
-            Ok(permit) => (near.store.clone(), Some(permit)),
-            Err(_) => (self.store.clone(), None),
-        })
-    }
-
-    fn near(&self) -> MutexGuard<'_, Vec<Near>> {
-        self.near.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Queue {
-    /// Takes the next batch, if one may start now.
-    fn next_batch(&mut self) -> Option<Vec<Submission>> {
-        let may_start = self.batches < BUSY_BATCHES || self.calls < self.max_batches;
-        if !may_start || self.waiting.is_empty() {
-            return None;
-        }
-        let (mut batch, mut events) = (Vec::new(), 0);
-        while events < self.batch_events
-            && let Some(next) = self.waiting.pop_front()
-        {
-            events += next.events.len();
-            batch.push(next);
-        }
-        self.batches += 1;
-        self.writing += events;
-        self.calls += batch.len();
-        Some(batch)
-    }
-
-    fn end_batch(&mut self, calls: usize, events: usize) {
-        self.batches -= 1;
-        self.writing -= events;
-        self.calls -= calls;
-    }
-
-    fn is_idle(&self) -> bool {
-        self.batches == 0 && self.waiting.is_empty()
     }
 }
 
@@ -342,9 +229,7 @@ fn start(shared: &Arc<Shared>, here: Option<&Handle>) {
 async fn commit(shared: &Shared, batch: Vec<Submission>) {
     let events: Vec<&UsageEvent> = batch.iter().flat_map(|one| &one.events).collect();
     let mut booked: Vec<Option<Booked>> = vec![None; events.len()];
-    // An error would mean that its URL, read before, cannot be read.
-    let here = shared.store_here();
-    let (store, _place) = here.unwrap_or_else(|_| (shared.store.clone(), None));
+    let (store, _place) = shared.connections.here();
     let all = 0..events.len();
     let mut ranges = vec![all];
     let mut some_are_booked = false;
@@ -442,98 +327,4 @@ async fn insert(store: &Store, events: &[&UsageEvent]) -> Result<Vec<UsageInsert
 /// The service is on its way down.
 fn closed() -> Error {
     Error::Unavailable("the ledger is closed".into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::{EventId, Labels, TokenCounts, UserId};
-
-    fn queue() -> Queue {
-        Queue {
-            waiting: VecDeque::new(),
-            batches: 0,
-            writing: 0,
-            calls: 0,
-            max_batches: 8,
-            batch_events: 100,
-            is_closed: false,
-        }
-    }
-
-    fn event() -> UsageEvent {
-        UsageEvent {
-            event_id: EventId(uuid::Uuid::nil()),
-            occurred_at: chrono::DateTime::UNIX_EPOCH,
-            user_id: UserId::new(),
-            model: "m".parse().expect("valid"),
-            tokens: TokenCounts::default(),
-            request_id: String::new(),
-            labels: Labels::new(),
-        }
-    }
-
-    /// Submissions of these numbers of events arrive.
-    fn arrive(queue: &mut Queue, sizes: &[usize]) {
-        let places = Arc::new(Semaphore::new(sizes.len()));
-        for &size in sizes {
-            queue.waiting.push_back(Submission {
-                events: vec![event(); size],
-                reply: oneshot::channel().0,
-                runtime: Handle::current(),
-                _places: (places.clone().try_acquire_owned().expect("enough"), None),
-            });
-        }
-    }
-
-    fn next(queue: &mut Queue) -> Option<usize> {
-        let batch = queue.next_batch()?;
-        Some(batch.iter().map(|one| one.events.len()).sum())
-    }
-
-    #[tokio::test]
-    async fn few_calls_start_at_once_and_many_wait_for_two() {
-        let mut queue = queue();
-        assert_eq!(next(&mut queue), None);
-        for _ in 0..8 {
-            arrive(&mut queue, &[1]);
-            assert_eq!(next(&mut queue), Some(1));
-        }
-        arrive(&mut queue, &[1; 50]);
-        assert_eq!(next(&mut queue), None, "eight are being written");
-        queue.end_batch(1, 1);
-        assert_eq!(next(&mut queue), Some(50));
-        arrive(&mut queue, &[1; 20]);
-        for _ in 0..6 {
-            queue.end_batch(1, 1);
-            assert_eq!(next(&mut queue), None);
-        }
-        queue.end_batch(1, 1);
-        assert_eq!(next(&mut queue), Some(20), "one large batch is left");
-        arrive(&mut queue, &[1]);
-        assert_eq!(next(&mut queue), None);
-    }
-
-    #[tokio::test]
-    async fn few_large_calls_do_not_wait_for_each_other() {
-        let mut queue = queue();
-        for _ in 0..8 {
-            arrive(&mut queue, &[1000]);
-            assert_eq!(next(&mut queue), Some(1000));
-        }
-        arrive(&mut queue, &[1000]);
-        assert_eq!(next(&mut queue), None, "eight are being written");
-    }
-
-    #[tokio::test]
-    async fn a_batch_has_a_size_and_submissions_stay_whole() {
-        let mut queue = queue();
-        arrive(&mut queue, &[60, 60, 1, 300]);
-        assert_eq!(next(&mut queue), Some(120));
-        assert_eq!(next(&mut queue), Some(301));
-        assert!(queue.waiting.is_empty() && !queue.is_idle());
-        queue.end_batch(2, 120);
-        queue.end_batch(2, 301);
-        assert!(queue.is_idle());
-    }
 }
