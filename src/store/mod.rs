@@ -103,8 +103,8 @@ impl Store {
         })
     }
 
-    /// The same database through connections of their own for the ledger, which is never cut short: a
-    /// connection is taken as it is, without asking Postgres whether it is there.
+    /// The same database through connections of their own for the ledger, which live on the current
+    /// runtime. A connection is taken as it is, without asking Postgres whether it is there.
     ///
     /// # Errors
     /// `Internal` when the URL cannot be read.
@@ -222,10 +222,11 @@ fn session(statement_timeout: Duration) -> String {
     )
 }
 
-/// What the ledger sets beside: its few statements are planned once, and what it acknowledges is on
-/// the disk whatever the database's default is.
+/// What the ledger sets beside. Its few statements are planned once, maybe while a partition is empty:
+/// each looks rows up by their key, and must not be planned to read the table. What it acknowledges is
+/// on the disk whatever the database's default is.
 const LEDGER_SESSION: &str = "
-    SET plan_cache_mode = force_generic_plan;
+    SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;
     SELECT set_config('synchronous_commit', 'on', false)
     WHERE current_setting('synchronous_commit') = 'off'";
 

@@ -11,7 +11,9 @@ mod connections;
 mod queue;
 
 use std::{
+    mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -189,14 +191,37 @@ impl Shared {
 /// A batch that is being written. Its end, however it comes, lets the next one start.
 struct Turn {
     shared: Arc<Shared>,
+    /// Empty once it is written or has failed.
+    batch: Vec<Submission>,
     calls: usize,
     events: usize,
+    /// Written by a thread that serves.
+    is_near: bool,
+}
+
+impl Turn {
+    async fn take(mut self) {
+        let booked = commit(&self.shared, &self.batch).await;
+        tell(mem::take(&mut self.batch), booked);
+    }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.shared.queue().end_batch(self.calls, self.events);
-        start(&self.shared, Handle::try_current().ok().as_ref());
+        let batch = mem::take(&mut self.batch);
+        // A thread that serves ends while others still do, and cuts short what it has under way. The
+        // threads that stay take it over; what was booked already counts once. What panicked would
+        // only panic again.
+        let is_cut = !batch.is_empty() && self.is_near && !thread::panicking();
+        {
+            let mut queue = self.shared.queue();
+            queue.end_batch(self.calls, self.events);
+            if is_cut {
+                queue.put_back(batch);
+            }
+        }
+        let here = Handle::try_current().ok().filter(|_| !is_cut);
+        start(&self.shared, here.as_ref());
         if self.shared.queue().is_idle() {
             self.shared.idle.notify_waiters();
         }
@@ -209,24 +234,23 @@ fn start(shared: &Arc<Shared>, here: Option<&Handle>) {
         let Some(batch) = shared.queue().next_batch() else {
             return;
         };
+        let events = batch.iter().map(|one| one.events.len()).sum();
+        let near = here.filter(|_| events <= SMALL_EVENTS);
+        let runtime = near.unwrap_or(&shared.runtime);
         let turn = Turn {
             shared: shared.clone(),
             calls: batch.len(),
-            events: batch.iter().map(|one| one.events.len()).sum(),
+            events,
+            batch,
+            is_near: near.is_some(),
         };
-        let runtime = match here {
-            Some(here) if turn.events <= SMALL_EVENTS => here,
-            _ => &shared.runtime,
-        };
-        runtime.spawn(async move {
-            commit(&turn.shared, batch).await;
-        });
+        runtime.spawn(turn.take());
     }
 }
 
-/// Writes a batch and tells its callers. What Postgres refuses is halved until the refused event
-/// stands alone: it fails, the others do not.
-async fn commit(shared: &Shared, batch: Vec<Submission>) {
+/// Writes a batch; says what became of each event, in their order. What Postgres refuses is halved
+/// until the refused event stands alone: it fails, the others do not.
+async fn commit(shared: &Shared, batch: &[Submission]) -> Vec<Booked> {
     let events: Vec<&UsageEvent> = batch.iter().flat_map(|one| &one.events).collect();
     let mut booked: Vec<Option<Booked>> = vec![None; events.len()];
     let (store, _place) = shared.connections.here();
@@ -254,12 +278,18 @@ async fn commit(shared: &Shared, batch: Vec<Submission>) {
         }
     }
     // While none can be booked it is no event's fault.
-    let mut booked = booked.into_iter().flatten().map(|booked| match booked {
+    let blamed = |booked| match booked {
         Err(NotBooked::Failed(error)) if some_are_booked && is_refusal(&error) => {
             Err(NotBooked::Refused(error))
         }
         booked => booked,
-    });
+    };
+    booked.into_iter().flatten().map(blamed).collect()
+}
+
+/// Tells the callers of a batch what became of their events.
+fn tell(batch: Vec<Submission>, booked: Vec<Booked>) {
+    let mut booked = booked.into_iter();
     let mut answers = Answers::default();
     for submission in batch {
         let booked = booked.by_ref().take(submission.events.len()).collect();

@@ -75,6 +75,13 @@ impl Queue {
         Some(batch)
     }
 
+    /// Puts a batch that was not written before all others.
+    pub(super) fn put_back(&mut self, batch: Vec<Submission>) {
+        for submission in batch.into_iter().rev() {
+            self.waiting.push_front(submission);
+        }
+    }
+
     pub(super) fn end_batch(&mut self, calls: usize, events: usize) {
         self.batches -= 1;
         self.writing -= events;

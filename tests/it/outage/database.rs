@@ -137,6 +137,44 @@ async fn what_cancelled_calls_brought_is_booked_and_their_connections_are_free()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_cancelled_calls_brought_is_booked_by_a_server_that_ends() {
+    let app = TestApp::spawn_with(|settings| settings.usage.writers = 1).await;
+    let user = app.user().create().await;
+    let events: Vec<_> = (0..8).map(|_| event(&user.id)).collect();
+    let blocker = Blocker::lock(&app, "monthly_model_usage").await;
+    let calls: Vec<_> = events
+        .iter()
+        .map(|event| start_recording(&app, event.clone()))
+        .collect();
+    let backlog = || {
+        let (waiting, writing) = app.running().usage.backlog();
+        waiting + writing
+    };
+    eventually("all are there", async || backlog() == 8).await;
+    for call in &calls {
+        call.abort();
+    }
+    for call in calls {
+        assert!(call.await.unwrap_err().is_cancelled());
+    }
+    let url = app.database_url.clone();
+    let ending = tokio::spawn(app.stop());
+    // The thread that served them has nobody left, and ends.
+    sleep(Duration::from_secs(1)).await;
+    assert!(!ending.is_finished(), "it waits for what it was given");
+    blocker.release().await;
+    ending.await.unwrap().unwrap();
+    let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let count = "SELECT count(*), (SELECT sum(request_count)::bigint FROM monthly_usage)
+         FROM usage_records";
+    let row = client.query_one(count, &[]).await.unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (8, 8));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn calls_cancelled_at_any_moment_book_all_or_nothing() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
