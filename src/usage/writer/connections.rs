@@ -28,14 +28,14 @@ struct Near {
 }
 
 impl Connections {
-    /// As many of each of `threads` that serve as make `settings.writers`, and once more as many that
-    /// live on the current runtime.
+    /// `settings.writers` that live on the current runtime, and at most as many that `threads` that serve
+    /// share evenly.
     pub(super) fn new(store: &Store, settings: &UsageSettings, threads: usize) -> Result<Self> {
         Ok(Self {
             store: store.with_ledger_connections(settings.writers)?,
             runtime: Handle::current().id(),
             near: Mutex::default(),
-            near_connections: settings.writers.div_ceil(threads),
+            near_connections: settings.writers / threads,
         })
     }
 
@@ -50,7 +50,7 @@ impl Connections {
 
     fn near(&self) -> Result<Option<(Store, OwnedSemaphorePermit)>> {
         let here = Handle::current().id();
-        if here == self.runtime {
+        if here == self.runtime || self.near_connections == 0 {
             return Ok(None);
         }
         let mut near = self.near.lock().unwrap_or_else(PoisonError::into_inner);
