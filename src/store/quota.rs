@@ -300,9 +300,11 @@ async fn quota_settle_in_txn(
     .optional()?
     .ok_or(Error::UserNotFound)?;
     let period = stored("quota_balances.month", &month.month)?;
-    let facts = facts_in_txn(user_id, period, tiers, conn).await?;
+    let mut facts = facts_in_txn(user_id, period, tiers, conn).await?;
     let limit = facts.limit(tiers);
     record_in_txn(&facts, &limit, conn).await?;
+    // What changes next is decided against the base that stands now.
+    facts.recorded_base = Some(limit.base_to_record());
     Ok((facts, limit))
 }
 

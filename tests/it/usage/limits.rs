@@ -224,6 +224,25 @@ async fn what_was_used_under_a_larger_limit_draws_no_credit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_override_as_the_first_act_of_a_month_keeps_what_the_tier_paid_for() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("large").create().await.id;
+    use_tokens(&app, &user, 800).await;
+    grant(&app, credits(&user, 50)).await;
+    // As if nothing had been recorded this month.
+    app.sql("UPDATE quota_balances SET base_limit = NULL").await;
+    app.admin(&app.service_key)
+        .set_quota_override(own_limit(&user, 7))
+        .await
+        .unwrap();
+    let kept = quota(&app, &user).await;
+    assert_eq!(kept.base_source(), BaseSource::Kept);
+    assert_eq!(kept.base_tokens, 800);
+    let numbers = kept.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (850, 50));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn credits_count_at_once_on_every_replica_and_in_every_answer() {
     let (app, _tiers) = with_tiers().await;
     let replica = app.replica().await;
