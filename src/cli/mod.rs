@@ -4,6 +4,7 @@ mod accounts;
 mod database;
 mod keys;
 mod migrate;
+mod numbers;
 mod secrets;
 mod serve;
 mod tiers;

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use terminal_size::{Width, terminal_size};
 
 use super::{By, NamedUser, ReportArgs, month};
+use crate::cli::numbers::grouped;
 use crate::{
     model::{Interval, Period, ReportBy, ReportLine, TimeRange, UsageTotals},
     store::Store,
@@ -167,19 +168,6 @@ fn bar(eighths: usize) -> String {
     let whole = iter::repeat_n(EIGHTHS[7], eighths / 8);
     let part = (eighths % 8).checked_sub(1).map(|part| EIGHTHS[part]);
     whole.chain(part).collect()
-}
-
-/// With commas between thousands.
-fn grouped(number: i64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 #[cfg(test)]
