@@ -56,8 +56,8 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reserved {
     Held(Held),
-    /// This meter has too little free here. The wish is in the next operation.
-    Short(MeterKey),
+    /// These meters have too little free here. What is missing is asked for by their next operation.
+    Short([Option<MeterKey>; 2]),
     Refused(Refusal),
 }
 
@@ -176,8 +176,8 @@ impl Book {
         }
         let mut meters = [NONE; 2];
         let mut tokens = ask.tokens;
-        let mut short = None;
-        for (slot, key) in meters.iter_mut().zip(ask.meters) {
+        let mut short = [None; 2];
+        for ((slot, short), key) in meters.iter_mut().zip(&mut short).zip(ask.meters) {
             let Some(index) = self.meter_or_new(*key, standing.now) else {
                 return Reserved::Refused(Refusal::Full);
             };
@@ -194,12 +194,12 @@ impl Book {
                 tokens = free;
                 continue;
             }
-            short = Some(*key);
-            meter.wait_for(tokens - free);
+            *short = Some(*key);
+            meter.wait_for(tokens);
             self.make_due(index);
         }
-        if let Some(key) = short {
-            return Reserved::Short(key);
+        if short != [None; 2] {
+            return Reserved::Short(short);
         }
         for index in meters.into_iter().filter(|index| *index != NONE) {
             let meter = self.meters[index as usize].as_mut().expect("just found");

@@ -55,7 +55,10 @@ mod tests {
         let rate = Rate::per_minute(60, 2).expect("allowed");
         let mut state = Gcra::default();
         let now = 5 * MINUTE_NS;
-        assert_eq!((0..100).filter(|_| state.admit(rate, now).is_ok()).count(), 30);
+        assert_eq!(
+            (0..100).filter(|_| state.admit(rate, now).is_ok()).count(),
+            30
+        );
         let wait = state.admit(rate, now).expect_err("full");
         assert_eq!(wait, 2_000_000_000);
         assert!(state.admit(rate, now + wait - 1).is_err());

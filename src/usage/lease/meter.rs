@@ -88,7 +88,8 @@ pub(super) struct Meter {
     pub(super) flight: Option<Flight>,
     /// Stands in the queue of operations.
     pub(super) due: bool,
-    /// The smallest shortage of those who wait, and the sum of all; 0 is none.
+    /// What the least of those who wait wants, and all of them together; 0 is nobody. Not what is
+    /// missing: that changes while an operation is under way.
     need: Tokens,
     wanted: Tokens,
     recalled: bool,
@@ -153,12 +154,12 @@ impl Meter {
         self.spent += actual.clamp(0, self.free());
     }
 
-    pub(super) fn wait_for(&mut self, shortage: Tokens) {
+    pub(super) fn wait_for(&mut self, tokens: Tokens) {
         self.need = match self.need {
-            0 => shortage,
-            need => need.min(shortage),
+            0 => tokens,
+            need => need.min(tokens),
         };
-        self.wanted = self.wanted.saturating_add(shortage);
+        self.wanted = self.wanted.saturating_add(tokens);
     }
 
     /// Whether to ask before there is nothing left.
@@ -200,16 +201,14 @@ impl Meter {
         } else {
             0
         };
-        let need = match self.need {
-            0 => 0,
-            need => need.saturating_add(give_back),
-        };
+        let left = self.free() - give_back;
+        let need = (self.need - left).max(0);
         let operation = Operation {
             number,
             spent: self.spent,
             give_back,
             need,
-            want: self.wanted.max(need).saturating_add(extra),
+            want: (self.wanted - left).max(need).saturating_add(extra),
         };
         self.recalled = false;
         (self.need, self.wanted) = (0, 0);
@@ -237,7 +236,11 @@ impl Meter {
         let gained = granted - (self.granted - operation.spent - operation.give_back);
         debug_assert!(gained >= 0, "{self:?} {operation:?} {granted}");
         self.granted = granted;
-        if gained > 0 && operation.want > operation.need {
+        if operation.want > operation.need && gained <= operation.need {
+            // There is little left: asking for more again and again would only keep Postgres busy.
+            self.exact_until = self.exact_until.max(now.plus(pace.exact_for_ms));
+            self.chunk = pace.first_chunk;
+        } else if gained > operation.need {
             if now.since(self.grown_at) < pace.grow_within_ms {
                 self.chunk = self.chunk.saturating_mul(2).min(pace.max_chunk);
             } else {

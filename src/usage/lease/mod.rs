@@ -16,7 +16,7 @@ mod registration;
 mod simulation;
 
 pub use book::{
-    Answered, Ask, Book, Bounds, Begun, Ended, Mode, Outcome, Refusal, Reserved, Sight,
+    Answered, Ask, Begun, Book, Bounds, Ended, Mode, Outcome, Refusal, Reserved, Sight,
 };
 pub use decision::{Answer, Balance, Carried, LeaseRow, Operation, ReplicaRow, operate};
 pub use gcra::{Gcra, Rate};

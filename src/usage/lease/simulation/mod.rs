@@ -183,4 +183,7 @@ impl Dice {
     }
 }
 #[test]
-fn zz_one() { let seed = setting("SEED", 0); println!("{:?}", run(seed, 1000, None)); }
+fn zz_one() {
+    let seed = setting("SEED", 0);
+    println!("{:?}", run(seed, 1000, None));
+}

@@ -168,7 +168,11 @@ enum Event {
     Timeout(u64),
     Wish(Wish),
     Admit(Wish, Standing),
-    Step { handle: usize, step: Step, tries: u32 },
+    Step {
+        handle: usize,
+        step: Step,
+        tries: u32,
+    },
     Recall(MeterKey),
     // Of no replica.
     Arrive(Call),
@@ -213,7 +217,9 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(seed: u64, flaw: Option<Flaw>) -> Self {
         let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9).wrapping_add(1));
-        let users: Vec<UserId> = (1..3).map(|n| UserId(Uuid::from_u128(n << 64 | n))).collect();
+        let users: Vec<UserId> = (1..3)
+            .map(|n| UserId(Uuid::from_u128(n << 64 | n)))
+            .collect();
         let mut postgres = Postgres::default();
         postgres.flaw = flaw;
         for user in &users {
@@ -286,7 +292,7 @@ impl World {
                 self.start(replica);
             }
         }
-        self.run_for(8_000)?;
+        self.run_for(10_000)?;
         self.check_rest()?;
         for user in self.users.clone() {
             for model in MODELS {
@@ -298,13 +304,23 @@ impl World {
 
     fn check_rest(&mut self) -> Result<(), String> {
         self.postgres.check_sums()?;
-        if let Some((key, leased)) = self.postgres.leased.iter().find(|(_, leased)| **leased != 0) {
+        if let Some((key, leased)) = self
+            .postgres
+            .leased
+            .iter()
+            .find(|(_, leased)| **leased != 0)
+        {
             return Err(format!("at rest {leased} are leased of {key:?}"));
         }
         if !self.postgres.settlements.is_empty() {
             return Err(format!("at rest: {:?}", self.postgres.settlements));
         }
-        match self.replicas.iter().map(|replica| replica.book.holds()).sum() {
+        match self
+            .replicas
+            .iter()
+            .map(|replica| replica.book.holds())
+            .sum()
+        {
             0 => Ok(()),
             holds => Err(format!("at rest {holds} holds")),
         }
@@ -479,7 +495,8 @@ impl World {
         }
         self.postgres.check()?;
         let now = self.now;
-        self.live.retain(|handle| self.handles[*handle].is_live(now));
+        self.live
+            .retain(|handle| self.handles[*handle].is_live(now));
         let mut held: BTreeMap<MeterKey, Tokens> = BTreeMap::new();
         for handle in &self.live {
             for key in &self.handles[*handle].meters {
@@ -642,10 +659,7 @@ impl World {
         let reply = match &call.statement {
             Statement::Heartbeat(Heartbeat {
                 ttl_ms, holds_ms, ..
-            }) => Reply::Alive(
-                self.postgres
-                    .heartbeat(name, *ttl_ms, *holds_ms, self.now),
-            ),
+            }) => Reply::Alive(self.postgres.heartbeat(name, *ttl_ms, *holds_ms, self.now)),
             Statement::Settlements => Reply::Settlements(self.postgres.settlements_of(name)),
             Statement::Forget(holds) => {
                 for hold in holds {
@@ -680,8 +694,10 @@ impl World {
             }
             Statement::Release(handle) => {
                 let Handle { owner, id, .. } = self.handles[*handle];
-                let (period, request) =
-                    (self.handles[*handle].period(), self.handles[*handle].request);
+                let (period, request) = (
+                    self.handles[*handle].period(),
+                    self.handles[*handle].request,
+                );
                 self.postgres.release(owner, id, period, request);
                 Reply::Nothing
             }
@@ -720,7 +736,11 @@ impl World {
                 self.counts.foreign += u64::from(!own);
                 self.handles[index].landed = true;
             }
-            Booked::Before => self.counts.replayed += 1,
+            Booked::Before => {
+                // Its client is told that it is committed: this hold, too, has ended.
+                self.handles[index].landed = true;
+                self.counts.replayed += 1;
+            }
             Booked::Conflict => self.counts.conflicts += 1,
         }
         booked
@@ -938,7 +958,7 @@ impl World {
                     self.plan(handle, wish.ttl);
                 }
             }
-            Reserved::Short(key) => {
+            Reserved::Short(short) => {
                 if tried {
                     self.counts.denied += 1;
                     self.outcomes.insert(wish.id, None);
@@ -946,7 +966,10 @@ impl World {
                 }
                 if wish.tries > 0 && self.flaw != Some(Flaw::NoRecall) {
                     for other in (0..REPLICAS).filter(|other| *other != index) {
-                        if let Some(delay) = self.delay(other) {
+                        let Some(delay) = self.delay(other) else {
+                            continue;
+                        };
+                        for key in short.into_iter().flatten() {
                             self.push(delay, Some((other, 0)), Event::Recall(key));
                         }
                     }
@@ -992,7 +1015,7 @@ impl World {
         self.actuals.insert(request, actual);
         let late = self.clients_are_late && self.dice.percent(20);
         let part = self.dice.between(2, if late { 250 } else { 75 });
-        let then = ttl * part / 100;
+        let then = (ttl * part / 100).min(4_000);
         let after = then + self.dice.between(1, 600);
         let commit = Step::Commit(actual);
         let steps: &[(u64, Step)] = match self.dice.between(0, 100) {
@@ -1001,7 +1024,10 @@ impl World {
             60..=69 => &[(then, commit), (after, Step::Release)],
             70..=83 => &[(then, Step::Release)],
             84..=87 if self.clients_are_late => &[(then, Step::Release), (after, commit)],
-            88..=93 => &[(then, Step::Extend(ttl)), (after.min(then + ttl / 2), commit)],
+            88..=93 => &[
+                (then, Step::Extend(ttl)),
+                (after.min(then + ttl / 2), commit),
+            ],
             _ => &[],
         };
         for (delay, step) in steps {
