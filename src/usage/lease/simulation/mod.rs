@@ -18,10 +18,10 @@ use world::World;
 
 const TTL_MS: u64 = 800;
 const HOLD_MS: u64 = 1_000;
-const MARGIN_MS: u64 = 60;
+const MARGIN_MS: u64 = 10;
 const HEARTBEAT_MS: u64 = 200;
 const TICK_MS: u64 = 100;
-const TIMEOUT_MS: u64 = 300;
+const TIMEOUT_MS: u64 = 900;
 const RECALL_MS: u64 = 250;
 
 /// What is left out, to see that it is missed.
@@ -181,9 +181,4 @@ impl Dice {
     fn percent(&mut self, chance: u64) -> bool {
         self.next() % 100 < chance
     }
-}
-#[test]
-fn zz_one() {
-    let seed = setting("SEED", 0);
-    println!("{:?}", run(seed, 1000, None));
 }

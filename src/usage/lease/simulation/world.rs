@@ -209,6 +209,7 @@ pub(super) struct World {
     /// What was charged without a live hold.
     excess: BTreeMap<MeterKey, Tokens>,
     calm: bool,
+    slow_percent: u64,
     clients_are_late: bool,
     clients_overrun: bool,
     pub(super) counts: Counts,
@@ -253,6 +254,7 @@ impl World {
             users,
             excess: BTreeMap::new(),
             calm: false,
+            slow_percent: if dice.percent(40) { 30 } else { 4 },
             clients_are_late: dice.percent(25),
             clients_overrun: dice.percent(15),
             counts: Counts::default(),
@@ -623,7 +625,7 @@ impl World {
         if self.replicas[replica].cut_until > self.now || self.dice.percent(3) {
             return None;
         }
-        let slow = self.dice.percent(5);
+        let slow = self.dice.percent(self.slow_percent);
         Some(self.dice.between(1, if slow { 1_500 } else { 15 }))
     }
 
