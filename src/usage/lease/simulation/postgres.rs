@@ -93,10 +93,6 @@ impl Postgres {
         }
     }
 
-    pub(super) fn is_dead(&self, name: Name) -> bool {
-        self.replicas.get(&name).is_none_or(|(_, dead)| *dead)
-    }
-
     /// First statement: the replica is there, and stays while the transaction lasts.
     pub(super) fn begin(
         &mut self,

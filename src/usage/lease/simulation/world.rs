@@ -224,7 +224,7 @@ impl World {
         let mut postgres = Postgres::default();
         postgres.flaw = flaw;
         for user in &users {
-            let limit = dice.tokens(100, 4_000);
+            let limit = dice.tokens(40, 800);
             let all = [(ModelKey::TOTAL, limit), (MODELS[1], limit * 2 / 5)];
             for (model, limit) in all {
                 postgres.limits.insert((*user, model), limit);
@@ -590,7 +590,7 @@ impl World {
                     let (replica, delay) = (self.any_replica(), self.dice.between(0, 400));
                     self.push(delay, Some((replica, 0)), Event::Wish(wish));
                 }
-                let delay = self.dice.between(10, 90);
+                let delay = self.dice.between(2, 25);
                 self.push(delay, None, Event::Arrival);
             }
             _ => {}
