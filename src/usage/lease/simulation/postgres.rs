@@ -34,8 +34,8 @@ pub(super) struct Transaction {
     pub(super) name: Name,
     pub(super) key: MeterKey,
     pub(super) operation: Operation,
-    /// As the first statement's snapshot has it.
-    committed: Tokens,
+    /// As the snapshot of the statement that waits for the lock has it.
+    committed: Option<Tokens>,
     carried: Option<Carried>,
 }
 
@@ -57,6 +57,8 @@ pub(super) struct Postgres {
     pub(super) leases: BTreeMap<(MeterKey, Name), LeaseRow>,
     pub(super) settlements: BTreeMap<(Name, HoldId), Kind>,
     pub(super) records: BTreeMap<(Period, RequestKey), Record>,
+    /// Every hold that Postgres was ever told to be over.
+    pub(super) buried: BTreeSet<(Name, HoldId)>,
     /// With whether they are dead.
     pub(super) replicas: BTreeMap<Name, (ReplicaRow, bool)>,
     locked: BTreeSet<MeterKey>,
@@ -110,7 +112,7 @@ impl Postgres {
             name,
             key,
             operation,
-            committed: self.committed_of(key),
+            committed: None,
             carried: None,
         })
     }
@@ -118,6 +120,9 @@ impl Postgres {
     /// Second and third: locks the balance, then reads and decides. `false`: somebody has the lock.
     pub(super) fn decide(&mut self, transaction: &mut Transaction) -> bool {
         let Transaction { name, key, .. } = *transaction;
+        let seen = *transaction
+            .committed
+            .get_or_insert_with(|| self.committed_of(key));
         if !self.locked.insert(key) {
             return false;
         }
@@ -125,7 +130,7 @@ impl Postgres {
         let balance = Balance {
             limit: self.limits.get(&(key.user, key.model)).copied(),
             committed: if stale {
-                transaction.committed
+                seen
             } else {
                 self.committed_of(key)
             },
@@ -215,6 +220,9 @@ impl Postgres {
     /// Inserts a settlement unless there is one, or nobody to read it; says what is there.
     pub(super) fn settle(&mut self, owner: Name, hold: HoldId, kind: Kind) -> Option<Kind> {
         self.replicas.get(&owner)?;
+        if matches!(kind, Kind::Ended(_)) {
+            self.buried.insert((owner, hold));
+        }
         Some(*self.settlements.entry((owner, hold)).or_insert(kind))
     }
 
@@ -229,6 +237,13 @@ impl Postgres {
         if !self.records.contains_key(&(period, request)) {
             self.settle(owner, hold, Kind::Ended(Ending::Released));
         }
+    }
+
+    /// Whether a commit of the hold could still be in time after its end: the owner is there, and no
+    /// tombstone.
+    pub(super) fn is_open(&self, owner: Name, hold: HoldId) -> bool {
+        self.replicas.get(&owner).is_some_and(|(_, dead)| !dead)
+            && !self.buried.contains(&(owner, hold))
     }
 
     pub(super) fn settlements_of(&self, owner: Name) -> Vec<(HoldId, Kind)> {

@@ -66,6 +66,11 @@ impl Replica {
             .retain(|_, (_, statement)| matches!(statement, Statement::Book { .. }));
     }
 
+    /// Whether it would sell what is free in its book.
+    pub(super) fn admits(&self, now: u64) -> bool {
+        self.up && !self.registration.standing(self.clock(now)).is_fenced()
+    }
+
     pub(super) fn clock(&self, now: u64) -> Boot {
         Boot(self.offset + now * self.rate / MILLION)
     }

@@ -8,7 +8,7 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    Dice, Flaw, HEARTBEAT_MS, HOLD_MS, RECALL_MS, TICK_MS, TIMEOUT_MS, period_at,
+    Dice, Flaw, HEARTBEAT_MS, HOLD_MS, MONTH_MS, RECALL_MS, TICK_MS, TIMEOUT_MS, period_at,
     postgres::{Booked, Name, Postgres, Record, Transaction},
     replica::Replica,
 };
@@ -40,10 +40,12 @@ pub(super) struct Counts {
     pub(super) crashes: u64,
     pub(super) rejoined: u64,
     pub(super) spent_to_the_last: u64,
+    /// Steps at which nothing was left of a meter.
+    pub(super) full: u64,
 }
 
 impl Counts {
-    fn all(&mut self) -> [&mut u64; 14] {
+    fn all(&mut self) -> [&mut u64; 15] {
         [
             &mut self.held,
             &mut self.denied,
@@ -59,6 +61,7 @@ impl Counts {
             &mut self.crashes,
             &mut self.rejoined,
             &mut self.spent_to_the_last,
+            &mut self.full,
         ]
     }
 
@@ -90,9 +93,28 @@ struct Handle {
     landed: bool,
 }
 
+/// What a seed lets happen beside faults.
+#[derive(Clone, Copy)]
+struct Manners {
+    /// No late commits, no overruns, no changes of limits: the sum must hold exactly.
+    strict: bool,
+    late: bool,
+    overrun: bool,
+    slow_percent: u64,
+    /// Of operations whose transaction is long.
+    long_percent: u64,
+    /// Of holds that last longer than the standard.
+    long_holds_percent: u64,
+    /// Of messages each way.
+    lost_percent: u64,
+}
+
 impl Handle {
-    fn is_live(&self, now: u64) -> bool {
-        !self.released && !self.landed && now < self.expires
+    /// Whether a commit that arrives now is in time: its client has not ended the hold and it has not
+    /// expired, or it has and Postgres was not told so.
+    fn is_live(&self, now: u64, postgres: &Postgres) -> bool {
+        !self.landed
+            && ((!self.released && now < self.expires) || postgres.is_open(self.owner, self.id))
     }
 
     fn user(&self) -> UserId {
@@ -209,9 +231,8 @@ pub(super) struct World {
     /// What was charged without a live hold.
     excess: BTreeMap<MeterKey, Tokens>,
     calm: bool,
-    slow_percent: u64,
-    clients_are_late: bool,
-    clients_overrun: bool,
+    calm_month: Option<Period>,
+    manners: Manners,
     pub(super) counts: Counts,
 }
 
@@ -221,6 +242,16 @@ impl World {
         let users: Vec<UserId> = (1..3)
             .map(|n| UserId(Uuid::from_u128(n << 64 | n)))
             .collect();
+        let strict = dice.percent(80);
+        let manners = Manners {
+            strict,
+            late: !strict && dice.percent(60),
+            overrun: !strict && dice.percent(40),
+            slow_percent: [4, 15, 30][dice.between(0, 3) as usize],
+            long_percent: [3, 50][dice.between(0, 2) as usize],
+            lost_percent: [2, 15][dice.between(0, 2) as usize],
+            long_holds_percent: [5, 40][dice.between(0, 2) as usize],
+        };
         let mut postgres = Postgres::default();
         postgres.flaw = flaw;
         for user in &users {
@@ -254,9 +285,8 @@ impl World {
             users,
             excess: BTreeMap::new(),
             calm: false,
-            slow_percent: if dice.percent(40) { 30 } else { 4 },
-            clients_are_late: dice.percent(25),
-            clients_overrun: dice.percent(15),
+            calm_month: None,
+            manners,
             counts: Counts::default(),
             dice,
         };
@@ -265,7 +295,7 @@ impl World {
         }
         world.push(50, None, Event::Reap);
         world.push(400, None, Event::Fault);
-        if world.dice.percent(30) {
+        if !strict && world.dice.percent(60) {
             world.push(300, None, Event::Change);
         }
         world.push(30, None, Event::Arrival);
@@ -274,11 +304,8 @@ impl World {
 
     /// Everything that may go wrong, for so many steps.
     pub(super) fn storm(&mut self, steps: u64) -> Result<(), String> {
-        for step in 0..steps {
+        for _ in 0..steps {
             self.step()?;
-            if step % 64 == 0 {
-                self.postgres.check_sums()?;
-            }
         }
         Ok(())
     }
@@ -287,6 +314,9 @@ impl World {
     /// spent, although another replica has some of it.
     pub(super) fn calm(&mut self) -> Result<(), String> {
         self.calm = true;
+        // A month of its own, that lasts.
+        self.now = (self.now / MONTH_MS + 1) * MONTH_MS;
+        self.calm_month = Some(period_at(self.now));
         for replica in 0..REPLICAS {
             self.replicas[replica].paused_until = 0;
             self.replicas[replica].cut_until = 0;
@@ -294,7 +324,14 @@ impl World {
                 self.start(replica);
             }
         }
-        self.run_for(10_000)?;
+        // As long as what was sent may be under way, and then until nothing is left.
+        self.run_for(5_000)?;
+        for _ in 0..14 {
+            if self.check_rest().is_ok() {
+                break;
+            }
+            self.run_for(500)?;
+        }
         self.check_rest()?;
         for user in self.users.clone() {
             for model in MODELS {
@@ -368,7 +405,7 @@ impl World {
 
     /// What is neither booked nor held, of the model and in all.
     fn left(&self, user: UserId, model: ModelKey) -> Tokens {
-        let meters = meters(user, period_at(self.now), model);
+        let meters = meters(user, self.period(self.now), model);
         let left = |key: &MeterKey| {
             let limit = self.postgres.limits[&(key.user, key.model)];
             limit - self.postgres.committed_of(*key)
@@ -487,6 +524,10 @@ impl World {
         }
     }
 
+    fn period(&self, at: u64) -> Period {
+        self.calm_month.unwrap_or_else(|| period_at(at))
+    }
+
     fn any_replica(&mut self) -> usize {
         self.dice.between(0, REPLICAS as u64) as usize
     }
@@ -496,28 +537,68 @@ impl World {
             self.replicas[index].book.check();
         }
         self.postgres.check()?;
-        let now = self.now;
+        if let Some(index) = touched {
+            self.check_admission(index)?;
+        }
+        let (now, postgres) = (self.now, &self.postgres);
+        let handles = &self.handles;
         self.live
-            .retain(|handle| self.handles[*handle].is_live(now));
+            .retain(|handle| handles[*handle].is_live(now, postgres));
         let mut held: BTreeMap<MeterKey, Tokens> = BTreeMap::new();
         for handle in &self.live {
-            for key in &self.handles[*handle].meters {
-                *held.entry(*key).or_default() += self.handles[*handle].tokens;
+            for key in &handles[*handle].meters {
+                *held.entry(*key).or_default() += handles[*handle].tokens;
             }
         }
-        for key in self.postgres.committed.keys() {
-            held.entry(*key).or_default();
+        let months = [period_at(now.saturating_sub(MONTH_MS)), period_at(now)];
+        for (user, model) in self.postgres.limits.keys() {
+            for period in months {
+                held.entry(MeterKey {
+                    user: *user,
+                    period,
+                    model: *model,
+                })
+                .or_default();
+            }
         }
-        for (key, held) in held {
+        for (key, mut held) in held {
+            // What may be sold without asking anybody counts as sold.
+            for replica in self.replicas.iter().filter(|replica| replica.admits(now)) {
+                held += replica.book.sight(key).map_or(0, |sight| sight.free);
+            }
             let Some(limit) = self.ceilings.get(&(key.user, key.model)) else {
                 continue;
             };
             let committed = self.postgres.committed_of(key);
             let excess = self.excess.get(&key).copied().unwrap_or(0);
+            if self.manners.strict && (excess != 0 || *limit != postgres.limits[&(key.user, key.model)]) {
+                return Err(format!("a strict seed excuses {excess} of {limit}"));
+            }
             if committed + held > limit + excess {
                 return Err(format!(
                     "oversold at {now}: {committed} committed, {held} held, limit {limit}, late {excess}"
                 ));
+            }
+            self.counts.full += u64::from(self.manners.strict && committed + held == limit + excess);
+        }
+        Ok(())
+    }
+
+    /// Whoever admits is alive as Postgres knows, and its holds end within what Postgres knows.
+    fn check_admission(&self, index: usize) -> Result<(), String> {
+        let replica = &self.replicas[index];
+        let now = self.now;
+        let row = self.postgres.replicas.get(&replica.name);
+        if replica.admits(now) && !row.is_some_and(|(row, dead)| !dead && now < row.expires_at) {
+            return Err(format!("stale at {now}: admits, and Postgres has {row:?}"));
+        }
+        for handle in self.live.iter().map(|handle| &self.handles[*handle]) {
+            if handle.owner == replica.name
+                && now < handle.expires
+                && !row.is_some_and(|(row, _)| handle.expires <= row.holds_until)
+            {
+                let until = handle.expires;
+                return Err(format!("unknown at {now}: a hold until {until}, {row:?}"));
             }
         }
         Ok(())
@@ -539,7 +620,7 @@ impl World {
             Event::Arrive(call) => self.arrive(call),
             Event::Decide(call, mut transaction) => {
                 if self.postgres.decide(&mut transaction) {
-                    let long = self.dice.percent(5) && !self.calm;
+                    let long = self.dice.percent(self.manners.long_percent) && !self.calm;
                     let takes = self.dice.between(0, if long { 150 } else { 3 });
                     self.push(takes, None, Event::Commit(call, transaction));
                 } else {
@@ -574,12 +655,12 @@ impl World {
                 let user = self.users[self.dice.between(0, 2) as usize];
                 let model = MODELS[self.dice.between(0, 2) as usize];
                 let limit = self.postgres.limits[&(user, model_limit(model))];
-                let tokens = self.dice.tokens(1, (limit / 4).max(2));
+                let tokens = self.dice.tokens(1, (limit / 3).max(2));
                 let mut wish = self.wish(user, model, tokens);
                 if self.dice.percent(20) {
                     wish.mode = Mode::BestEffort;
                 }
-                wish.ttl = if self.dice.percent(12) {
+                wish.ttl = if self.dice.percent(self.manners.long_holds_percent) {
                     self.dice.between(HOLD_MS, 4 * HOLD_MS)
                 } else {
                     self.dice.between(100, HOLD_MS)
@@ -590,7 +671,7 @@ impl World {
                     let (replica, delay) = (self.any_replica(), self.dice.between(0, 400));
                     self.push(delay, Some((replica, 0)), Event::Wish(wish));
                 }
-                let delay = self.dice.between(2, 25);
+                let delay = self.dice.between(2, 60);
                 self.push(delay, None, Event::Arrival);
             }
             _ => {}
@@ -599,7 +680,7 @@ impl World {
 
     fn fault(&mut self) {
         let index = self.any_replica();
-        let lasts = self.dice.between(50, 3_000);
+        let lasts = self.dice.between(50, 4_000);
         let now = self.now;
         match self.dice.between(0, 10) {
             0..=2 if self.replicas[index].up => {
@@ -611,7 +692,7 @@ impl World {
             6..=8 => self.replicas[index].cut_until = now + lasts,
             _ => {}
         }
-        let delay = self.dice.between(100, 1_200);
+        let delay = self.dice.between(300, 2_500);
         self.push(delay, None, Event::Fault);
     }
 
@@ -622,10 +703,10 @@ impl World {
         if self.calm {
             return Some(self.dice.between(1, 4));
         }
-        if self.replicas[replica].cut_until > self.now || self.dice.percent(3) {
+        if self.replicas[replica].cut_until > self.now || self.dice.percent(self.manners.lost_percent) {
             return None;
         }
-        let slow = self.dice.percent(self.slow_percent);
+        let slow = self.dice.percent(self.manners.slow_percent);
         Some(self.dice.between(1, if slow { 1_500 } else { 15 }))
     }
 
@@ -720,12 +801,18 @@ impl World {
             model: handle.model,
             actual,
         };
+        let in_time = handle.is_live(self.now, &self.postgres);
+        let key = (handle.period(), handle.request);
+        if self.manners.strict && !in_time && !self.postgres.records.contains_key(&key) {
+            // In these seeds nobody commits late: this one is lost, and whoever sent it knows.
+            return Booked::Conflict;
+        }
         let booked = self
             .postgres
             .book(handle.period(), handle.request, record, foreign);
         match booked {
             Booked::Now => {
-                let excess = if handle.is_live(self.now) {
+                let excess = if in_time {
                     actual - handle.tokens
                 } else {
                     self.counts.late += 1;
@@ -921,8 +1008,9 @@ impl World {
     // What clients do.
 
     fn admit(&mut self, index: usize, mut wish: Wish, standing: &Standing) {
+        let period = self.period(self.now - self.replicas[index].bias);
         let replica = &mut self.replicas[index];
-        let meters = meters(wish.user, period_at(self.now - replica.bias), wish.model);
+        let meters = meters(wish.user, period, wish.model);
         let now = replica.clock(self.now);
         // Best effort takes what there is once all that was wanted is not to be had.
         let tried = self.now - wish.started >= RECALL_MS;
@@ -1004,18 +1092,23 @@ impl World {
         let Handle {
             request, tokens, ..
         } = self.handles[handle];
-        let fresh = if self.clients_overrun && self.dice.percent(15) {
+        let fresh = if self.manners.overrun && self.dice.percent(15) {
             self.dice.tokens(tokens, 2 * tokens + 1)
         } else {
-            self.dice.tokens(0, tokens + 1)
+            // Mostly little, so that the same tokens are sold again and again; at times all.
+            match self.dice.between(0, 10) {
+                0 => tokens,
+                1 | 2 => self.dice.tokens(0, tokens + 1),
+                _ => 0,
+            }
         };
-        let same = !self.dice.percent(5);
+        let same = !self.dice.percent(10);
         let actual = match self.actuals.get(&request) {
             Some(actual) if same && *actual <= tokens => *actual,
             _ => fresh,
         };
         self.actuals.insert(request, actual);
-        let late = self.clients_are_late && self.dice.percent(20);
+        let late = self.manners.late && self.dice.percent(20);
         let part = self.dice.between(2, if late { 250 } else { 75 });
         let then = (ttl * part / 100).min(4_000);
         let after = then + self.dice.between(1, 600);
@@ -1025,7 +1118,7 @@ impl World {
             40..=59 => &[(then, commit), (after, commit)],
             60..=69 => &[(then, commit), (after, Step::Release)],
             70..=83 => &[(then, Step::Release)],
-            84..=87 if self.clients_are_late => &[(then, Step::Release), (after, commit)],
+            84..=87 if self.manners.late => &[(then, Step::Release), (after, commit)],
             88..=93 => &[
                 (then, Step::Extend(ttl)),
                 (after.min(then + ttl / 2), commit),
@@ -1033,7 +1126,12 @@ impl World {
             _ => &[],
         };
         for (delay, step) in steps {
-            let replica = self.any_replica();
+            let owner = self.handles[handle].owner;
+            let own = self.replicas.iter().position(|replica| replica.name == owner);
+            let replica = match own {
+                Some(own) if self.dice.percent(35) => own,
+                _ => self.any_replica(),
+            };
             let event = Event::Step {
                 handle,
                 step: *step,
