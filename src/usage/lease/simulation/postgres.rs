@@ -59,6 +59,8 @@ pub(super) struct Postgres {
     pub(super) records: BTreeMap<(Period, RequestKey), Record>,
     /// Every hold that Postgres was ever told to be over.
     pub(super) buried: BTreeSet<(Name, HoldId)>,
+    /// The watcher's: what is booked of each lease and has not left it.
+    pub(super) covered: BTreeMap<(MeterKey, Name), Tokens>,
     /// With whether they are dead.
     pub(super) replicas: BTreeMap<Name, (ReplicaRow, bool)>,
     locked: BTreeSet<MeterKey>,
@@ -159,6 +161,7 @@ impl Postgres {
         } = *transaction;
         if let Some(Carried::Out { lease, leased, .. }) = carried {
             self.leases.insert((key, name), lease);
+            *self.covered.entry((key, name)).or_default() -= transaction.operation.spent;
             self.leased.insert(key, leased);
         }
         self.locked.remove(&key);
@@ -283,6 +286,7 @@ impl Postgres {
         for name in dead {
             if !self.leases.keys().any(|(_, owner)| *owner == name) {
                 self.replicas.remove(&name);
+                self.covered.retain(|(_, owner), _| *owner != name);
                 self.settlements.retain(|(owner, _), _| *owner != name);
             }
         }

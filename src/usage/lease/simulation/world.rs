@@ -91,6 +91,8 @@ struct Handle {
     expires: u64,
     released: bool,
     landed: bool,
+    /// What it used counts as spent in the owner's lease.
+    covered: bool,
 }
 
 /// What a seed lets happen beside faults.
@@ -561,6 +563,9 @@ impl World {
                 .or_default();
             }
         }
+        if self.manners.strict {
+            self.check_leases(&held)?;
+        }
         for (key, mut held) in held {
             // What may be sold without asking anybody counts as sold.
             for replica in self.replicas.iter().filter(|replica| replica.admits(now)) {
@@ -580,6 +585,41 @@ impl World {
                 ));
             }
             self.counts.full += u64::from(self.manners.strict && committed + held == limit + excess);
+        }
+        Ok(())
+    }
+
+    /// The claim of `docs/quota.md`, by the watcher's own count of what is spent.
+    fn check_leases(&self, meters: &BTreeMap<MeterKey, Tokens>) -> Result<(), String> {
+        let (now, postgres) = (self.now, &self.postgres);
+        for key in meters.keys() {
+            let Some(limit) = self.postgres.limits.get(&(key.user, key.model)) else {
+                continue;
+            };
+            let mut sum = postgres.committed_of(*key);
+            for ((_, name), lease) in postgres.leases.range((*key, 0)..=(*key, Name::MAX)) {
+                let covered = postgres.covered.get(&(*key, *name)).copied().unwrap_or(0);
+                let unspent = lease.granted - covered;
+                sum += unspent;
+                let owner = self.replicas.iter().find(|replica| replica.name == *name);
+                let sight = owner
+                    .filter(|owner| owner.admits(now))
+                    .and_then(|owner| owner.book.sight(*key));
+                let free = sight.map_or(0, |sight| sight.free);
+                let live = self.live.iter().map(|handle| &self.handles[*handle]);
+                let held: Tokens = live
+                    .filter(|handle| handle.owner == *name && handle.meters.contains(key))
+                    .map(|handle| handle.tokens)
+                    .sum();
+                if free + held > unspent {
+                    return Err(format!(
+                        "oversold at {now}: {name} has {unspent}, {held} held and {free} for sale"
+                    ));
+                }
+            }
+            if sum > *limit {
+                return Err(format!("oversold at {now}: {sum} booked or leased of {limit}"));
+            }
         }
         Ok(())
     }
@@ -824,6 +864,9 @@ impl World {
                 self.counts.booked += 1;
                 self.counts.foreign += u64::from(!own);
                 self.handles[index].landed = true;
+                if in_time {
+                    self.cover(index, actual);
+                }
             }
             Booked::Before => {
                 // Its client is told that it is committed: this hold, too, has ended.
@@ -833,6 +876,17 @@ impl World {
             Booked::Conflict => self.counts.conflicts += 1,
         }
         booked
+    }
+
+    /// The watcher's own count of what is booked and still in the owner's lease.
+    fn cover(&mut self, index: usize, actual: Tokens) {
+        let handle = &mut self.handles[index];
+        if !std::mem::replace(&mut handle.covered, true) {
+            for key in &handle.meters {
+                let covered = self.postgres.covered.entry((*key, handle.owner));
+                *covered.or_default() += actual.min(handle.tokens);
+            }
+        }
     }
 
     // What a replica does.
@@ -957,8 +1011,12 @@ impl World {
                             new: booked == Booked::Now,
                         },
                     };
-                    let handle = &self.handles[handle];
-                    replica.book.end_commit(handle.id, &handle.meters, outcome);
+                    let Handle { id, meters, .. } = &self.handles[handle];
+                    let ended = replica.book.end_commit(*id, meters, outcome);
+                    if ended == Ended::Now && booked == Booked::Before {
+                        // The record is of another handle: this one's tokens leave unused.
+                        self.cover(handle, actual);
+                    }
                 } else if self.flaw == Some(Flaw::SettlementApart) && booked == Booked::Now {
                     self.send(index, Statement::Settle(handle, actual));
                 }
@@ -1038,6 +1096,7 @@ impl World {
                         expires,
                         released: false,
                         landed: false,
+                        covered: false,
                     });
                     self.live.push(self.handles.len() - 1);
                     self.handles.len() - 1
