@@ -12,8 +12,11 @@ use std::{
 };
 
 use chrono::DateTime;
+use uuid::Uuid;
 
-use crate::model::Period;
+use super::{MeterKey, ModelKey, Operation, RequestKey};
+use crate::model::{Period, UserId};
+use postgres::{Postgres, Record};
 use world::World;
 
 const TTL_MS: u64 = 800;
@@ -60,7 +63,7 @@ enum Flaw {
 
 #[test]
 fn no_seed_oversells_loses_or_leaks() {
-    let seeds = setting("TOLLKEEPER_SIMULATION_SEEDS", 2_000);
+    let seeds = setting("TOLLKEEPER_SIMULATION_SEEDS", 300);
     let steps = setting("TOLLKEEPER_SIMULATION_STEPS", 1_000);
     let next = AtomicU64::new(0);
     let mut totals = thread::scope(|scope| {
@@ -115,7 +118,6 @@ caught! {
     without_tombstones_it_oversells: NoTombstone,
     releases_that_free_at_once_oversell: ReleaseFreesAtOnce,
     a_fence_measured_from_the_answer_oversells: FenceFromAnswer,
-    one_snapshot_for_lock_and_usage_oversells: OneSnapshot,
     late_heartbeats_that_shorten_oversell: LateHeartbeatShortens,
     uncertain_commits_that_count_as_refused_oversell: UncertainIsRefused,
     settlements_apart_from_their_record_oversell: SettlementApart,
@@ -123,15 +125,15 @@ caught! {
 }
 
 fn must_be_caught(flaw: Flaw) {
-    const SEEDS: u64 = 3_000;
+    const SEEDS: u64 = 200;
     for seed in 0..SEEDS {
         let caught = panic::catch_unwind(|| run(seed, 1_000, Some(flaw)));
         match caught {
-            Ok(Err(wrong)) if std::env::var_os("ONLY_SOLD").is_none() || wrong.starts_with("oversold") => {
+            Ok(Err(wrong)) => {
                 println!("{flaw:?}: after {} seeds: {wrong}", seed + 1);
                 return;
             }
-            Ok(_) => {}
+            Ok(Ok(_)) => {}
             Err(_) => {
                 println!("{flaw:?}: after {} seeds, by an assertion", seed + 1);
                 return;
@@ -139,6 +141,59 @@ fn must_be_caught(flaw: Flaw) {
         }
     }
     panic!("{flaw:?} was not caught in {SEEDS} seeds");
+}
+
+/// A schedule that random seeds do not meet: a transaction waits for the lock while another takes out
+/// what was booked meanwhile.
+#[test]
+fn one_snapshot_for_lock_and_usage_oversells() {
+    assert!(booked_and_leased_after_a_wait(None) <= 100);
+    assert!(booked_and_leased_after_a_wait(Some(Flaw::OneSnapshot)) > 100);
+}
+
+fn booked_and_leased_after_a_wait(flaw: Option<Flaw>) -> i64 {
+    let user = UserId(Uuid::from_u128(1));
+    let key = MeterKey {
+        user,
+        period: period_at(0),
+        model: ModelKey::TOTAL,
+    };
+    let mut postgres = Postgres::default();
+    postgres.flaw = flaw;
+    postgres.limits.insert((user, key.model), 100);
+    for name in 1..=3 {
+        postgres.register(name, 0);
+    }
+    let begin = |postgres: &mut Postgres, name, number, spent, need| {
+        let operation = Operation {
+            number,
+            spent,
+            give_back: 0,
+            need,
+            want: need,
+        };
+        postgres.begin(name, key, operation, 1).expect("alive")
+    };
+    let mut first = begin(&mut postgres, 1, 1, 0, 60);
+    assert!(postgres.decide(&mut first));
+    postgres.commit(&first);
+    let mut holder = begin(&mut postgres, 3, 1, 0, 1);
+    assert!(postgres.decide(&mut holder));
+    let mut waiter = begin(&mut postgres, 2, 1, 0, 90);
+    assert!(!postgres.decide(&mut waiter), "somebody has the lock");
+    let record = Record {
+        user,
+        model: ModelKey(1),
+        actual: 60,
+    };
+    postgres.book(key.period, RequestKey(1), record, None);
+    postgres.commit(&holder);
+    let mut shrinks = begin(&mut postgres, 1, 2, 60, 0);
+    assert!(postgres.decide(&mut shrinks));
+    postgres.commit(&shrinks);
+    assert!(postgres.decide(&mut waiter));
+    postgres.commit(&waiter);
+    postgres.committed_of(key) + postgres.leased[&key]
 }
 
 fn run(seed: u64, steps: u64, flaw: Option<Flaw>) -> Result<world::Counts, String> {

@@ -131,11 +131,7 @@ impl Postgres {
         let stale = self.has(Flaw::OneSnapshot);
         let balance = Balance {
             limit: self.limits.get(&(key.user, key.model)).copied(),
-            committed: if stale {
-                seen
-            } else {
-                self.committed_of(key)
-            },
+            committed: if stale { seen } else { self.committed_of(key) },
             leased: self.leased.get(&key).copied().unwrap_or(0),
         };
         let mut lease = self.leases.get(&(key, name)).copied();
