@@ -622,3 +622,7 @@ impl Book {
         );
     }
 }
+
+#[cfg(test)]
+#[path = "book_tests.rs"]
+mod tests;

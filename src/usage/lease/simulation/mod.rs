@@ -63,7 +63,7 @@ enum Flaw {
 
 #[test]
 fn no_seed_oversells_loses_or_leaks() {
-    let seeds = setting("TOLLKEEPER_SIMULATION_SEEDS", 300);
+    let seeds = setting("TOLLKEEPER_SIMULATION_SEEDS", 200);
     let steps = setting("TOLLKEEPER_SIMULATION_STEPS", 1_000);
     let next = AtomicU64::new(0);
     let mut totals = thread::scope(|scope| {
@@ -114,11 +114,11 @@ caught! {
     operations_without_numbers_are_caught: OperationsUnnumbered,
     without_recall_what_is_available_is_denied: NoRecall,
     without_idle_return_leases_leak: NoIdleReturn,
-    without_quarantine_it_oversells: NoQuarantine,
+    without_quarantine_leases_go_before_their_holds: NoQuarantine,
     without_tombstones_it_oversells: NoTombstone,
     releases_that_free_at_once_oversell: ReleaseFreesAtOnce,
-    a_fence_measured_from_the_answer_oversells: FenceFromAnswer,
-    late_heartbeats_that_shorten_oversell: LateHeartbeatShortens,
+    a_fence_measured_from_the_answer_admits_too_long: FenceFromAnswer,
+    late_heartbeats_that_shorten_forget_holds: LateHeartbeatShortens,
     uncertain_commits_that_count_as_refused_oversell: UncertainIsRefused,
     settlements_apart_from_their_record_oversell: SettlementApart,
     tokens_taken_out_before_they_are_booked_oversell: SpentBeforeBooked,
