@@ -5,6 +5,7 @@
 
 mod counters;
 mod export;
+pub mod lease;
 mod ledger;
 mod query;
 mod quota;

@@ -1,0 +1,628 @@
+//! What one replica knows of the leases and holds of one shard of users.
+
+use std::collections::VecDeque;
+
+use super::{
+    decision::{Answer, Operation},
+    hash::Map,
+    hold::{Ending, Held, Hold, HoldId, Holds, Kind, NONE, RequestKey, State},
+    meter::{Boot, Flight, Meter, MeterKey, Pace, Tokens},
+    registration::Standing,
+};
+use crate::model::UserId;
+
+/// How much a book may hold; past it reserving is refused.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// At a time, on one meter: so a user's.
+    pub holds_per_meter: u32,
+    pub holds: usize,
+    pub meters: usize,
+    /// Users with an allowance in use, during an outage.
+    pub allowances: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            holds_per_meter: 10_000,
+            holds: 1 << 20,
+            meters: 1 << 20,
+            allowances: 1 << 20,
+        }
+    }
+}
+
+/// A wish for tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    pub request: RequestKey,
+    /// What limits it: none, the total, the model, or both. Of one user and one month.
+    pub meters: &'a [MeterKey],
+    pub tokens: Tokens,
+    pub mode: Mode,
+    /// How long the hold is to last.
+    pub lasts_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    AllOrNothing,
+    /// Takes what is free here, at least one token. Ask [`Mode::AllOrNothing`] first, until it is
+    /// denied for good: what is free here is not all there is.
+    BestEffort,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reserved {
+    Held(Held),
+    /// These meters have too little free here. What is missing is asked for by their next operation.
+    Short([Option<MeterKey>; 2]),
+    Refused(Refusal),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// No heartbeat was answered in time: only the tier's policy can admit.
+    Fenced,
+    /// The hold would end after what Postgres was told: a heartbeat is needed first.
+    BeyondHorizon,
+    TooManyHolds,
+    Full,
+    /// More than the allowance of this outage.
+    Allowance,
+}
+
+/// What became of a commit, for certain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The record is there; `new` when this commit made it.
+    Booked { actual: Tokens, new: bool },
+    /// It is not there, or another is, and will not be there of this commit.
+    Refused,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begun {
+    /// [`Book::end_commit`] must follow once the outcome is certain.
+    Commit {
+        held: Tokens,
+    },
+    Unknown,
+}
+
+/// How a commit, release or settlement met its hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The hold is over.
+    Now,
+    /// There is no such hold any more; if this charged something, it was late.
+    Unknown,
+    /// A commit is under way here: look again when it has ended.
+    Later,
+}
+
+/// What an answer to an operation brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answered {
+    pub gained: Tokens,
+    /// It was not what somebody here needs: time to recall what others have, or to deny.
+    pub short: bool,
+}
+
+/// What a meter looks like from here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sight {
+    pub free: Tokens,
+    pub held: Tokens,
+    /// Booked, and still counted as leased in Postgres.
+    pub spent: Tokens,
+}
+
+/// One shard's state. Whoever has it decides; nothing here waits.
+#[derive(Debug)]
+pub struct Book {
+    bounds: Bounds,
+    pace: Pace,
+    meters: Vec<Option<Meter>>,
+    empty: Vec<u32>,
+    by_key: Map<MeterKey, u32>,
+    holds: Holds,
+    by_request: Map<RequestKey, HoldId>,
+    due: VecDeque<u32>,
+    limbo: VecDeque<HoldId>,
+    allowances: Map<UserId, Tokens>,
+    number: u64,
+    next_hold: usize,
+    next_meter: usize,
+}
+
+impl Book {
+    pub fn new(bounds: Bounds, pace: Pace) -> Self {
+        Self {
+            bounds,
+            pace,
+            meters: Vec::new(),
+            empty: Vec::new(),
+            by_key: Map::default(),
+            holds: Holds::default(),
+            by_request: Map::default(),
+            due: VecDeque::new(),
+            limbo: VecDeque::new(),
+            allowances: Map::default(),
+            number: 0,
+            next_hold: 0,
+            next_meter: 0,
+        }
+    }
+
+    /// Holds tokens on all meters, or on none.
+    ///
+    /// A request that has a live hold gets the same again.
+    pub fn reserve(&mut self, ask: &Ask<'_>, standing: &Standing) -> Reserved {
+        debug_assert!(ask.meters.len() <= 2 && ask.tokens >= 0);
+        if let Some(held) = self.replayed(ask.request, standing.now) {
+            return Reserved::Held(held);
+        }
+        if standing.is_fenced() {
+            return Reserved::Refused(Refusal::Fenced);
+        }
+        let expires = standing.now.plus(ask.lasts_ms);
+        if expires > standing.horizon {
+            return Reserved::Refused(Refusal::BeyondHorizon);
+        }
+        if self.holds.len() >= self.bounds.holds {
+            return Reserved::Refused(Refusal::Full);
+        }
+        let mut meters = [NONE; 2];
+        let mut tokens = ask.tokens;
+        let mut short = [None; 2];
+        for ((slot, short), key) in meters.iter_mut().zip(&mut short).zip(ask.meters) {
+            let Some(index) = self.meter_or_new(*key, standing.now) else {
+                return Reserved::Refused(Refusal::Full);
+            };
+            *slot = index;
+            let meter = self.meters[index as usize].as_mut().expect("just found");
+            if meter.holds >= self.bounds.holds_per_meter {
+                return Reserved::Refused(Refusal::TooManyHolds);
+            }
+            let free = meter.free();
+            if free >= tokens {
+                continue;
+            }
+            if ask.mode == Mode::BestEffort && free > 0 {
+                tokens = free;
+                continue;
+            }
+            *short = Some(*key);
+            meter.wait_for(tokens);
+            self.make_due(index);
+        }
+        if short != [None; 2] {
+            return Reserved::Short(short);
+        }
+        for index in meters.into_iter().filter(|index| *index != NONE) {
+            let meter = self.meters[index as usize].as_mut().expect("just found");
+            meter.hold(tokens, standing.now);
+            if meter.runs_low(standing.now) {
+                self.make_due(index);
+            }
+        }
+        let id = self.insert(ask.request, meters, tokens, expires);
+        Reserved::Held(Held {
+            id,
+            tokens,
+            expires,
+            replay: false,
+        })
+    }
+
+    /// Holds tokens that no lease covers, while Postgres is silent and the tier says `open`.
+    ///
+    /// A user is admitted at most `allowance` so until [`Book::outage_ended`], whatever becomes of
+    /// the holds: where they were committed is not known before then.
+    pub fn reserve_open(
+        &mut self,
+        ask: &Ask<'_>,
+        user: UserId,
+        allowance: Tokens,
+        now: Boot,
+    ) -> Reserved {
+        if let Some(held) = self.replayed(ask.request, now) {
+            return Reserved::Held(held);
+        }
+        let full = self.allowances.len() >= self.bounds.allowances;
+        if self.holds.len() >= self.bounds.holds || (full && !self.allowances.contains_key(&user)) {
+            return Reserved::Refused(Refusal::Full);
+        }
+        let used = self.allowances.get(&user).copied().unwrap_or(0);
+        if ask.tokens > allowance.saturating_sub(used) {
+            return Reserved::Refused(Refusal::Allowance);
+        }
+        self.allowances.insert(user, used + ask.tokens);
+        let expires = now.plus(ask.lasts_ms);
+        let id = self.insert(ask.request, [NONE; 2], ask.tokens, expires);
+        Reserved::Held(Held {
+            id,
+            tokens: ask.tokens,
+            expires,
+            replay: false,
+        })
+    }
+
+    /// What was admitted openly has been booked.
+    pub fn outage_ended(&mut self) {
+        self.allowances.clear();
+    }
+
+    /// Looks at a meter and consumes nothing.
+    pub fn sight(&self, key: MeterKey) -> Option<Sight> {
+        let meter = self.meters[*self.by_key.get(&key)? as usize].as_ref()?;
+        Some(Sight {
+            free: meter.free(),
+            held: meter.held,
+            spent: meter.spent,
+        })
+    }
+
+    /// Keeps a live hold for longer; never makes it shorter. Past the fence too: its rights cannot be
+    /// taken before the horizon.
+    ///
+    /// # Errors
+    /// `None`: there is no live hold · `BeyondHorizon`
+    pub fn extend(
+        &mut self,
+        id: HoldId,
+        lasts_ms: u64,
+        standing: &Standing,
+    ) -> Result<Boot, Option<Refusal>> {
+        let hold = self.holds.get_mut(id).ok_or(None)?;
+        if hold.state != State::Live || hold.expires <= standing.now {
+            return Err(None);
+        }
+        let expires = standing.now.plus(lasts_ms).max(hold.expires);
+        if expires > standing.horizon {
+            return Err(Some(Refusal::BeyondHorizon));
+        }
+        hold.expires = expires;
+        Ok(expires)
+    }
+
+    /// A commit of the hold is going to be booked: nothing else ends the hold until its outcome is
+    /// certain.
+    pub fn begin_commit(&mut self, id: HoldId) -> Begun {
+        match self.holds.get_mut(id) {
+            Some(hold) => {
+                hold.commits += 1;
+                Begun::Commit { held: hold.tokens }
+            }
+            None => Begun::Unknown,
+        }
+    }
+
+    /// The outcome of a commit that [`Book::begin_commit`] knew or did not know.
+    ///
+    /// `meters` are the handle's: what is charged without a hold is taken from what is free here, so
+    /// that it overshoots by less.
+    pub fn end_commit(&mut self, id: HoldId, meters: &[MeterKey], outcome: Outcome) -> Ended {
+        let Some(hold) = self.holds.get_mut(id) else {
+            if let Outcome::Booked { actual, new: true } = outcome {
+                self.charge_free(meters, actual);
+            }
+            return Ended::Unknown;
+        };
+        debug_assert!(hold.commits > 0);
+        hold.commits -= 1;
+        match outcome {
+            Outcome::Booked { actual, .. } => {
+                self.end(id, actual);
+                Ended::Now
+            }
+            Outcome::Refused if hold.state == State::Buried && hold.commits == 0 => {
+                self.end(id, 0);
+                Ended::Now
+            }
+            Outcome::Refused => {
+                // A tombstone may have met the settlement of a commit while this one was under way.
+                if hold.commits == 0 && matches!(hold.state, State::Limbo(_)) {
+                    self.limbo.push_back(id);
+                }
+                Ended::Later
+            }
+        }
+    }
+
+    /// Releases a hold: its tokens are free once the tombstone is in Postgres, because a commit may
+    /// have landed on another replica.
+    pub fn release(&mut self, id: HoldId) -> Ended {
+        let Some(hold) = self.holds.get_mut(id) else {
+            return Ended::Unknown;
+        };
+        if hold.commits > 0 {
+            return Ended::Later;
+        }
+        if hold.state == State::Live {
+            hold.state = State::Limbo(Ending::Released);
+            self.limbo.push_back(id);
+        }
+        Ended::Now
+    }
+
+    /// Tombstones to insert. Each must come back by [`Book::settled`], with the kind that Postgres
+    /// has, or by [`Book::tombstone_lost`].
+    pub fn tombstones(&mut self, max: usize) -> Vec<(HoldId, Ending)> {
+        let mut all = Vec::new();
+        while all.len() < max
+            && let Some(id) = self.limbo.pop_front()
+        {
+            if let Some(hold) = self.holds.get_mut(id)
+                && let State::Limbo(ending) = hold.state
+            {
+                all.push((id, ending));
+            }
+        }
+        all
+    }
+
+    /// Nobody knows whether the tombstone is there: it is to be inserted again.
+    pub fn tombstone_lost(&mut self, id: HoldId) {
+        self.limbo.push_back(id);
+    }
+
+    /// How a hold ended, read from Postgres in a statement that saw it committed. After
+    /// [`Ended::Now`] and [`Ended::Unknown`] the row is of no more use.
+    pub fn settled(&mut self, id: HoldId, kind: Kind) -> Ended {
+        let Some(hold) = self.holds.get_mut(id) else {
+            return Ended::Unknown;
+        };
+        match kind {
+            // The commit under way here, or one before it whose answer was lost, may be what made the
+            // record; it will say for certain how much.
+            Kind::Committed(_) if hold.commits > 0 => return Ended::Later,
+            Kind::Committed(actual) => self.end(id, actual),
+            // Expired is what this replica said itself, of a hold in limbo.
+            Kind::Ended(Ending::Expired) if hold.state == State::Live => return Ended::Unknown,
+            Kind::Ended(_) if hold.commits > 0 => hold.state = State::Buried,
+            Kind::Ended(_) => self.end(id, 0),
+        }
+        Ended::Now
+    }
+
+    /// Somebody else needs what is free here.
+    pub fn recall(&mut self, key: MeterKey, now: Boot) {
+        if let Some(index) = self.by_key.get(&key).copied()
+            && let Some(meter) = &mut self.meters[index as usize]
+        {
+            meter.recall(&self.pace, now);
+            self.make_due(index);
+        }
+    }
+
+    /// Operations to send, each the only one of its meter under way.
+    ///
+    /// Each must come back by [`Book::answered`] or [`Book::operation_lost`].
+    pub fn operations(&mut self, now: Boot, max: usize) -> Vec<(MeterKey, Operation)> {
+        let mut all = Vec::new();
+        let mut left = self.due.len();
+        while all.len() < max && left > 0 {
+            left -= 1;
+            let Some(index) = self.due.pop_front() else {
+                break;
+            };
+            let Some(meter) = &mut self.meters[index as usize] else {
+                continue;
+            };
+            meter.due = false;
+            if let Some(flight) = &mut meter.flight {
+                if std::mem::take(&mut flight.unsent) {
+                    all.push((meter.key, flight.operation));
+                }
+                // What else there is goes with the next one, when this one is answered.
+                continue;
+            }
+            if let Some(operation) = meter.next(self.number + 1, &self.pace, now) {
+                self.number += 1;
+                meter.flight.as_mut().expect("just begun").unsent = false;
+                all.push((meter.key, operation));
+            }
+        }
+        all
+    }
+
+    /// Nobody knows whether the operation was carried out: it is sent again under its number.
+    pub fn operation_lost(&mut self, key: MeterKey, number: u64) {
+        let Some(index) = self.by_key.get(&key).copied() else {
+            return;
+        };
+        if let Some(meter) = &mut self.meters[index as usize]
+            && let Some(flight) = &mut meter.flight
+            && flight.operation.number == number
+        {
+            flight.unsent = true;
+            self.make_due(index);
+        }
+    }
+
+    /// An operation was carried out. An answer that comes twice, or for a meter that is gone, changes
+    /// nothing.
+    pub fn answered(
+        &mut self,
+        key: MeterKey,
+        number: u64,
+        answer: &Answer,
+        now: Boot,
+    ) -> Option<Answered> {
+        let index = self.by_key.get(&key).copied()?;
+        let meter = self.meters[index as usize].as_mut()?;
+        meter
+            .flight
+            .filter(|Flight { operation, .. }| operation.number == number)?;
+        let (operation, gained) = meter.answered(answer.granted, &self.pace, now)?;
+        // Whatever came up meanwhile.
+        self.make_due(index);
+        Some(Answered {
+            gained,
+            short: gained < operation.need,
+        })
+    }
+
+    /// Looks at `budget` holds and meters, and goes on from there the next time: expires holds, and
+    /// makes due what is spent, idle or empty.
+    pub fn sweep(&mut self, now: Boot, budget: usize) {
+        for _ in 0..budget.min(self.holds.slots()) {
+            self.next_hold = (self.next_hold + 1) % self.holds.slots();
+            if let Some((id, hold)) = self.holds.at(self.next_hold)
+                && hold.state == State::Live
+                && hold.expires <= now
+                && hold.commits == 0
+            {
+                hold.state = State::Limbo(Ending::Expired);
+                self.limbo.push_back(id);
+            }
+        }
+        for _ in 0..budget.min(self.meters.len()) {
+            self.next_meter = (self.next_meter + 1) % self.meters.len();
+            let Some(meter) = &mut self.meters[self.next_meter] else {
+                continue;
+            };
+            let index = self.next_meter as u32;
+            let idle = meter.is_idle(&self.pace, now);
+            if idle && meter.is_empty() && !meter.due {
+                self.by_key.remove(&meter.key);
+                self.meters[self.next_meter] = None;
+                self.empty.push(index);
+            } else if meter.spent > 0 || (idle && meter.free() > 0) {
+                self.make_due(index);
+            }
+        }
+    }
+
+    /// Forgets leases and holds: Postgres has given the leases of this replica to others, after all its
+    /// holds had ended.
+    pub fn reset(&mut self) {
+        let mut holds = std::mem::take(&mut self.holds);
+        holds.clear();
+        *self = Self {
+            holds,
+            number: self.number,
+            allowances: std::mem::take(&mut self.allowances),
+            ..Self::new(self.bounds, self.pace)
+        };
+    }
+
+    /// Holds of all states.
+    pub fn holds(&self) -> usize {
+        self.holds.len()
+    }
+
+    fn replayed(&mut self, request: RequestKey, now: Boot) -> Option<Held> {
+        let id = *self.by_request.get(&request)?;
+        let hold = self.holds.get_mut(id)?;
+        (hold.state == State::Live && hold.expires > now).then_some(Held {
+            id,
+            tokens: hold.tokens,
+            expires: hold.expires,
+            replay: true,
+        })
+    }
+
+    fn insert(
+        &mut self,
+        request: RequestKey,
+        meters: [u32; 2],
+        tokens: Tokens,
+        expires: Boot,
+    ) -> HoldId {
+        let id = self.holds.insert(Hold {
+            request,
+            meters,
+            tokens,
+            expires,
+            state: State::Live,
+            commits: 0,
+        });
+        self.by_request.insert(request, id);
+        id
+    }
+
+    /// A hold is over; `actual` of it is booked.
+    fn end(&mut self, id: HoldId, actual: Tokens) {
+        let Some(hold) = self.holds.remove(id) else {
+            return;
+        };
+        for index in hold.meters.into_iter().filter(|index| *index != NONE) {
+            let meter = self.meters[index as usize].as_mut();
+            meter
+                .expect("a meter with holds is kept")
+                .end_hold(hold.tokens, actual);
+        }
+        if self.by_request.get(&hold.request) == Some(&id) {
+            self.by_request.remove(&hold.request);
+        }
+    }
+
+    fn charge_free(&mut self, meters: &[MeterKey], actual: Tokens) {
+        for key in meters {
+            if let Some(index) = self.by_key.get(key)
+                && let Some(meter) = &mut self.meters[*index as usize]
+            {
+                meter.spend(actual);
+            }
+        }
+    }
+
+    fn meter_or_new(&mut self, key: MeterKey, now: Boot) -> Option<u32> {
+        if let Some(index) = self.by_key.get(&key) {
+            return Some(*index);
+        }
+        if self.by_key.len() >= self.bounds.meters {
+            return None;
+        }
+        let meter = Meter::new(key, &self.pace, now);
+        let index = self.empty.pop().unwrap_or_else(|| {
+            self.meters.push(None);
+            u32::try_from(self.meters.len() - 1).expect("bounded far below")
+        });
+        self.meters[index as usize] = Some(meter);
+        self.by_key.insert(key, index);
+        Some(index)
+    }
+
+    fn make_due(&mut self, index: u32) {
+        if let Some(meter) = &mut self.meters[index as usize]
+            && !std::mem::replace(&mut meter.due, true)
+        {
+            self.due.push_back(index);
+        }
+    }
+
+    /// What must hold after every call.
+    #[cfg(test)]
+    pub(super) fn check(&mut self) {
+        let mut held = vec![(0, 0); self.meters.len()];
+        for slot in 0..self.holds.slots() {
+            if let Some((_, hold)) = self.holds.at(slot) {
+                for index in hold.meters.into_iter().filter(|index| *index != NONE) {
+                    held[index as usize].0 += hold.tokens;
+                    held[index as usize].1 += 1;
+                }
+            }
+        }
+        for (meter, (tokens, holds)) in self.meters.iter().zip(held) {
+            let Some(meter) = meter else {
+                assert_eq!(holds, 0);
+                continue;
+            };
+            assert_eq!((meter.held, meter.holds), (tokens, holds));
+            assert!(meter.free() >= 0 && meter.spent >= 0 && meter.leaving >= 0);
+        }
+        assert_eq!(
+            self.by_key.len(),
+            self.meters.iter().filter(|meter| meter.is_some()).count()
+        );
+    }
+}
+
+#[cfg(test)]
+#[path = "book_tests.rs"]
+mod tests;

@@ -1,0 +1,129 @@
+//! Holds, in slots that are used again.
+
+use super::meter::{Boot, Tokens};
+
+/// Names a hold of this replica; together with the replica's id it names it everywhere, for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HoldId(pub u64);
+
+impl HoldId {
+    fn new(slot: u32, generation: u32) -> Self {
+        Self(u64::from(generation) << 32 | u64::from(slot))
+    }
+
+    fn slot(self) -> usize {
+        (self.0 & u64::from(u32::MAX)) as usize
+    }
+
+    fn generation(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// What makes a repeated request the same: a hash of user and request id, 128 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestKey(pub u128);
+
+/// A hold as its client is told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub id: HoldId,
+    pub tokens: Tokens,
+    pub expires: Boot,
+    /// The same request had it before.
+    pub replay: bool,
+}
+
+/// Why a hold ended without a commit here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Expired,
+    Released,
+}
+
+/// How Postgres says that a hold ended: a settlement, or a tombstone of the owner's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Ended(Ending),
+    /// Charged by another replica: 0 when the record was there before.
+    Committed(Tokens),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Live,
+    /// Over, but a commit may have landed on another replica.
+    Limbo(Ending),
+    /// Over, as Postgres knows; only commits here may still charge it.
+    Buried,
+}
+
+/// No meter.
+pub(super) const NONE: u32 = u32::MAX;
+
+#[derive(Debug)]
+pub(super) struct Hold {
+    pub(super) request: RequestKey,
+    pub(super) meters: [u32; 2],
+    pub(super) tokens: Tokens,
+    pub(super) expires: Boot,
+    pub(super) state: State,
+    /// Commits under way: while there are any, nothing else ends the hold.
+    pub(super) commits: u32,
+}
+
+/// Holds by id: a look-up is an index and a comparison.
+#[derive(Debug, Default)]
+pub(super) struct Holds {
+    slots: Vec<(u32, Option<Hold>)>,
+    empty: Vec<u32>,
+}
+
+impl Holds {
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.empty.len()
+    }
+
+    pub(super) fn slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Forgets all holds and no generation: an id never comes again.
+    pub(super) fn clear(&mut self) {
+        self.empty.clear();
+        for (slot, (_, hold)) in self.slots.iter_mut().enumerate() {
+            *hold = None;
+            self.empty.push(slot as u32);
+        }
+    }
+
+    pub(super) fn insert(&mut self, hold: Hold) -> HoldId {
+        let slot = self.empty.pop().unwrap_or_else(|| {
+            self.slots.push((0, None));
+            u32::try_from(self.slots.len() - 1).expect("bounded far below")
+        });
+        let (generation, place) = &mut self.slots[slot as usize];
+        debug_assert!(place.is_none());
+        *generation = generation.wrapping_add(1).max(1);
+        *place = Some(hold);
+        HoldId::new(slot, *generation)
+    }
+
+    pub(super) fn get_mut(&mut self, id: HoldId) -> Option<&mut Hold> {
+        let (generation, hold) = self.slots.get_mut(id.slot())?;
+        hold.as_mut().filter(|_| *generation == id.generation())
+    }
+
+    pub(super) fn remove(&mut self, id: HoldId) -> Option<Hold> {
+        self.get_mut(id)?;
+        self.empty.push(id.slot() as u32);
+        self.slots[id.slot()].1.take()
+    }
+
+    /// The hold in a slot.
+    pub(super) fn at(&mut self, slot: usize) -> Option<(HoldId, &mut Hold)> {
+        let (generation, hold) = self.slots.get_mut(slot)?;
+        let id = HoldId::new(slot as u32, *generation);
+        Some((id, hold.as_mut()?))
+    }
+}
