@@ -8,6 +8,7 @@ mod audit;
 mod changes;
 mod conn;
 mod errors;
+mod leases;
 mod ledger;
 mod migrations;
 mod partitions;
@@ -44,6 +45,7 @@ use conn::Conn;
 
 pub use api_keys::NewApiKey;
 pub use changes::{ChangeListener, Notification};
+pub use leases::{Heard, Operated};
 pub use ledger::UsageInsert;
 pub use migrations::{MigrationStatus, Migrator};
 pub use service_accounts::{NewServiceAccount, ServiceStanding};

@@ -3,13 +3,12 @@
 use std::collections::VecDeque;
 
 use super::{
-    decision::{Answer, Operation},
     hash::Map,
-    hold::{Ending, Held, Hold, HoldId, Holds, Kind, NONE, RequestKey, State},
-    meter::{Boot, Flight, Meter, MeterKey, Pace, Tokens},
+    hold::{Held, Hold, Holds, NONE, RequestKey, State},
+    meter::{Boot, Flight, Meter, MeterKey, Pace},
     registration::Standing,
 };
-use crate::model::UserId;
+use crate::model::{Answer, Ending, HoldId, Kind, Operation, Tokens, UserId};
 
 /// How much a book may hold; past it reserving is refused.
 #[derive(Clone, Copy, Debug)]

@@ -4,6 +4,7 @@ mod batch;
 mod concurrent;
 mod export;
 mod faults;
+mod leases;
 mod limits;
 mod list;
 mod month;
