@@ -14,6 +14,7 @@ mod migrations;
 mod partitions;
 mod quota;
 mod quota_facts;
+mod recalls;
 #[rustfmt::skip]
 mod schema;
 mod service_accounts;
@@ -48,6 +49,7 @@ pub use changes::{ChangeListener, Notification};
 pub use leases::{Heard, Operated};
 pub use ledger::UsageInsert;
 pub use migrations::{MigrationStatus, Migrator};
+pub use recalls::RecallListener;
 pub use service_accounts::{NewServiceAccount, ServiceStanding};
 pub use sessions::{NewSession, RefreshOutcome};
 pub use users::{Credentials, NewUser};

@@ -397,6 +397,11 @@ impl Book {
         }
     }
 
+    /// Whether there may be operations or tombstones to send.
+    pub fn is_due(&self) -> bool {
+        !self.due.is_empty() || !self.limbo.is_empty()
+    }
+
     /// Operations to send, each the only one of its meter under way.
     ///
     /// Each must come back by [`Book::answered`] or [`Book::operation_lost`].
