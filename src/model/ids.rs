@@ -71,6 +71,10 @@ id!(
     /// A grant of credits, named by the client that asks for it.
     GrantRequestId
 );
+id!(
+    /// One start of a process that admits from leases.
+    ReplicaId
+);
 
 #[cfg(test)]
 mod tests {

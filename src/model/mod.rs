@@ -8,6 +8,7 @@ mod audit;
 mod change;
 mod count;
 mod ids;
+mod lease;
 mod limit;
 mod names;
 mod page;
@@ -26,7 +27,12 @@ pub use audit::{Actor, AuditAction, AuditEvent, Origin};
 pub use change::Change;
 pub use count::Count;
 pub use ids::{
-    ApiKeyId, CreditId, EventId, GrantRequestId, ServiceAccountId, ServiceKeyId, SessionId, UserId,
+    ApiKeyId, CreditId, EventId, GrantRequestId, ReplicaId, ServiceAccountId, ServiceKeyId,
+    SessionId, UserId,
+};
+pub use lease::{
+    Answer, Balance, Carried, Ending, HoldId, Kind, LeaseRow, MeterName, Operation, ReplicaRow,
+    Tokens, operate,
 };
 pub use limit::{
     BaseSource, ClosedCredit, Credit, CreditShare, EffectiveLimit, LimitFacts, MonthlyOverride,

@@ -8,11 +8,13 @@ mod audit;
 mod changes;
 mod conn;
 mod errors;
+mod leases;
 mod ledger;
 mod migrations;
 mod partitions;
 mod quota;
 mod quota_facts;
+mod recalls;
 #[rustfmt::skip]
 mod schema;
 mod service_accounts;
@@ -44,8 +46,10 @@ use conn::Conn;
 
 pub use api_keys::NewApiKey;
 pub use changes::{ChangeListener, Notification};
+pub use leases::{Heard, Operated};
 pub use ledger::UsageInsert;
 pub use migrations::{MigrationStatus, Migrator};
+pub use recalls::RecallListener;
 pub use service_accounts::{NewServiceAccount, ServiceStanding};
 pub use sessions::{NewSession, RefreshOutcome};
 pub use users::{Credentials, NewUser};

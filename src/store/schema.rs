@@ -72,6 +72,18 @@ diesel::table! {
 }
 
 diesel::table! {
+    quota_leases (user_id, month, model, replica_id) {
+        user_id -> Uuid,
+        month -> Text,
+        model -> Text,
+        replica_id -> Uuid,
+        granted -> Int8,
+        operation -> Int8,
+        operated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     quota_overrides (user_id) {
         user_id -> Uuid,
         monthly_tokens -> Nullable<Int8>,
@@ -80,6 +92,24 @@ diesel::table! {
         actor_kind -> Text,
         actor_id -> Nullable<Uuid>,
         set_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    quota_settlements (replica_id, hold_id) {
+        replica_id -> Uuid,
+        hold_id -> Int8,
+        kind -> Text,
+        tokens -> Int8,
+    }
+}
+
+diesel::table! {
+    replicas (id) {
+        id -> Uuid,
+        expires_at -> Timestamptz,
+        holds_until -> Timestamptz,
+        is_dead -> Bool,
     }
 }
 
@@ -170,7 +200,10 @@ diesel::allow_tables_to_appear_in_same_query!(
     credit_grants,
     monthly_model_usage,
     quota_balances,
+    quota_leases,
     quota_overrides,
+    quota_settlements,
+    replicas,
     service_accounts,
     service_keys,
     sessions,

@@ -5,6 +5,7 @@
 
 mod counters;
 mod export;
+mod keeper;
 pub mod lease;
 mod ledger;
 mod query;
@@ -21,6 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 pub use counters::Counters;
 pub use export::{Export, ExportFormat, Written};
+pub use keeper::{Holding, Keeper, KeeperSettings, Reservation, Standing, Wish};
 pub use ledger::{Recorded, check_occurred_at};
 pub use query::{GroupBy, UsageQuery, UsageSeries, UsageSeriesSet};
 pub use quota::Decision;

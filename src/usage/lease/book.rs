@@ -3,13 +3,12 @@
 use std::collections::VecDeque;
 
 use super::{
-    decision::{Answer, Operation},
     hash::Map,
-    hold::{Ending, Held, Hold, HoldId, Holds, Kind, NONE, RequestKey, State},
-    meter::{Boot, Flight, Meter, MeterKey, Pace, Tokens},
+    hold::{Held, Hold, Holds, NONE, RequestKey, State},
+    meter::{Boot, Flight, Meter, MeterKey, Pace},
     registration::Standing,
 };
-use crate::model::UserId;
+use crate::model::{Answer, Ending, HoldId, Kind, Operation, Tokens, UserId};
 
 /// How much a book may hold; past it reserving is refused.
 #[derive(Clone, Copy, Debug)]
@@ -396,6 +395,11 @@ impl Book {
             meter.recall(&self.pace, now);
             self.make_due(index);
         }
+    }
+
+    /// Whether there may be operations or tombstones to send.
+    pub fn is_due(&self) -> bool {
+        !self.due.is_empty() || !self.limbo.is_empty()
     }
 
     /// Operations to send, each the only one of its meter under way.

@@ -1,10 +1,7 @@
 //! Holds, in slots that are used again.
 
-use super::meter::{Boot, Tokens};
-
-/// Names a hold of this replica; together with the replica's id it names it everywhere, for good.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct HoldId(pub u64);
+use super::meter::Boot;
+use crate::model::{Ending, HoldId, Tokens};
 
 impl HoldId {
     fn new(slot: u32, generation: u32) -> Self {
@@ -32,21 +29,6 @@ pub struct Held {
     pub expires: Boot,
     /// The same request had it before.
     pub replay: bool,
-}
-
-/// Why a hold ended without a commit here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    Expired,
-    Released,
-}
-
-/// How Postgres says that a hold ended: a settlement, or a tombstone of the owner's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    Ended(Ending),
-    /// Charged by another replica: 0 when the record was there before.
-    Committed(Tokens),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

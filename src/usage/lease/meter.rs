@@ -2,11 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use super::decision::Operation;
-use crate::model::{Period, UserId};
-
-/// A number of tokens. Never negative where it stands for a right.
-pub type Tokens = i64;
+use crate::model::{Operation, Period, Tokens, UserId};
 
 /// Milliseconds of the replica's own clock, the one that counts suspend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

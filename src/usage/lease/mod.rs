@@ -6,7 +6,6 @@
 //! [`Registration`] says until when a replica may admit.
 
 mod book;
-mod decision;
 mod gcra;
 mod hash;
 mod hold;
@@ -18,8 +17,12 @@ mod simulation;
 pub use book::{
     Answered, Ask, Begun, Book, Bounds, Ended, Mode, Outcome, Refusal, Reserved, Sight,
 };
-pub use decision::{Answer, Balance, Carried, LeaseRow, Operation, ReplicaRow, operate};
 pub use gcra::{Gcra, Rate};
-pub use hold::{Ending, Held, HoldId, Kind, RequestKey};
-pub use meter::{Boot, MeterKey, ModelKey, Pace, Tokens};
+pub use hold::{Held, RequestKey};
+pub use meter::{Boot, MeterKey, ModelKey, Pace};
 pub use registration::{Heartbeat, Lasting, Registration, Standing};
+
+pub use crate::model::{
+    Answer, Balance, Carried, Ending, HoldId, Kind, LeaseRow, Operation, ReplicaRow, Tokens,
+    operate,
+};

@@ -4,6 +4,8 @@ mod batch;
 mod concurrent;
 mod export;
 mod faults;
+mod keeper;
+mod leases;
 mod limits;
 mod list;
 mod month;

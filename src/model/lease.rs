@@ -1,6 +1,38 @@
-//! What is decided beside Postgres, while the meter's balance is locked.
+//! What leases and holds are, and what is decided about them while the meter's balance is locked. Pure:
+//! the transaction decides with it from what it has read.
 
-use super::meter::Tokens;
+use super::{ModelName, Period, UserId};
+
+/// A number of tokens. Never negative where it stands for a right.
+pub type Tokens = i64;
+
+/// What a limit is about: a user's month, of one model or of all together.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MeterName {
+    pub user_id: UserId,
+    pub period: Period,
+    /// `None`: all of them.
+    pub model: Option<ModelName>,
+}
+
+/// Names a hold of its replica; together with the replica's id it names it everywhere, for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HoldId(pub u64);
+
+/// Why a hold ended without a commit here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Expired,
+    Released,
+}
+
+/// How Postgres says that a hold ended: a settlement, or a tombstone of the owner's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Ended(Ending),
+    /// Charged by another replica: 0 when the record was there before.
+    Committed(Tokens),
+}
 
 /// A meter, as read under its lock and in a statement that began after the lock was had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,474 @@
+//! Keeps the leases of this replica: the books, the heartbeat, and what is asked of Postgres for them.
+//!
+//! What is decided, [`super::lease`] decides; this is when it is asked and what is done with the answer.
+
+mod models;
+mod shard;
+mod work;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use chrono::{DateTime, Utc};
+use nix::time::{ClockId, clock_gettime};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep_until, timeout_at},
+};
+
+use super::lease::{
+    Ask, Begun, Boot, Bounds, Ended, Held, HoldId, Lasting, MeterKey, Mode, ModelKey, Outcome,
+    Pace, Refusal, RequestKey, Reserved, Tokens,
+};
+use crate::{
+    error::{Error, Result},
+    model::{MeterName, ModelName, Period, ReplicaId, TierName, Tiers, UserId},
+    store::Store,
+};
+use models::Models;
+pub use shard::Standing;
+use shard::{Shard, inward, outward};
+
+/// How the leases of a replica are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct KeeperSettings {
+    /// A replica that is not heard of for so long admits nothing from its leases.
+    pub ttl: Duration,
+    /// Between two heartbeats.
+    pub heartbeat: Duration,
+    /// Holds up to this long need no heartbeat of their own.
+    pub hold: Duration,
+    /// Beyond `ttl` and the longest hold, before the leases of the dead go to others.
+    pub margin: Duration,
+    /// So long others are asked for what they do not use before anybody is denied.
+    pub recall_bound: Duration,
+    pub pace: Pace,
+    pub bounds: Bounds,
+}
+
+impl Default for KeeperSettings {
+    fn default() -> Self {
+        Self {
+            ttl: Duration::from_secs(10),
+            heartbeat: Duration::from_secs(2),
+            hold: Duration::from_mins(2),
+            margin: Duration::from_secs(1),
+            recall_bound: Duration::from_millis(250),
+            pace: Pace::default(),
+            bounds: Bounds::default(),
+        }
+    }
+}
+
+/// A wish for tokens of a user.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish<'a> {
+    pub user_id: UserId,
+    pub tier: &'a TierName,
+    pub model: &'a ModelName,
+    pub request: RequestKey,
+    pub tokens: Tokens,
+    pub mode: Mode,
+    pub lasts: Duration,
+}
+
+/// A hold, as a handle describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holding {
+    pub owner: ReplicaId,
+    pub period: Period,
+    pub held: Held,
+    /// By the clock of the database, about.
+    pub expires_at: DateTime<Utc>,
+}
+
+/// What became of a wish.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reservation {
+    Held(Holding),
+    /// Nobody has enough free: of these meters.
+    Denied(Vec<(MeterName, Standing)>),
+    Refused(Refusal),
+}
+
+/// A part of all users, each under a lock of its own: those who serve seldom meet.
+const SHARDS: usize = 1 << shard::SHARD_BITS;
+
+/// Between attempts while others are asked.
+const AGAIN: Duration = Duration::from_millis(15);
+
+/// A horizon that is asked for lies so far beyond what is needed: the answer takes a while.
+const AHEAD_MS: u64 = 1_000;
+
+const MAX_RECALLED: usize = 10_000;
+
+/// A recall of the same meter is not repeated within.
+const RECALL_AGAIN_MS: u64 = 60;
+
+/// The leases of this replica. Cheap to clone; [`Keeper::run`] does the work.
+#[derive(Clone)]
+pub struct Keeper(Arc<Inner>);
+
+struct Inner {
+    store: Store,
+    tiers: Arc<RwLock<Arc<Tiers>>>,
+    settings: KeeperSettings,
+    shards: Box<[Locked]>,
+    models: Models,
+    /// There are operations or tombstones to send.
+    due: Notify,
+    /// A hold needs a longer horizon, up to this reading of the clock.
+    wanted_until: AtomicU64,
+    beat: Notify,
+    /// Something was answered: whoever waits may look again.
+    answered: Notify,
+    /// When others were asked for what they have of a meter.
+    recalled: Mutex<HashMap<MeterKey, Boot>>,
+}
+
+impl Keeper {
+    /// Admits nothing before [`Keeper::run`] has been heard by Postgres.
+    pub fn new(store: Store, tiers: Arc<RwLock<Arc<Tiers>>>, settings: KeeperSettings) -> Self {
+        let bounds = Bounds {
+            holds: settings.bounds.holds.div_ceil(SHARDS),
+            meters: settings.bounds.meters.div_ceil(SHARDS),
+            allowances: settings.bounds.allowances.div_ceil(SHARDS),
+            ..settings.bounds
+        };
+        let nobody = ReplicaId::new();
+        let shard = || Shard::new(nobody, bounds, settings.pace, lasting(&settings));
+        let shard = || Locked(Mutex::new(shard()));
+        Self(Arc::new(Inner {
+            store,
+            tiers,
+            settings,
+            shards: (0..SHARDS).map(|_| shard()).collect(),
+            models: Models::default(),
+            due: Notify::new(),
+            wanted_until: AtomicU64::new(0),
+            beat: Notify::new(),
+            answered: Notify::new(),
+            recalled: Mutex::default(),
+        }))
+    }
+
+    /// Holds tokens for a request, on the total and on the model if the tier limits it. What is not free
+    /// here is asked for: of Postgres, and then of other replicas, within the recall bound.
+    ///
+    /// Cancel-safe: a dropped future leaves the whole hold, which expires, or none.
+    ///
+    /// # Errors
+    /// `Unavailable` when Postgres did not say in time whether there is more
+    pub async fn reserve(&self, wish: &Wish<'_>) -> Result<Reservation> {
+        let inner = &*self.0;
+        let until = Instant::now() + inner.settings.recall_bound;
+        let (mut mode, mut tokens, mut was_told) = (Mode::AllOrNothing, wish.tokens, false);
+        // The meters that were short first, and the operations that had been sent of each by then.
+        let mut first: Option<Vec<(MeterKey, u64)>> = None;
+        loop {
+            let answered = inner.answered.notified();
+            tokio::pin!(answered);
+            // Before it looks, or the answer in between is missed.
+            answered.as_mut().enable();
+            let is_last = Instant::now() >= until;
+            let tried = inner.admit(wish, mode, tokens, first.as_deref());
+            let mut wait = until;
+            match tried {
+                Tried::Held(holding) => return Ok(Reservation::Held(holding)),
+                Tried::Refused(Refusal::BeyondHorizon | Refusal::Fenced) if !is_last => {
+                    inner.want_until(boot().plus(millis(wish.lasts) + AHEAD_MS));
+                }
+                Tried::Refused(refusal) => return Ok(Reservation::Refused(refusal)),
+                Tried::Short { short, elsewhere } => {
+                    let keys = || short.iter().map(|(key, _)| *key);
+                    was_told |= elsewhere.is_some();
+                    match elsewhere {
+                        // Postgres has no more, and nobody else has any, or did not give it back.
+                        _ if is_last && was_told || elsewhere.is_some_and(|tokens| tokens <= 0) => {
+                            let standings = inner.standings(keys());
+                            if mode == wish.mode {
+                                return Ok(Reservation::Denied(standings));
+                            }
+                            // Less, then: what Postgres has, or at last what is free here.
+                            let all = standings.iter();
+                            let less = all.filter_map(|(_, standing)| standing.obtainable()).min();
+                            match less {
+                                Some(less) if 0 < less && less < tokens && !is_last => {
+                                    tokens = less;
+                                    first = Some(short);
+                                }
+                                _ => mode = wish.mode,
+                            }
+                            continue;
+                        }
+                        Some(_) => {
+                            inner.recall(keys()).await?;
+                            wait = (Instant::now() + AGAIN).min(until);
+                        }
+                        None if is_last => {
+                            let silence = "what is left was not told in time";
+                            return Err(Error::Unavailable(silence.into()));
+                        }
+                        None => {}
+                    }
+                    first.get_or_insert(short);
+                }
+            }
+            if wait < until {
+                // Others need a moment: asking again and again would only keep Postgres busy.
+                sleep_until(wait).await;
+            } else {
+                let _ = timeout_at(until, answered).await;
+            }
+        }
+    }
+
+    /// Keeps a live hold of this replica for longer.
+    ///
+    /// # Errors
+    /// `None`: there is no live hold here · `BeyondHorizon`, which a heartbeat that is now on its way
+    /// may mend
+    pub fn extend(
+        &self,
+        owner: ReplicaId,
+        hold: HoldId,
+        lasts: Duration,
+    ) -> Result<DateTime<Utc>, Option<Refusal>> {
+        let (shard, hold) = inward(hold);
+        let now = boot();
+        let mut shard = self.0.shards[shard].lock();
+        if shard.owner != owner {
+            return Err(None);
+        }
+        let standing = shard.admission(now);
+        let extended = shard.book.extend(hold, millis(lasts), &standing);
+        if extended == Err(Some(Refusal::BeyondHorizon)) {
+            self.0.want_until(now.plus(millis(lasts) + AHEAD_MS));
+        }
+        shard.time_at(extended?).ok_or(None)
+    }
+
+    /// Releases a hold of this replica. Its tokens are free once Postgres knows.
+    pub fn release(&self, owner: ReplicaId, hold: HoldId) -> Ended {
+        let (shard, hold) = inward(hold);
+        let mut shard = self.0.shards[shard].lock();
+        if shard.owner != owner {
+            return Ended::Unknown;
+        }
+        let ended = shard.book.release(hold);
+        drop(shard);
+        self.0.due.notify_one();
+        ended
+    }
+
+    /// A commit of a hold of this replica is going to be booked; [`Keeper::end_commit`] must follow
+    /// when its outcome is certain.
+    pub fn begin_commit(&self, owner: ReplicaId, hold: HoldId) -> Begun {
+        let (shard, hold) = inward(hold);
+        let mut shard = self.0.shards[shard].lock();
+        if shard.owner != owner {
+            return Begun::Unknown;
+        }
+        shard.book.begin_commit(hold)
+    }
+
+    /// What became of a commit that [`Keeper::begin_commit`] was told of.
+    pub fn end_commit(
+        &self,
+        owner: ReplicaId,
+        hold: HoldId,
+        meters: &[MeterName],
+        outcome: Outcome,
+    ) -> Ended {
+        let keys: Vec<MeterKey> = meters
+            .iter()
+            .map(|meter| self.0.models.key_of(meter))
+            .collect();
+        let (shard, hold) = inward(hold);
+        let mut shard = self.0.shards[shard].lock();
+        if shard.owner != owner {
+            return Ended::Unknown;
+        }
+        shard.book.end_commit(hold, &keys, outcome)
+    }
+
+    /// What is known here of a meter; `None`: this replica has no lease on it.
+    pub fn standing(&self, meter: &MeterName) -> Option<Standing> {
+        let key = self.0.models.key_of(meter);
+        self.0.shard_of(meter.user_id).lock().standing(key)
+    }
+}
+
+/// What one look at the book brought.
+enum Tried {
+    Held(Holding),
+    /// These meters, with the operations sent of each; and what others have of one of them, if an
+    /// operation that was sent since the first look has told.
+    Short {
+        short: Vec<(MeterKey, u64)>,
+        elsewhere: Option<Tokens>,
+    },
+    Refused(Refusal),
+}
+
+impl Inner {
+    fn admit(
+        &self,
+        wish: &Wish<'_>,
+        mode: Mode,
+        tokens: Tokens,
+        first: Option<&[(MeterKey, u64)]>,
+    ) -> Tried {
+        let index = self.index_of(wish.user_id);
+        let tiers = self.tiers();
+        let limits = tiers.limits_of(wish.tier);
+        let model = limits
+            .models
+            .contains_key(wish.model)
+            .then(|| self.models.key(wish.model));
+        let now = boot();
+        let mut shard = self.shards[index].lock();
+        let Some(time) = shard.time_at(now) else {
+            return Tried::Refused(Refusal::Fenced);
+        };
+        let period = Period::containing(time);
+        let key = |model| MeterKey {
+            user: wish.user_id,
+            period,
+            model,
+        };
+        let both = [key(ModelKey::TOTAL), key(model.unwrap_or(ModelKey::TOTAL))];
+        let ask = Ask {
+            request: wish.request,
+            meters: &both[..if model.is_some() { 2 } else { 1 }],
+            tokens,
+            mode,
+            lasts_ms: millis(wish.lasts),
+        };
+        let standing = shard.admission(now);
+        let reserved = shard.book.reserve(&ask, &standing);
+        // What the hold made due too: it asks for more before there is nothing left.
+        if shard.book.is_due() {
+            self.due.notify_one();
+        }
+        match reserved {
+            Reserved::Held(mut held) => {
+                held.id = outward(index, held.id);
+                Tried::Held(Holding {
+                    owner: shard.owner,
+                    period,
+                    expires_at: shard.time_at(held.expires).unwrap_or(time),
+                    held,
+                })
+            }
+            Reserved::Refused(refusal) => Tried::Refused(refusal),
+            Reserved::Short(keys) => {
+                let keys = keys.into_iter().flatten();
+                let short: Vec<_> = keys.map(|key| (key, shard.sent(key))).collect();
+                let since = |key: MeterKey| {
+                    let (_, sent) = first?.iter().find(|(of, _)| *of == key)?;
+                    shard.elsewhere_since(key, *sent)
+                };
+                // If one of them cannot be had, all are denied.
+                let elsewhere = short.iter().filter_map(|(key, _)| since(*key)).min();
+                Tried::Short { short, elsewhere }
+            }
+        }
+    }
+
+    /// Asks the others, unless that was just done.
+    async fn recall(&self, keys: impl Iterator<Item = MeterKey>) -> Result<()> {
+        let now = boot();
+        let mut owner = None;
+        let mut meters = Vec::new();
+        {
+            let mut recalled = self.recalled.lock().unwrap_or_else(PoisonError::into_inner);
+            if recalled.len() > MAX_RECALLED {
+                recalled.clear();
+            }
+            for key in keys {
+                let again = recalled.get(&key).map(|at: &Boot| now.since(*at));
+                if again.is_none_or(|since| since >= RECALL_AGAIN_MS) {
+                    recalled.insert(key, now);
+                    meters.push(self.models.name_of(key));
+                    owner = Some(self.shard_of(key.user).lock().owner);
+                }
+            }
+        }
+        match owner {
+            Some(owner) => self.store.recall(owner, &meters).await,
+            None => Ok(()),
+        }
+    }
+
+    fn standings(&self, keys: impl Iterator<Item = MeterKey>) -> Vec<(MeterName, Standing)> {
+        let standing = |key: MeterKey| {
+            let standing = self.shard_of(key.user).lock().standing(key)?;
+            Some((self.models.name_of(key), standing))
+        };
+        keys.filter_map(standing).collect()
+    }
+
+    fn want_until(&self, until: Boot) {
+        self.wanted_until.fetch_max(until.0, Ordering::AcqRel);
+        self.beat.notify_one();
+    }
+
+    fn wanted(&self) -> Boot {
+        Boot(self.wanted_until.load(Ordering::Acquire))
+    }
+
+    fn tiers(&self) -> Arc<Tiers> {
+        let tiers = self.tiers.read();
+        tiers.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn index_of(&self, user: UserId) -> usize {
+        // The end of an id is random.
+        (user.0.as_u128() % SHARDS as u128) as usize
+    }
+
+    fn shard_of(&self, user: UserId) -> &Locked {
+        &self.shards[self.index_of(user)]
+    }
+}
+
+/// A shard, under its lock. Nothing waits while it has it.
+struct Locked(Mutex<Shard>);
+
+impl Locked {
+    fn lock(&self) -> MutexGuard<'_, Shard> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The clock that goes on while the machine sleeps.
+fn boot() -> Boot {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const CLOCK: ClockId = ClockId::CLOCK_BOOTTIME;
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const CLOCK: ClockId = ClockId::CLOCK_MONOTONIC;
+    let reading = clock_gettime(CLOCK).expect("the clock of the system can be read");
+    Boot(millis(Duration::from(reading)))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn lasting(settings: &KeeperSettings) -> Lasting {
+    let part = millis(settings.ttl) / millis(settings.margin).max(1);
+    Lasting {
+        ttl_ms: millis(settings.ttl),
+        hold_ms: millis(settings.hold),
+        period_ms: millis(settings.heartbeat),
+        // The margin covers what the clocks lose over all of it.
+        drift_part: part.max(100),
+    }
+}

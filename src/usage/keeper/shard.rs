@@ -1,0 +1,204 @@
+//! One shard: a book, whose it is, and what Postgres said last.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use super::super::lease::{
+    self, Book, Boot, Bounds, Heartbeat, HoldId, Lasting, MeterKey, Operation, Pace, Registration,
+    Tokens,
+};
+use crate::{
+    model::{Balance, ReplicaId},
+    store::Operated,
+};
+
+pub(super) struct Shard {
+    /// The name under which the book's leases are Postgres'.
+    pub(super) owner: ReplicaId,
+    pub(super) book: Book,
+    lasting: Lasting,
+    pub(super) registration: Registration,
+    /// The time of Postgres, when the clock showed this.
+    clock: Option<(DateTime<Utc>, Boot)>,
+    seen: HashMap<MeterKey, Seen>,
+}
+
+/// A meter as the operation that was answered last left it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    /// Operations sent, and which of them was answered last.
+    sent: u64,
+    answered: u64,
+    granted: Tokens,
+    balance: Option<Balance>,
+}
+
+/// How a meter stands, as far as it is known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// `None`: there is no limit.
+    pub limit: Option<Tokens>,
+    pub committed: Tokens,
+    /// What no replica has and nobody used; `None`: any number.
+    pub left: Option<Tokens>,
+    /// What other replicas may admit.
+    pub elsewhere: Tokens,
+    /// What this replica may admit, and what it holds.
+    pub free: Tokens,
+    pub held: Tokens,
+}
+
+impl Standing {
+    /// What a request here may have for certain: what is free here and what Postgres has. `None`: any
+    /// number.
+    pub(super) fn obtainable(&self) -> Option<Tokens> {
+        Some(self.free.saturating_add(self.left?))
+    }
+}
+
+impl Shard {
+    pub(super) fn new(owner: ReplicaId, bounds: Bounds, pace: Pace, lasting: Lasting) -> Self {
+        Self {
+            owner,
+            book: Book::new(bounds, pace),
+            lasting,
+            registration: Registration::new(lasting),
+            clock: None,
+            seen: HashMap::new(),
+        }
+    }
+
+    /// Goes on under a new name, with nothing.
+    pub(super) fn rejoin(&mut self, owner: ReplicaId) {
+        self.owner = owner;
+        self.book.reset();
+        self.registration = Registration::new(self.lasting);
+        self.seen.clear();
+    }
+
+    pub(super) fn heard(&mut self, heartbeat: &Heartbeat, now: DateTime<Utc>, at: Boot) {
+        self.registration.answered(heartbeat);
+        self.clock = Some((now, at));
+    }
+
+    pub(super) fn admission(&self, now: Boot) -> lease::Standing {
+        self.registration.standing(now)
+    }
+
+    /// The time of Postgres, about; `None` before it was heard of.
+    pub(super) fn time_at(&self, at: Boot) -> Option<DateTime<Utc>> {
+        let (heard, boot) = self.clock?;
+        let since = i64::try_from(at.0).ok()? - i64::try_from(boot.0).ok()?;
+        heard.checked_add_signed(TimeDelta::milliseconds(since))
+    }
+
+    pub(super) fn operations(&mut self, now: Boot, max: usize) -> Vec<(MeterKey, Operation)> {
+        let all = self.book.operations(now, max);
+        for (key, _) in &all {
+            self.seen.entry(*key).or_default().sent += 1;
+        }
+        all
+    }
+
+    pub(super) fn answered(
+        &mut self,
+        key: MeterKey,
+        operation: &Operation,
+        operated: &Operated,
+        now: Boot,
+    ) {
+        let Some(answer) = operated.answer else {
+            return;
+        };
+        self.book.answered(key, operation.number, &answer, now);
+        let seen = self.seen.entry(key).or_default();
+        seen.answered = seen.sent;
+        seen.granted = answer.granted;
+        seen.balance = Some(operated.balance);
+    }
+
+    /// How many operations of a meter were sent.
+    pub(super) fn sent(&self, key: MeterKey) -> u64 {
+        self.seen.get(&key).map_or(0, |seen| seen.sent)
+    }
+
+    /// What others have of a meter, as an operation found that was sent after `sent` others; `None`:
+    /// none was answered yet.
+    pub(super) fn elsewhere_since(&self, key: MeterKey, sent: u64) -> Option<Tokens> {
+        let seen = self.seen.get(&key).filter(|seen| seen.answered > sent)?;
+        Some(seen.balance?.leased - seen.granted)
+    }
+
+    pub(super) fn standing(&self, key: MeterKey) -> Option<Standing> {
+        let seen = self.seen.get(&key)?;
+        let balance = seen.balance?;
+        let sight = self.book.sight(key)?;
+        Some(Standing {
+            limit: balance.limit,
+            committed: balance.committed,
+            left: balance.limit.map(|limit| {
+                let used = balance.committed.saturating_add(balance.leased);
+                limit.saturating_sub(used).max(0)
+            }),
+            elsewhere: balance.leased - seen.granted,
+            free: sight.free,
+            held: sight.held,
+        })
+    }
+
+    /// Looks after a part of the book, and forgets what the book has forgotten.
+    pub(super) fn sweep(&mut self, now: Boot, budget: usize) {
+        self.book.sweep(now, budget);
+        if self.seen.len() > 64 {
+            let book = &self.book;
+            self.seen.retain(|key, _| book.sight(*key).is_some());
+        }
+    }
+
+    /// Asks for all that is free to be given back; answers how much that is.
+    pub(super) fn recall_all(&mut self, now: Boot) -> Tokens {
+        let mut free = 0;
+        for key in self.seen.keys() {
+            let here = self.book.sight(*key).map_or(0, |sight| sight.free);
+            if here > 0 {
+                self.book.recall(*key, now);
+                free += here;
+            }
+        }
+        free
+    }
+}
+
+/// Of ids of holds, the bits that name the shard.
+pub(super) const SHARD_BITS: u32 = 6;
+const SLOT: u64 = u32::MAX as u64;
+
+/// A hold of a shard, named so that no other shard's is called the same.
+pub(super) fn outward(shard: usize, hold: HoldId) -> HoldId {
+    let slot = hold.0 & SLOT;
+    debug_assert!(slot << SHARD_BITS <= SLOT && shard < 1 << SHARD_BITS);
+    HoldId(hold.0 & !SLOT | slot << SHARD_BITS | shard as u64)
+}
+
+/// The shard of a hold, and its name there.
+pub(super) fn inward(hold: HoldId) -> (usize, HoldId) {
+    let low = hold.0 & SLOT;
+    let shard = low & ((1 << SHARD_BITS) - 1);
+    (shard as usize, HoldId(hold.0 & !SLOT | low >> SHARD_BITS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holds_of_all_shards_have_names_of_their_own() {
+        for shard in [0, 1, 63] {
+            for hold in [1 << 32, 7 << 32 | 12, u64::from(u32::MAX) << 32 | 0xfff] {
+                let name = outward(shard, HoldId(hold));
+                assert_eq!(inward(name), (shard, HoldId(hold)));
+            }
+        }
+    }
+}

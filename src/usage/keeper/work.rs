@@ -1,0 +1,280 @@
+//! What runs beside the calls: heartbeats, operations, tombstones, settlements, recalls, reaping.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tracing::{error, info, warn};
+
+use super::{
+    Inner, Keeper, boot,
+    shard::{inward, outward},
+};
+use crate::{
+    error::{Error, Result},
+    model::{Ending, HoldId, Kind, MeterName, Operation, ReplicaId},
+    usage::lease::{Ended, MeterKey},
+};
+
+/// Between looks at what has expired or lies idle.
+const SWEEP: Duration = Duration::from_millis(100);
+/// Of each shard.
+const SWEEP_BUDGET: usize = 2_000;
+
+/// Operations of a transaction.
+const BATCH: usize = 500;
+const SETTLEMENTS: i64 = 2_000;
+const REAP_BATCH: i64 = 500;
+
+/// After something failed.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Between clearings of what nobody needs any more.
+const FORGET: Duration = Duration::from_mins(10);
+
+impl Keeper {
+    /// Keeps the leases; runs until dropped.
+    pub async fn run(self) {
+        let inner = &*self.0;
+        loop {
+            // A name is never used again: what was sent under an earlier one is nobody's.
+            let id = ReplicaId::new();
+            let registered = inner.store.replica_register(id, inner.settings.ttl).await;
+            if let Err(error) = registered {
+                warn!(%error, "this replica cannot be registered");
+                sleep(RETRY).await;
+                continue;
+            }
+            for shard in &inner.shards {
+                shard.lock().rejoin(id);
+            }
+            tokio::select! {
+                () = inner.heartbeats(id) => {}
+                () = inner.operations(id) => {}
+                () = inner.recalls(id) => {}
+                () = inner.reap() => {}
+            }
+            error!("this replica was taken for dead: it begins anew, without leases");
+        }
+    }
+
+    /// Gives all back that is free, while [`Keeper::run`] runs; for the end, when nothing is reserved
+    /// any more.
+    pub async fn give_back(&self, deadline: Duration) {
+        let inner = &*self.0;
+        let until = Instant::now() + deadline;
+        loop {
+            let now = boot();
+            let free: i64 = inner
+                .shards
+                .iter()
+                .map(|shard| shard.lock().recall_all(now))
+                .sum();
+            if free == 0 {
+                return;
+            }
+            if Instant::now() >= until {
+                warn!(
+                    free,
+                    "tokens were not given back: others wait for the quarantine"
+                );
+                return;
+            }
+            inner.due.notify_one();
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Inner {
+    /// Until this replica is dead.
+    async fn heartbeats(&self, id: ReplicaId) {
+        loop {
+            match timeout(self.settings.ttl, self.heartbeat(id)).await {
+                Ok(Ok(true)) => {}
+                Ok(Ok(false)) => return,
+                Ok(Err(error)) => warn!(%error, "a heartbeat of the quota was not answered"),
+                Err(_) => warn!("a heartbeat of the quota was not answered in time"),
+            }
+            let _ = timeout(self.settings.heartbeat, self.beat.notified()).await;
+        }
+    }
+
+    async fn heartbeat(&self, id: ReplicaId) -> Result<bool> {
+        let mut registration = self.shards[0].lock().registration;
+        registration.want_until(self.wanted());
+        // The clock before it is sent.
+        let beat = registration.heartbeat(boot());
+        let ttl = Duration::from_millis(beat.ttl_ms);
+        let holds = Duration::from_millis(beat.holds_ms);
+        let Some(heard) = self.store.replica_heartbeat(id, ttl, holds).await? else {
+            return Ok(false);
+        };
+        let now = boot();
+        for shard in &self.shards {
+            shard.lock().heard(&beat, heard.now, now);
+        }
+        self.answered.notify_waiters();
+        self.settlements(id).await?;
+        Ok(true)
+    }
+
+    async fn settlements(&self, id: ReplicaId) -> Result<()> {
+        let mut after = None;
+        loop {
+            let page = self.store.settlement_list(id, after, SETTLEMENTS).await?;
+            let Some((last, _)) = page.last() else {
+                return Ok(());
+            };
+            after = Some(*last);
+            self.settled(id, &page).await?;
+        }
+    }
+
+    /// Rows that tell nothing more are deleted.
+    async fn settled(&self, id: ReplicaId, all: &[(HoldId, Kind)]) -> Result<()> {
+        let over = |(name, kind): &(HoldId, Kind)| {
+            let (shard, hold) = inward(*name);
+            let ended = self.shards[shard].lock().book.settled(hold, *kind);
+            (ended != Ended::Later).then_some(*name)
+        };
+        let over: Vec<HoldId> = all.iter().filter_map(over).collect();
+        if over.is_empty() {
+            return Ok(());
+        }
+        self.answered.notify_waiters();
+        self.store.settlement_delete(id, &over).await
+    }
+
+    async fn operations(&self, id: ReplicaId) {
+        let mut sweeps = interval(SWEEP);
+        sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.due.notified() => {}
+                _ = sweeps.tick() => {
+                    let now = boot();
+                    for shard in &self.shards {
+                        shard.lock().sweep(now, SWEEP_BUDGET);
+                    }
+                }
+            }
+            while let Some(sent) = self.send(id).await {
+                if let Err(error) = sent {
+                    warn!(%error, "leases could not be changed, to be tried again");
+                    sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Sends what is due, some of it; `None`: there was nothing.
+    async fn send(&self, id: ReplicaId) -> Option<Result<()>> {
+        let now = boot();
+        let (mut operations, mut tombstones) = (Vec::new(), Vec::new());
+        for (index, shard) in self.shards.iter().enumerate() {
+            let mut shard = shard.lock();
+            operations.extend(shard.operations(now, BATCH - operations.len()));
+            let ended = shard.book.tombstones(BATCH - tombstones.len());
+            let ended = ended.into_iter();
+            tombstones.extend(ended.map(|(hold, ending)| (outward(index, hold), ending)));
+        }
+        if operations.is_empty() && tombstones.is_empty() {
+            return None;
+        }
+        let (operated, buried) =
+            tokio::join!(self.operate(id, &operations), self.bury(id, &tombstones));
+        self.answered.notify_waiters();
+        Some(operated.and(buried))
+    }
+
+    async fn operate(&self, id: ReplicaId, all: &[(MeterKey, Operation)]) -> Result<()> {
+        if all.is_empty() {
+            return Ok(());
+        }
+        let named: Vec<(MeterName, Operation)> = all
+            .iter()
+            .map(|(key, operation)| (self.models.name_of(*key), *operation))
+            .collect();
+        let tiers = self.tiers();
+        let operated = self.store.lease_operations(id, &named, &tiers).await;
+        let now = boot();
+        if let Ok(Some(operated)) = &operated {
+            for ((key, operation), operated) in all.iter().zip(operated) {
+                let mut shard = self.shard_of(key.user).lock();
+                shard.answered(*key, operation, operated, now);
+            }
+            return Ok(());
+        }
+        for (key, operation) in all {
+            let mut shard = self.shard_of(key.user).lock();
+            shard.book.operation_lost(*key, operation.number);
+        }
+        // A heartbeat tells whether it is dead or only late.
+        self.beat.notify_one();
+        operated.and(Err(Error::Unavailable("this replica is not alive".into())))
+    }
+
+    async fn bury(&self, id: ReplicaId, all: &[(HoldId, Ending)]) -> Result<()> {
+        if all.is_empty() {
+            return Ok(());
+        }
+        match self.store.settlement_tombstones(id, all).await {
+            // A row that is not deleted is deleted after a heartbeat.
+            Ok(kinds) => self.settled(id, &kinds).await,
+            Err(error) => {
+                for (name, _) in all {
+                    let (shard, hold) = inward(*name);
+                    self.shards[shard].lock().book.tombstone_lost(hold);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives back what others need.
+    async fn recalls(&self, id: ReplicaId) {
+        loop {
+            match self.store.recalls(id).await {
+                Ok(mut listener) => {
+                    let error = loop {
+                        match listener.next().await {
+                            Ok(meter) => {
+                                let key = self.models.key_of(&meter);
+                                let mut shard = self.shard_of(key.user).lock();
+                                shard.book.recall(key, boot());
+                                drop(shard);
+                                self.due.notify_one();
+                            }
+                            Err(error) => break error,
+                        }
+                    };
+                    warn!(%error, "recalls are not heard");
+                }
+                Err(error) => warn!(%error, "recalls cannot be listened to"),
+            }
+            sleep(RETRY).await;
+        }
+    }
+
+    async fn reap(&self) {
+        let mut forgotten = Instant::now();
+        loop {
+            sleep(self.settings.heartbeat).await;
+            match self
+                .store
+                .replica_reap(self.settings.margin, REAP_BATCH)
+                .await
+            {
+                Ok(0) => {}
+                Ok(replicas) => info!(replicas, "leases of replicas that are gone came back"),
+                Err(error) => warn!(%error, "leases of the dead stay, to be tried again"),
+            }
+            if forgotten.elapsed() >= FORGET {
+                forgotten = Instant::now();
+                if let Err(error) = self.store.lease_sweep().await {
+                    warn!(%error, "leases that are empty stay, to be tried again");
+                }
+            }
+        }
+    }
+}
