@@ -60,6 +60,16 @@ impl Fixture {
         people: usize,
         password_hash: Option<&str>,
     ) -> anyhow::Result<Self> {
+        Self::start_with(program, people, password_hash, Vec::new()).await
+    }
+
+    /// [`Self::start`] with further settings of Postgres.
+    pub(crate) async fn start_with(
+        program: &Path,
+        people: usize,
+        password_hash: Option<&str>,
+        settings_of_postgres: Vec<(String, String)>,
+    ) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("toll-bench").tempdir()?;
         // Postgres may run under another account, which must get through.
         fs::set_permissions(folder.path(), Permissions::from_mode(0o711))?;
@@ -67,7 +77,7 @@ impl Fixture {
         generate_key_file(&keys, SigningAlgorithm::EdDsa, false, Utc::now())?;
         let postgres = Embedded::start(Options {
             data_dir: folder.path().join("data"),
-            settings: Vec::new(),
+            settings: settings_of_postgres,
         })
         .await?;
         let settings = [
