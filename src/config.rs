@@ -26,6 +26,7 @@ pub struct Settings {
     pub auth: AuthSettings,
     pub password: PasswordSettings,
     pub usage: UsageSettings,
+    pub quota: QuotaSettings,
     pub log: LogSettings,
     pub ops: OpsSettings,
 }
@@ -178,6 +179,22 @@ pub struct UsageSettings {
     pub retention_months: u32,
 }
 
+/// What servers hold ready of users' quota.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QuotaSettings {
+    /// A server that the database has not heard of for so long holds nothing more of what it has ready.
+    #[serde(with = "duration")]
+    pub replica_ttl: Duration,
+    /// Reservations up to this long are made without asking the database. What a server that died
+    /// had ready is unusable for as long, and `replica_ttl` at least.
+    #[serde(with = "duration")]
+    pub hold_horizon: Duration,
+    /// How long others are asked for what they do not use before anybody is refused.
+    #[serde(with = "duration")]
+    pub recall_bound: Duration,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogSettings {
@@ -241,6 +258,7 @@ impl Default for Settings {
             auth: AuthSettings::default(),
             password: PasswordSettings::default(),
             usage: UsageSettings::default(),
+            quota: QuotaSettings::default(),
             log: LogSettings::default(),
             ops: OpsSettings::default(),
         }
@@ -321,6 +339,16 @@ impl Default for UsageSettings {
             batch_events: 1000,
             queue_events: 20_000,
             retention_months: 0,
+        }
+    }
+}
+
+impl Default for QuotaSettings {
+    fn default() -> Self {
+        Self {
+            replica_ttl: Duration::from_secs(10),
+            hold_horizon: Duration::from_mins(2),
+            recall_bound: Duration::from_millis(250),
         }
     }
 }

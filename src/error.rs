@@ -3,7 +3,7 @@
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
-use crate::model::{Scope, Violation};
+use crate::model::{QuotaExceeded, Scope, Violation};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -59,6 +59,19 @@ pub enum Error {
     /// Rather than grow without bound.
     #[error("the user has {limit} live credits already, which is the most")]
     TooManyCredits { limit: u32 },
+    #[error("fewer tokens are left this month than wanted")]
+    QuotaExceeded(Box<QuotaExceeded>),
+    #[error("one request may use at most {limit} tokens")]
+    RequestTooLarge { limit: i64 },
+    #[error("more than {limit} requests a minute")]
+    RateLimited { limit: i64, retry_after: Duration },
+    /// Rather than grow without bound.
+    #[error("too many reservations are open, retry after {retry_after:?}")]
+    TooManyReservations { retry_after: Duration },
+    #[error("this is no reservation of this service")]
+    ReservationInvalid,
+    #[error("the reservation has ended")]
+    ReservationEnded,
     #[error("too much work is waiting, retry after {retry_after:?}")]
     Overloaded { retry_after: Duration },
     #[error("the database is unavailable")]

@@ -34,6 +34,9 @@ use crate::{
     usage::{TiersError, Usage, load_tiers},
 };
 
+/// How long the first call waits for the database to be heard of.
+const FIRST_WORDS: Duration = Duration::from_secs(2);
+
 /// How long the answers to calls that were cut may take to leave.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -117,7 +120,14 @@ impl Server {
             &settings.password,
         )?;
         let threads = config::or_cores(settings.server.threads);
-        let usage = Usage::new(store.clone(), tiers, &settings.usage, threads)?;
+        let usage = Usage::new(
+            store.clone(),
+            tiers,
+            &settings.usage,
+            &settings.quota,
+            master_key.mac_key("reservation/v1"),
+            threads,
+        )?;
         match usage.missing_tiers().await {
             Ok(missing) if missing.is_empty() => {}
             Ok(missing) => error!(
@@ -250,9 +260,17 @@ impl Server {
         ));
         let mut background = JoinSet::new();
         background.spawn(upkeep.run());
-        background.spawn(tasks::change_feed(store.clone(), auth.clone()));
+        background.spawn(tasks::change_feed(
+            store.clone(),
+            auth.clone(),
+            usage.clone(),
+        ));
+        background.spawn(usage.clone().keep());
         background.spawn(tasks::api_key_uses(auth.clone()));
 
+        if timeout(FIRST_WORDS, usage.ready()).await.is_err() {
+            warn!("the database does not answer: no quota can be held yet");
+        }
         let fault = tokio::select! {
             gone = workers.accept(&listener) => gone.err().map(ServerError::from),
             // Tasks run until they are dropped: one that ends has panicked.

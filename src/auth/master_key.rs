@@ -10,7 +10,7 @@ impl MasterKey {
     }
 
     /// A key for `purpose` alone: what leaks there tells nothing elsewhere.
-    pub(super) fn mac_key(&self, purpose: &str) -> hmac::Key {
+    pub fn mac_key(&self, purpose: &str) -> hmac::Key {
         self.0
             .expand(&[purpose.as_bytes()], hmac::HMAC_SHA256)
             .expect("one block is within the limit of the expansion")

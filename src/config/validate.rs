@@ -61,6 +61,9 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.max_stale: auth.staleness_bound, day;
         auth.api_key_max_ttl: hour, 4000 * day;
         password.queue_timeout: tick, minute;
+        quota.replica_ttl: second, 5 * minute;
+        quota.hold_horizon: second, hour;
+        quota.recall_bound: tick, 10 * second;
     }
     for (key, value) in [
         ("auth.issuer", &auth.issuer),

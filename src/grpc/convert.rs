@@ -177,7 +177,7 @@ pub(super) fn usage_event(
     })
 }
 
-fn token_counts(
+pub(super) fn token_counts(
     fields: &mut Fields,
     field: &str,
     counts: Option<usage::v1::TokenCounts>,
@@ -221,7 +221,7 @@ fn request_id(text: String) -> std::result::Result<String, Violation> {
     }
 }
 
-fn labels(labels: Labels) -> std::result::Result<Labels, Violation> {
+pub(super) fn labels(labels: Labels) -> std::result::Result<Labels, Violation> {
     let fits = |(key, value): (&String, &String)| {
         (1..=64).contains(&key.len())
             && value.len() <= 256

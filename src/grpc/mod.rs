@@ -17,6 +17,7 @@ mod quota;
 mod reading;
 mod recording;
 mod request_id;
+mod reservation;
 mod status;
 mod usage;
 mod watch;

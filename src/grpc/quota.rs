@@ -6,8 +6,8 @@ use prost_types::Timestamp;
 use super::convert::{Fields, time, timestamp};
 use crate::{
     model::{
-        BaseSource, CreditGrant, MonthlyOverride, NewCredit, QuotaStanding, TierLimits, UserId,
-        Violation,
+        BaseSource, CreditGrant, MonthlyOverride, NewCredit, QuotaStanding, QuotaState, TierLimits,
+        UserId, Violation,
     },
     proto::tollkeeper::{
         admin::v1::{self as admin, set_quota_override_request::Limit},
@@ -105,19 +105,24 @@ fn expiry(
     }
 }
 
+impl From<QuotaState> for usage::Quota {
+    fn from(state: QuotaState) -> Self {
+        Self {
+            month: state.period.to_string(),
+            limit_tokens: state.limit.unwrap_or_default(),
+            unlimited: state.limit.is_none(),
+            used_tokens: state.used,
+            remaining_tokens: state.remaining.unwrap_or_default(),
+            resets_at: Some(time(state.period.end())),
+            tier: state.tier.into_string(),
+            held_tokens: state.held,
+        }
+    }
+}
+
 impl From<&QuotaStanding> for usage::Quota {
     fn from(standing: &QuotaStanding) -> Self {
-        let limit = standing.limit.tokens;
-        Self {
-            month: standing.facts.period.to_string(),
-            limit_tokens: limit.unwrap_or_default(),
-            unlimited: limit.is_none(),
-            used_tokens: standing.facts.used,
-            remaining_tokens: standing.remaining_tokens().unwrap_or_default(),
-            resets_at: Some(time(standing.facts.period.end())),
-            tier: standing.facts.tier.to_string(),
-            held_tokens: 0,
-        }
+        standing.state().into()
     }
 }
 

@@ -2,12 +2,14 @@
 
 use std::{collections::HashMap, time::Duration};
 
+use chrono::{SecondsFormat, Utc};
 use http::{Response, StatusCode};
 use tonic::{Code, Status, body::Body};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
     error::{Error, Fault},
+    model::QuotaExceeded,
     proto::tollkeeper::error::v1::ErrorReason,
 };
 
@@ -76,6 +78,30 @@ impl From<Error> for Status {
                 let details = info(Reason::TooManyCredits, [("limit", &*limit.to_string())]);
                 Self::with_error_details(Code::FailedPrecondition, message, details)
             }
+            Error::QuotaExceeded(exceeded) => {
+                Self::with_error_details(Code::ResourceExhausted, message, quota(&exceeded))
+            }
+            Error::RequestTooLarge { limit } => {
+                let limit = limit.to_string();
+                let details = info(Reason::RequestTooLarge, [("limit_tokens", &*limit)]);
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
+            Error::RateLimited { limit, retry_after } => {
+                let mut details = info(Reason::RateLimited, [("limit", &*limit.to_string())]);
+                details.set_retry_info(Some(retry_after));
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
+            Error::TooManyReservations { retry_after } => {
+                let mut details = info(Reason::TooManyReservations, []);
+                details.set_retry_info(Some(retry_after));
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
+            Error::ReservationInvalid => {
+                status(Code::InvalidArgument, Reason::ReservationInvalid, message)
+            }
+            Error::ReservationEnded => {
+                status(Code::FailedPrecondition, Reason::ReservationEnded, message)
+            }
             Error::Overloaded { retry_after } => {
                 let mut details = info(Reason::Overloaded, []);
                 details.set_retry_info(Some(retry_after));
@@ -93,6 +119,43 @@ impl From<Error> for Status {
             }
         }
     }
+}
+
+/// Which limit of whom is exceeded, how it stands, and when it starts anew.
+fn quota(exceeded: &QuotaExceeded) -> ErrorDetails {
+    let QuotaExceeded {
+        user_id,
+        model,
+        quota,
+    } = exceeded;
+    let resets_at = quota.period.end();
+    let texts = [
+        ("month", quota.period.to_string()),
+        ("limit_tokens", quota.limit.unwrap_or_default().to_string()),
+        ("used_tokens", quota.used.to_string()),
+        ("held_tokens", quota.held.to_string()),
+        (
+            "remaining_tokens",
+            quota.remaining.unwrap_or_default().to_string(),
+        ),
+        (
+            "resets_at",
+            resets_at.to_rfc3339_opts(SecondsFormat::Secs, true),
+        ),
+    ];
+    let of_model = model.iter().map(|model| ("model", model.to_string()));
+    let metadata = texts.into_iter().chain(of_model);
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+    let metadata: HashMap<_, _> = metadata.collect();
+    let reason = short_name(ErrorReason::QuotaExceeded);
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
+    let what = model.as_ref().map(|model| format!(" of {model}"));
+    details.add_quota_failure_violation(
+        format!("user:{user_id}"),
+        format!("monthly tokens{}", what.unwrap_or_default()),
+    );
+    details.set_retry_info((resets_at - Utc::now()).to_std().ok());
+    details
 }
 
 fn reason_of(fault: Fault) -> ErrorReason {

@@ -4,18 +4,20 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     access::{Caller, bearer},
     convert::{self, Fields, only},
-    quota, reading, recording,
+    quota, reading, recording, reservation,
 };
 use crate::{
     auth::Auth,
     model::{Period, UserId},
     proto::tollkeeper::usage::v1::{
         BatchRecordUsageRequest, BatchRecordUsageResponse, CheckQuotaRequest, CheckQuotaResponse,
-        ExportUsageRequest, GetMonthlyUsageRequest, GetMonthlyUsageResponse, GetQuotaRequest,
-        GetQuotaResponse, ListTiersRequest, ListTiersResponse, ListUsageRecordsRequest,
-        ListUsageRecordsResponse, QueryUsageRequest, QueryUsageResponse, RecordUsageRequest,
-        RecordUsageResponse, StreamUsageRequest, check_quota_response,
-        usage_service_server::UsageService,
+        CommitReservationRequest, CommitReservationResponse, ExportUsageRequest,
+        ExtendReservationRequest, ExtendReservationResponse, GetMonthlyUsageRequest,
+        GetMonthlyUsageResponse, GetQuotaRequest, GetQuotaResponse, ListTiersRequest,
+        ListTiersResponse, ListUsageRecordsRequest, ListUsageRecordsResponse, QueryUsageRequest,
+        QueryUsageResponse, RecordUsageRequest, RecordUsageResponse, ReleaseReservationRequest,
+        ReleaseReservationResponse, ReserveQuotaRequest, ReserveQuotaResponse, StreamUsageRequest,
+        check_quota_response, usage_service_server::UsageService,
     },
     usage::{Decision, Usage, WhenFull},
 };
@@ -99,6 +101,51 @@ impl UsageService for Handler {
             decision: decision.into(),
             quota: Some((&quota).into()),
         }))
+    }
+
+    async fn reserve_quota(
+        &self,
+        request: Request<ReserveQuotaRequest>,
+    ) -> Result<Response<ReserveQuotaResponse>, Status> {
+        let (user_id, wish) = only(|fields| reservation::request(fields, request.get_ref()))?;
+        let user = self.auth.user_standing(user_id).await?;
+        let reserved = self.usage.reserve(&user, &wish).await?;
+        Ok(Response::new(reserved.into()))
+    }
+
+    async fn extend_reservation(
+        &self,
+        request: Request<ExtendReservationRequest>,
+    ) -> Result<Response<ExtendReservationResponse>, Status> {
+        let message = request.get_ref();
+        let lifetime =
+            only(|fields| fields.take("lifetime", reservation::lifetime(message.lifetime)))?;
+        let user = async |user_id| self.auth.user_standing(user_id).await;
+        let extended = self.usage.extend(&message.reservation, user, lifetime);
+        let (reservation, expires_at) = extended.await?;
+        Ok(Response::new(ExtendReservationResponse {
+            reservation,
+            expires_at: Some(convert::time(expires_at)),
+        }))
+    }
+
+    async fn commit_reservation(
+        &self,
+        request: Request<CommitReservationRequest>,
+    ) -> Result<Response<CommitReservationResponse>, Status> {
+        let (handle, tokens, labels) =
+            only(|fields| reservation::used(fields, request.into_inner()))?;
+        let (committed, event_id) = self.usage.commit(&handle, tokens, labels).await?;
+        let event_id = event_id.to_string();
+        Ok(Response::new(reservation::committed(committed, event_id)))
+    }
+
+    async fn release_reservation(
+        &self,
+        request: Request<ReleaseReservationRequest>,
+    ) -> Result<Response<ReleaseReservationResponse>, Status> {
+        self.usage.release(&request.get_ref().reservation).await?;
+        Ok(Response::new(ReleaseReservationResponse {}))
     }
 
     async fn get_quota(

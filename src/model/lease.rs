@@ -1,7 +1,7 @@
 //! What leases and holds are, and what is decided about them while the meter's balance is locked. Pure:
 //! the transaction decides with it from what it has read.
 
-use super::{ModelName, Period, UserId};
+use super::{ModelName, Period, ReplicaId, UserId};
 
 /// A number of tokens. Never negative where it stands for a right.
 pub type Tokens = i64;
@@ -18,6 +18,14 @@ pub struct MeterName {
 /// Names a hold of its replica; together with the replica's id it names it everywhere, for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HoldId(pub u64);
+
+/// A hold, named for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HoldName {
+    /// From whose leases it was taken.
+    pub owner: ReplicaId,
+    pub hold: HoldId,
+}
 
 /// Why a hold ended without a commit here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

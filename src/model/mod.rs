@@ -31,26 +31,28 @@ pub use ids::{
     SessionId, UserId,
 };
 pub use lease::{
-    Answer, Balance, Carried, Ending, HoldId, Kind, LeaseRow, MeterName, Operation, ReplicaRow,
-    Tokens, operate,
+    Answer, Balance, Carried, Ending, HoldId, HoldName, Kind, LeaseRow, MeterName, Operation,
+    ReplicaRow, Tokens, operate,
 };
 pub use limit::{
     BaseSource, ClosedCredit, Credit, CreditShare, EffectiveLimit, LimitFacts, MonthlyOverride,
     PastMonth,
 };
 pub use names::{
-    ApiKeyName, Email, FullName, Identifier, ModelName, ServiceName, TierName, Username,
+    ApiKeyName, Email, FullName, Identifier, ModelName, RequestId, ServiceName, TierName, Username,
 };
 pub use page::{Cursor, Page, PageRequest};
 pub use period::Period;
-pub use quota::{CreditGrant, NewCredit, OnOutage, QuotaStanding, TierLimits, Tiers};
+pub use quota::{
+    CreditGrant, NewCredit, OnOutage, QuotaExceeded, QuotaStanding, QuotaState, TierLimits, Tiers,
+};
 pub use revision::{MinFreshness, Revision};
 pub use scope::{Scope, ScopeSet};
 pub use service_account::{KeyOverlap, ServiceAccount};
 pub use session::{RefreshRefusal, RefreshStep, Session, SessionStanding};
 pub use usage::{
-    Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent, UsageRecord,
-    UsageTotals,
+    Booking, BookingOrigin, Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent,
+    UsageRecord, UsageTotals,
 };
 pub use usage_reads::{
     Interval, ReportBy, ReportLine, TimeRange, UsageCell, UsageCells, UsageFilter, UsageGroup,

@@ -74,7 +74,12 @@ name!(
 name!(
     /// The name of a language model: 1 to 128 visible ASCII characters.
     ModelName,
-    check_model_name
+    check_visible
+);
+name!(
+    /// A client's id for a request that will use tokens: 1 to 128 visible ASCII characters.
+    RequestId,
+    check_visible
 );
 
 /// By what a person logs in.
@@ -183,7 +188,7 @@ fn check_tier_name(text: &str) -> Result<(), Violation> {
     }
 }
 
-fn check_model_name(text: &str) -> Result<(), Violation> {
+fn check_visible(text: &str) -> Result<(), Violation> {
     if (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
         Ok(())
     } else {

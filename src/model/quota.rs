@@ -2,7 +2,9 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 
-use super::{CreditId, EffectiveLimit, GrantRequestId, LimitFacts, ModelName, TierName, UserId};
+use super::{
+    CreditId, EffectiveLimit, GrantRequestId, LimitFacts, ModelName, Period, TierName, UserId,
+};
 
 /// The tiers users can be in, in the order configured. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +72,18 @@ pub struct QuotaStanding {
 }
 
 impl QuotaStanding {
+    /// As people are told of it.
+    pub fn state(&self) -> QuotaState {
+        QuotaState {
+            period: self.facts.period,
+            tier: self.facts.tier.clone(),
+            limit: self.limit.tokens,
+            used: self.facts.used,
+            held: 0,
+            remaining: self.remaining_tokens(),
+        }
+    }
+
     pub fn new(facts: LimitFacts, tiers: &Tiers) -> Self {
         let limits = tiers.limits_of(&facts.tier);
         Self {
@@ -98,6 +112,29 @@ impl QuotaStanding {
     pub fn used_of_model(&self, model: &ModelName) -> i64 {
         self.facts.used_by_model.get(model).copied().unwrap_or(0)
     }
+}
+
+/// How a month's limit of all models, or of one, stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuotaState {
+    pub period: Period,
+    pub tier: TierName,
+    /// `None`: unlimited.
+    pub limit: Option<i64>,
+    pub used: i64,
+    /// Held by reservations, and kept ready for the next ones.
+    pub held: i64,
+    /// Never below zero; `None`: unlimited.
+    pub remaining: Option<i64>,
+}
+
+/// Fewer tokens are left than wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuotaExceeded {
+    pub user_id: UserId,
+    /// The one that is short; `None`: all together.
+    pub model: Option<ModelName>,
+    pub quota: QuotaState,
 }
 
 fn left(limit: Option<i64>, used: i64) -> Option<i64> {

@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, iter::Sum, ops::AddAssign};
 
 use chrono::{DateTime, Utc};
 
-use super::{Cursor, EventId, ModelName, Period, UserId};
+use super::{Cursor, EventId, HoldName, ModelName, Period, UserId};
 
 /// One use of a model, as the client reports it. Immutable once recorded.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +22,60 @@ impl UsageEvent {
     /// The month it is charged to.
     pub fn period(&self) -> Period {
         Period::containing(self.occurred_at)
+    }
+}
+
+/// An event to book.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Booking {
+    pub event: UsageEvent,
+    pub origin: BookingOrigin,
+}
+
+/// Where an event to book comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BookingOrigin {
+    Client,
+    /// The commit of a reservation. A request that reserved twice has two times of reservation, and is
+    /// booked once, whichever is committed. `settles` is the hold, unless it is this replica's own:
+    /// its owner is told, in the same statement.
+    Commit {
+        settles: Option<HoldName>,
+    },
+}
+
+impl Booking {
+    /// Whether what is booked under the same key is this: a replay, then, and no conflict.
+    pub fn is_booked_as(&self, booked: &UsageEvent) -> bool {
+        match self.origin {
+            BookingOrigin::Client => self.event == *booked,
+            BookingOrigin::Commit { .. } => {
+                let occurred_at = self.event.occurred_at;
+                let booked = booked.clone();
+                self.event
+                    == UsageEvent {
+                        occurred_at,
+                        ..booked
+                    }
+            }
+        }
+    }
+
+    /// The hold of another replica that it settles.
+    pub fn settles(&self) -> Option<HoldName> {
+        match self.origin {
+            BookingOrigin::Client => None,
+            BookingOrigin::Commit { settles } => settles,
+        }
+    }
+}
+
+impl From<UsageEvent> for Booking {
+    fn from(event: UsageEvent) -> Self {
+        Self {
+            event,
+            origin: BookingOrigin::Client,
+        }
     }
 }
 

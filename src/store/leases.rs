@@ -12,7 +12,7 @@ use diesel::{
     pg::Pg,
     prelude::*,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
-    sql_types::{Array, BigInt, Text, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Bool, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
@@ -23,8 +23,9 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        Answer, Balance, Carried, EffectiveLimit, Ending, HoldId, Kind, LeaseRow, LimitFacts,
-        MeterName, Operation, Period, ReplicaId, Tiers, Tokens, UserId, operate,
+        Answer, Balance, Carried, EffectiveLimit, Ending, EventId, HoldId, HoldName, Kind,
+        LeaseRow, LimitFacts, MeterName, Operation, Period, ReplicaId, Tiers, Tokens, UserId,
+        operate,
     },
 };
 
@@ -213,6 +214,37 @@ impl Store {
             .filter(quota_settlements::hold_id.eq_any(holds));
         diesel::delete(of_replica).execute(&mut conn).await?;
         Ok(())
+    }
+
+    /// Releases a hold of any replica, unless the event that its commit books is there. Answers whether
+    /// it ended without a commit: now, or before.
+    ///
+    /// # Errors
+    /// `Unavailable`: perhaps it is released; it is safe to repeat
+    pub async fn hold_release(
+        &self,
+        name: HoldName,
+        period: Period,
+        user_id: UserId,
+        event_id: EventId,
+    ) -> Result<bool> {
+        let mut conn = self.conn().await?;
+        let event = || EventKey {
+            month: period.to_string(),
+            user: user_id.0,
+            event: event_id.0,
+        };
+        let release = Release {
+            replica: name.owner.0,
+            hold: name.hold.0.cast_signed(),
+            event: event(),
+        };
+        if release.execute(&mut conn).await? == 1 {
+            return Ok(true);
+        }
+        // A statement of its own: it sees what the insert stumbled over.
+        let booked: bool = IsBooked(event()).get_result(&mut conn).await?;
+        Ok(!booked)
     }
 
     /// Takes the leases of replicas away that are over since `margin`, and those that whoever began it
@@ -460,6 +492,8 @@ prepared! {
     WriteLeases => () = Self;
     Bases => () = Self;
     InsertTombstones => () = Self;
+    Release => () = Self;
+    IsBooked => Bool = Self;
     Condemn => () = Self;
     Dead => SqlUuid = Self;
     LeasesOf => (SqlUuid, Text, Text) = Self;
@@ -680,6 +714,54 @@ impl QueryFragment<Pg> for InsertTombstones {
         out.push_bind_param::<Array<Text>, _>(&self.kinds)?;
         out.push_sql(") AS t (hold_id, kind) ORDER BY hold_id ON CONFLICT DO NOTHING");
         Ok(())
+    }
+}
+
+/// The usage event that a commit books.
+struct EventKey {
+    month: String,
+    user: Uuid,
+    event: Uuid,
+}
+
+impl EventKey {
+    fn walk<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("EXISTS (SELECT FROM usage_records WHERE usage_month = ");
+        out.push_bind_param::<Text, _>(&self.month)?;
+        out.push_sql(" AND user_id = ");
+        out.push_bind_param::<SqlUuid, _>(&self.user)?;
+        out.push_sql(" AND event_id = ");
+        out.push_bind_param::<SqlUuid, _>(&self.event)?;
+        out.push_sql(")");
+        Ok(())
+    }
+}
+
+struct Release {
+    replica: Uuid,
+    hold: i64,
+    event: EventKey,
+}
+
+impl QueryFragment<Pg> for Release {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("INSERT INTO quota_settlements (replica_id, hold_id, kind, tokens) SELECT ");
+        out.push_bind_param::<SqlUuid, _>(&self.replica)?;
+        out.push_sql(", ");
+        out.push_bind_param::<BigInt, _>(&self.hold)?;
+        out.push_sql(", 'released', 0 WHERE NOT ");
+        self.event.walk(&mut out)?;
+        out.push_sql(" ON CONFLICT DO NOTHING");
+        Ok(())
+    }
+}
+
+struct IsBooked(EventKey);
+
+impl QueryFragment<Pg> for IsBooked {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("SELECT ");
+        self.0.walk(&mut out)
     }
 }
 

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{Store, usage::UsageRow};
 use crate::{
     error::{Error, Result},
-    model::{Period, UsageEvent, UsageRecord},
+    model::{Booking, Period, UsageEvent, UsageRecord},
 };
 
 /// What became of an event.
@@ -45,15 +45,16 @@ impl Store {
     /// Books events, each with the sums of its month, and says what became of each, in their order.
     ///
     /// All that are recorded are durable when it returns, in one transaction. Any number of calls
-    /// with one event count once; events that are in `events` twice as well.
+    /// with one event count once; events that are in `bookings` twice as well. The owners of holds
+    /// that are settled are told in the same transaction.
     ///
     /// # Errors
     /// `Unavailable`: perhaps all are booked, perhaps none; it is safe to repeat · `TotalOutOfRange`,
     /// `Internal`: none is
-    pub async fn usage_insert(&self, events: &[&UsageEvent]) -> Result<Vec<UsageInsert>> {
+    pub async fn usage_insert(&self, bookings: &[&Booking]) -> Result<Vec<UsageInsert>> {
         let mut conn = self.conn().await?;
         let within = self.statement_timeout + SILENCE;
-        let Ok(inserted) = timeout(within, insert(events, &mut conn)).await else {
+        let Ok(inserted) = timeout(within, insert(bookings, &mut conn)).await else {
             conn.give_up();
             // They are likely to be no better.
             self.pool.retain(|_, _| false);
@@ -76,19 +77,28 @@ fn is_overflow(cause: &(dyn std::error::Error + 'static)) -> bool {
     )
 }
 
-async fn insert(events: &[&UsageEvent], conn: &mut AsyncPgConnection) -> Result<Vec<UsageInsert>> {
-    let keys: Vec<Key> = events.iter().map(|event| key_of(event)).collect();
-    let mut order: Vec<usize> = (0..events.len()).collect();
+async fn insert(bookings: &[&Booking], conn: &mut AsyncPgConnection) -> Result<Vec<UsageInsert>> {
+    let keys: Vec<Key> = bookings.iter().map(|one| key_of(&one.event)).collect();
+    let mut order: Vec<usize> = (0..bookings.len()).collect();
     // Stable: of events with one key the first one counts.
     order.sort_by(|&a, &b| keys[a].cmp(&keys[b]));
     order.dedup_by(|&mut later, &mut first| keys[later] == keys[first]);
-    let firsts: Vec<&UsageEvent> = order.iter().map(|&index| events[index]).collect();
+    let firsts: Vec<&UsageEvent> = order.iter().map(|&index| &bookings[index].event).collect();
+    let settlements = Settlements::of(bookings);
     let known: Vec<i64> = match firsts[..] {
+        _ if !settlements.is_empty() => {
+            let events = InsertEvents::new(&firsts);
+            let insert = InsertAndSettle {
+                events,
+                settlements,
+            };
+            insert.load(conn).await?
+        }
         [event] => InsertEvent::new(event).load(conn).await?,
         _ => InsertEvents::new(&firsts).load(conn).await?,
     };
-    if known.is_empty() && firsts.len() == events.len() {
-        return Ok(vec![UsageInsert::Recorded; events.len()]);
+    if known.is_empty() && firsts.len() == bookings.len() {
+        return Ok(vec![UsageInsert::Recorded; bookings.len()]);
     }
     let known: Vec<&UsageEvent> = known
         .into_iter()
@@ -106,7 +116,7 @@ async fn insert(events: &[&UsageEvent], conn: &mut AsyncPgConnection) -> Result<
     let known_keys: HashSet<Key> = known.iter().map(|event| key_of(event)).collect();
     let firsts: HashMap<&Key, usize> = order.iter().map(|&index| (&keys[index], index)).collect();
     let outcome = |index: usize| {
-        let (event, key) = (events[index], &keys[index]);
+        let (booking, key) = (bookings[index], &keys[index]);
         let first = firsts[key];
         let is_known = known_keys.contains(key);
         if !is_known && first == index {
@@ -114,15 +124,15 @@ async fn insert(events: &[&UsageEvent], conn: &mut AsyncPgConnection) -> Result<
         }
         let before = match is_known {
             true => booked.get(key),
-            false => Some(events[first]),
+            false => Some(&bookings[first].event),
         };
-        if before == Some(event) {
+        if before.is_some_and(|before| booking.is_booked_as(before)) {
             UsageInsert::Duplicate
         } else {
             UsageInsert::Conflict
         }
     };
-    Ok((0..events.len()).map(outcome).collect())
+    Ok((0..bookings.len()).map(outcome).collect())
 }
 
 /// The events that are booked under the keys of `events`.
@@ -260,31 +270,35 @@ impl InsertEvents {
 
 impl QueryFragment<Pg> for InsertEvents {
     fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        walk_insert(out, &MANY, |out| {
-            out.push_bind_param::<Array<Text>, _>(&self.months)?;
-            for ids in [&self.user_ids, &self.event_ids] {
-                out.push_sql(", ");
-                out.push_bind_param::<Array<SqlUuid>, _>(ids)?;
-            }
+        walk_insert(out, &MANY, |out| self.bind(out), |_| Ok(()))
+    }
+}
+
+impl InsertEvents {
+    fn bind<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_bind_param::<Array<Text>, _>(&self.months)?;
+        for ids in [&self.user_ids, &self.event_ids] {
             out.push_sql(", ");
-            out.push_bind_param::<Array<Timestamptz>, _>(&self.occurred_at)?;
+            out.push_bind_param::<Array<SqlUuid>, _>(ids)?;
+        }
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Timestamptz>, _>(&self.occurred_at)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Text>, _>(&self.models)?;
+        for counts in [
+            &self.input,
+            &self.output,
+            &self.cached_input,
+            &self.cache_write,
+            &self.reasoning,
+        ] {
             out.push_sql(", ");
-            out.push_bind_param::<Array<Text>, _>(&self.models)?;
-            for counts in [
-                &self.input,
-                &self.output,
-                &self.cached_input,
-                &self.cache_write,
-                &self.reasoning,
-            ] {
-                out.push_sql(", ");
-                out.push_bind_param::<Array<BigInt>, _>(counts)?;
-            }
-            out.push_sql(", ");
-            out.push_bind_param::<Array<Text>, _>(&self.request_ids)?;
-            out.push_sql(", ");
-            out.push_bind_param::<Array<Jsonb>, _>(&self.labels)
-        })
+            out.push_bind_param::<Array<BigInt>, _>(counts)?;
+        }
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Text>, _>(&self.request_ids)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Jsonb>, _>(&self.labels)
     }
 }
 
@@ -308,31 +322,36 @@ impl InsertEvent {
 impl QueryFragment<Pg> for InsertEvent {
     fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         let event = &self.event;
-        walk_insert(out, &ONE, |out| {
-            out.push_bind_param::<Text, _>(&self.month)?;
-            for id in [&event.user_id.0, &event.event_id.0] {
+        walk_insert(
+            out,
+            &ONE,
+            |out| {
+                out.push_bind_param::<Text, _>(&self.month)?;
+                for id in [&event.user_id.0, &event.event_id.0] {
+                    out.push_sql(", ");
+                    out.push_bind_param::<SqlUuid, _>(id)?;
+                }
                 out.push_sql(", ");
-                out.push_bind_param::<SqlUuid, _>(id)?;
-            }
-            out.push_sql(", ");
-            out.push_bind_param::<Timestamptz, _>(&event.occurred_at)?;
-            out.push_sql(", ");
-            out.push_bind_param::<Text, _>(event.model.as_str())?;
-            for count in [
-                &event.tokens.input,
-                &event.tokens.output,
-                &event.tokens.cached_input,
-                &event.tokens.cache_write,
-                &event.tokens.reasoning,
-            ] {
+                out.push_bind_param::<Timestamptz, _>(&event.occurred_at)?;
                 out.push_sql(", ");
-                out.push_bind_param::<BigInt, _>(count)?;
-            }
-            out.push_sql(", ");
-            out.push_bind_param::<Text, _>(&event.request_id)?;
-            out.push_sql(", ");
-            out.push_bind_param::<Jsonb, _>(&self.labels)
-        })
+                out.push_bind_param::<Text, _>(event.model.as_str())?;
+                for count in [
+                    &event.tokens.input,
+                    &event.tokens.output,
+                    &event.tokens.cached_input,
+                    &event.tokens.cache_write,
+                    &event.tokens.reasoning,
+                ] {
+                    out.push_sql(", ");
+                    out.push_bind_param::<BigInt, _>(count)?;
+                }
+                out.push_sql(", ");
+                out.push_bind_param::<Text, _>(&event.request_id)?;
+                out.push_sql(", ");
+                out.push_bind_param::<Jsonb, _>(&self.labels)
+            },
+            |_| Ok(()),
+        )
     }
 }
 
@@ -386,6 +405,7 @@ fn walk_insert<'b>(
     mut out: AstPass<'_, 'b, Pg>,
     shape: &Shape,
     bind: impl FnOnce(&mut AstPass<'_, 'b, Pg>) -> QueryResult<()>,
+    settle: impl FnOnce(&mut AstPass<'_, 'b, Pg>) -> QueryResult<()>,
 ) -> QueryResult<()> {
     out.push_sql(
         "WITH new AS (
@@ -419,9 +439,10 @@ fn walk_insert<'b>(
                     cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
                     reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
                     request_count = m.request_count + EXCLUDED.request_count
-            )
-            ",
+            )",
     );
+    settle(&mut out)?;
+    out.push_sql("\n            ");
     out.push_sql(shape.known);
     Ok(())
 }
@@ -432,5 +453,92 @@ impl QueryId for InsertEvents {
 }
 
 impl Query for InsertEvents {
+    type SqlType = BigInt;
+}
+
+/// Holds of other replicas that events settle, by their names.
+#[derive(Default)]
+struct Settlements {
+    owners: Vec<Uuid>,
+    holds: Vec<i64>,
+    months: Vec<String>,
+    user_ids: Vec<Uuid>,
+    event_ids: Vec<Uuid>,
+}
+
+impl Settlements {
+    fn of(bookings: &[&Booking]) -> Self {
+        let mut all = Self::default();
+        for booking in bookings {
+            let Some(name) = booking.settles() else {
+                continue;
+            };
+            let (month, user_id, event_id) = key_of(&booking.event);
+            all.owners.push(name.owner.0);
+            all.holds.push(name.hold.0.cast_signed());
+            all.months.push(month.to_string());
+            all.user_ids.push(user_id);
+            all.event_ids.push(event_id);
+        }
+        all
+    }
+
+    fn is_empty(&self) -> bool {
+        self.holds.is_empty()
+    }
+
+    fn walk<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            ", settled AS (
+                INSERT INTO quota_settlements (replica_id, hold_id, kind, tokens)
+                SELECT s.replica_id, s.hold_id, 'committed', coalesce(new.input_tokens
+                    + new.output_tokens + new.cached_input_tokens + new.cache_write_tokens
+                    + new.reasoning_tokens, 0)
+                FROM unnest(",
+        );
+        out.push_bind_param::<Array<SqlUuid>, _>(&self.owners)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Array<BigInt>, _>(&self.holds)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Text>, _>(&self.months)?;
+        for ids in [&self.user_ids, &self.event_ids] {
+            out.push_sql(", ");
+            out.push_bind_param::<Array<SqlUuid>, _>(ids)?;
+        }
+        out.push_sql(
+            ") AS s (replica_id, hold_id, usage_month, user_id, event_id)
+                LEFT JOIN new USING (usage_month, user_id, event_id)
+                ORDER BY 1, 2
+                ON CONFLICT DO NOTHING
+            )",
+        );
+        Ok(())
+    }
+}
+
+/// As [`InsertEvents`], and tells the owners of holds what was charged.
+struct InsertAndSettle {
+    events: InsertEvents,
+    settlements: Settlements,
+}
+
+impl QueryFragment<Pg> for InsertAndSettle {
+    fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        let (events, settlements) = (&self.events, &self.settlements);
+        walk_insert(
+            out,
+            &MANY,
+            |out| events.bind(out),
+            |out| settlements.walk(out),
+        )
+    }
+}
+
+impl QueryId for InsertAndSettle {
+    type QueryId = Self;
+    const HAS_STATIC_QUERY_ID: bool = true;
+}
+
+impl Query for InsertAndSettle {
     type SqlType = BigInt;
 }

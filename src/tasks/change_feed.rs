@@ -8,7 +8,9 @@ use tracing::{info, warn};
 use crate::{
     auth::{Auth, BootTime},
     error::{Error, Result},
+    model::Change,
     store::{ChangeListener, Notification, Store},
+    usage::Usage,
 };
 
 /// Heartbeats within the staleness bound: some may be late without an effect.
@@ -22,15 +24,16 @@ const MAX_RETRY: Duration = Duration::from_secs(2);
 ///
 /// After every connect everything known is doubted, for changes may have been missed. A connection
 /// that is silent beyond the staleness bound counts as lost: its end may never be told.
-pub async fn change_feed(store: Store, auth: Auth) {
+pub async fn change_feed(store: Store, auth: Auth, usage: Usage) {
     let mut retry = RETRY;
     loop {
         match store.changes().await {
             Ok(listener) => {
                 auth.doubt();
+                usage.apply(Change::All);
                 info!("listening for changes");
                 retry = RETRY;
-                let error = follow(listener, &auth).await;
+                let error = follow(listener, &auth, &usage).await;
                 warn!(%error, "the change feed was lost");
             }
             Err(error) => warn!(%error, "the change feed cannot be reached"),
@@ -41,7 +44,7 @@ pub async fn change_feed(store: Store, auth: Auth) {
 }
 
 /// Applies changes until the connection is lost; returns why.
-async fn follow(mut listener: ChangeListener, auth: &Auth) -> Error {
+async fn follow(mut listener: ChangeListener, auth: &Auth, usage: &Usage) -> Error {
     let bound = auth.freshness().staleness_bound();
     let mut beats = interval(bound / BEATS_PER_BOUND);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -58,7 +61,10 @@ async fn follow(mut listener: ChangeListener, auth: &Auth) -> Error {
             }
         };
         match step {
-            Ok(Some(Notification::Changed(change))) => auth.apply(change),
+            Ok(Some(Notification::Changed(change))) => {
+                auth.apply(change);
+                usage.apply(change);
+            }
             Ok(Some(Notification::Heartbeat(number, revision))) => {
                 if let Some(sent_at) = sent.remove(&number) {
                     auth.heard_up_to(revision, sent_at);

@@ -11,8 +11,8 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        MonthlyUsage, Page, PageRequest, Period, UsageCursor, UsageEvent, UsageFilter, UsageRecord,
-        UserId, Violation,
+        Booking, MonthlyUsage, Page, PageRequest, Period, UsageCursor, UsageEvent, UsageFilter,
+        UsageRecord, UserId, Violation,
     },
     store::UsageInsert,
 };
@@ -41,8 +41,14 @@ impl Usage {
     /// # Errors
     /// `EventConflict` · `TotalOutOfRange` · `Overloaded` · `Unavailable` · `Internal`
     pub async fn record(&self, event: UsageEvent) -> Result<Recorded> {
-        let booked = self.record_all(vec![event], WhenFull::Refuse).await?.pop();
-        booked.ok_or_else(|| Error::internal("an event was left out"))?
+        self.book(event.into()).await
+    }
+
+    /// [`Usage::record`], of whatever origin.
+    pub(super) async fn book(&self, booking: Booking) -> Result<Recorded> {
+        let booked = self.writers.insert(vec![booking], WhenFull::Refuse);
+        let booked = booked.await?.pop();
+        settled(booked.ok_or_else(|| Error::internal("an event was left out"))?)?
     }
 
     /// Books events as [`Usage::record`] does, and says what became of each, in their order.
@@ -59,7 +65,8 @@ impl Usage {
         if events.is_empty() {
             return Ok(Vec::new());
         }
-        let booked = self.writers.insert(events, when_full).await?;
+        let bookings = events.into_iter().map(Booking::from).collect();
+        let booked = self.writers.insert(bookings, when_full).await?;
         booked.into_iter().map(settled).collect()
     }
 
@@ -86,7 +93,7 @@ impl Usage {
 }
 
 /// What an outcome means for the event and, outside, for those beside it.
-fn settled(booked: Booked) -> Result<Result<Recorded>> {
+pub(super) fn settled(booked: Booked) -> Result<Result<Recorded>> {
     match booked {
         Ok(UsageInsert::Recorded) => Ok(Ok(Recorded::Now)),
         Ok(UsageInsert::Duplicate) => Ok(Ok(Recorded::Before)),

@@ -5,11 +5,14 @@
 
 mod counters;
 mod export;
+mod handle;
 mod keeper;
 pub mod lease;
 mod ledger;
 mod query;
 mod quota;
+mod reservations;
+mod spool;
 mod tiers;
 mod writer;
 
@@ -18,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use aws_lc_rs::hmac;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 pub use counters::Counters;
@@ -26,15 +30,17 @@ pub use keeper::{Holding, Keeper, KeeperSettings, Reservation, Standing, Wish};
 pub use ledger::{Recorded, check_occurred_at};
 pub use query::{GroupBy, UsageQuery, UsageSeries, UsageSeriesSet};
 pub use quota::Decision;
+pub use reservations::{Committed, QuotaRequest, Reserved};
 pub use tiers::{TiersError, load_tiers};
 pub use writer::WhenFull;
 
+use spool::Spool;
 use writer::Writers;
 
 use crate::{
-    config::UsageSettings,
+    config::{QuotaSettings, UsageSettings},
     error::{Error, Result},
-    model::{TierName, Tiers, UsageFilter, UserId},
+    model::{Change, TierName, Tiers, UsageFilter, UserId},
     store::Store,
 };
 
@@ -44,6 +50,10 @@ pub struct Usage {
     store: Store,
     tiers: Arc<RwLock<Arc<Tiers>>>,
     writers: Writers,
+    keeper: Keeper,
+    spool: Spool,
+    /// Signs handles of reservations.
+    handle_key: hmac::Key,
     counters: Arc<Counters>,
     closing: watch::Sender<bool>,
     exports: Arc<Semaphore>,
@@ -52,11 +62,18 @@ pub struct Usage {
 /// When to ask for a place again: exports take a while.
 const EXPORT_RETRY: Duration = Duration::from_secs(5);
 
+/// For heartbeats, leases and what ends them, so that nothing else holds them up.
+const KEEPER_CONNECTIONS: usize = 4;
+
+/// At the end; what is not given back by then comes back when this replica counts as dead.
+const GIVE_BACK: Duration = Duration::from_millis(500);
+
 /// Exports at a time: each holds a batch of records for as long as its reader likes.
 const MAX_EXPORTS: usize = 64;
 
 impl Usage {
-    /// The ledger is written on the current runtime, and on as many `threads` that serve.
+    /// The ledger is written on the current runtime, and on as many `threads` that serve. Handles of
+    /// reservations are signed with `handle_key`, the same on all replicas.
     ///
     /// # Errors
     /// `Internal` when the database's URL cannot be read.
@@ -64,12 +81,19 @@ impl Usage {
         store: Store,
         tiers: Tiers,
         settings: &UsageSettings,
+        quota: &QuotaSettings,
+        handle_key: hmac::Key,
         threads: usize,
     ) -> Result<Self> {
         let counters = Arc::<Counters>::default();
+        let tiers = Arc::new(RwLock::new(Arc::new(tiers)));
+        let leases = store.with_ledger_connections(KEEPER_CONNECTIONS)?;
         Ok(Self {
-            tiers: Arc::new(RwLock::new(Arc::new(tiers))),
+            keeper: Keeper::new(leases, tiers.clone(), quota.into()),
+            tiers,
             writers: Writers::new(&store, settings, threads, counters.clone())?,
+            spool: Spool::default(),
+            handle_key,
             counters,
             closing: watch::Sender::new(false),
             exports: Arc::new(Semaphore::new(MAX_EXPORTS)),
@@ -98,9 +122,37 @@ impl Usage {
         })
     }
 
-    /// Books nothing more; returns once everything that was taken is durable or has failed.
+    /// Keeps what this replica holds ready of users' quota, and books what waits; runs until dropped.
+    pub async fn keep(self) {
+        let spooled = self.spool.run(self.writers, self.keeper.clone());
+        tokio::join!(self.keeper.run(), spooled);
+    }
+
+    /// Waits until quota can be held: the database has been heard of.
+    pub async fn ready(&self) {
+        self.keeper.heard().await;
+    }
+
+    /// What limits users may have changed.
+    pub fn apply(&self, change: Change) {
+        match change {
+            Change::User(id) | Change::Quota(id) => self.keeper.limits_changed(id),
+            Change::All => self.keeper.all_limits_changed(),
+            Change::NewApiKey | Change::Services => {}
+        }
+    }
+
+    /// Books nothing more; returns once everything that was taken is durable or has failed, and what
+    /// is held ready has been given back. [`Usage::keep`] must still run.
     pub async fn close(&self) {
+        let given_back = self.keeper.give_back(GIVE_BACK);
+        tokio::join!(self.spool.emptied(), given_back);
         self.writers.close().await;
+    }
+
+    /// Commits that were accepted while the database was away, and are not booked yet.
+    pub fn accepted_commits(&self) -> usize {
+        self.spool.accepted()
     }
 
     /// What the ledger has done.
@@ -146,6 +198,7 @@ impl Usage {
             }
         }
         *self.tiers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(tiers);
+        self.keeper.all_limits_changed();
         Ok(())
     }
 

@@ -27,7 +27,7 @@ use super::counters::Counters;
 use crate::{
     config::UsageSettings,
     error::{Error, Result},
-    model::UsageEvent,
+    model::Booking,
     store::{Store, UsageInsert},
 };
 use connections::Connections;
@@ -113,7 +113,7 @@ impl Writers {
     /// `Overloaded`: nothing was done · `Unavailable` on the way down
     pub(super) async fn insert(
         &self,
-        events: Vec<UsageEvent>,
+        events: Vec<Booking>,
         when_full: WhenFull,
     ) -> Result<Vec<Booked>> {
         let shared = &self.0;
@@ -251,7 +251,7 @@ fn start(shared: &Arc<Shared>, here: Option<&Handle>) {
 /// Writes a batch; says what became of each event, in their order. What Postgres refuses is halved
 /// until the refused event stands alone: it fails, the others do not.
 async fn commit(shared: &Shared, batch: &[Submission]) -> Vec<Booked> {
-    let events: Vec<&UsageEvent> = batch.iter().flat_map(|one| &one.events).collect();
+    let events: Vec<&Booking> = batch.iter().flat_map(|one| &one.events).collect();
     let mut booked: Vec<Option<Booked>> = vec![None; events.len()];
     let (store, _place) = shared.connections.here();
     let all = 0..events.len();
@@ -338,7 +338,7 @@ fn is_refusal(error: &Error) -> bool {
     matches!(error, Error::Internal(_))
 }
 
-async fn insert(store: &Store, events: &[&UsageEvent]) -> Result<Vec<UsageInsert>> {
+async fn insert(store: &Store, events: &[&Booking]) -> Result<Vec<UsageInsert>> {
     let begun = Instant::now();
     let mut attempt = 1;
     loop {

@@ -21,14 +21,16 @@ use tokio::{
     sync::Notify,
     time::{Instant, sleep_until, timeout_at},
 };
+use tracing::warn;
 
 use super::lease::{
     Ask, Begun, Boot, Bounds, Ended, Held, HoldId, Lasting, MeterKey, Mode, ModelKey, Outcome,
     Pace, Refusal, RequestKey, Reserved, Tokens,
 };
 use crate::{
+    config::QuotaSettings,
     error::{Error, Result},
-    model::{MeterName, ModelName, Period, ReplicaId, TierName, Tiers, UserId},
+    model::{HoldName, MeterName, ModelName, OnOutage, Period, ReplicaId, TierName, Tiers, UserId},
     store::Store,
 };
 use models::Models;
@@ -52,14 +54,14 @@ pub struct KeeperSettings {
     pub bounds: Bounds,
 }
 
-impl Default for KeeperSettings {
-    fn default() -> Self {
+impl From<&QuotaSettings> for KeeperSettings {
+    fn from(settings: &QuotaSettings) -> Self {
         Self {
-            ttl: Duration::from_secs(10),
-            heartbeat: Duration::from_secs(2),
-            hold: Duration::from_mins(2),
-            margin: Duration::from_secs(1),
-            recall_bound: Duration::from_millis(250),
+            ttl: settings.replica_ttl,
+            heartbeat: settings.replica_ttl / 5,
+            hold: settings.hold_horizon,
+            margin: settings.replica_ttl / 10,
+            recall_bound: settings.recall_bound,
             pace: Pace::default(),
             bounds: Bounds::default(),
         }
@@ -71,29 +73,38 @@ impl Default for KeeperSettings {
 pub struct Wish<'a> {
     pub user_id: UserId,
     pub tier: &'a TierName,
-    pub model: &'a ModelName,
+    /// `None`: whatever is used, only the total limits it.
+    pub model: Option<&'a ModelName>,
     pub request: RequestKey,
     pub tokens: Tokens,
     pub mode: Mode,
     pub lasts: Duration,
+    /// Counts as one of the requests a minute, if something is held.
+    pub is_request: bool,
 }
 
 /// A hold, as a handle describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holding {
     pub owner: ReplicaId,
-    pub period: Period,
     pub held: Held,
     /// By the clock of the database, about.
+    pub created_at: DateTime<Utc>,
     pub expires_at: DateTime<Utc>,
+    /// How the total stands with it; `None`: no lease covers it, the database is silent.
+    pub total: Option<Standing>,
 }
 
 /// What became of a wish.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reservation {
     Held(Holding),
+    /// To a look: it could be held, now. `None`: by the tier's policy, while the database is silent.
+    Enough(Option<Standing>),
     /// Nobody has enough free: of these meters.
     Denied(Vec<(MeterName, Standing)>),
+    /// Too many requests a minute.
+    RateLimited(Duration),
     Refused(Refusal),
 }
 
@@ -158,17 +169,30 @@ impl Keeper {
         }))
     }
 
+    /// [`Keeper::reserve`], if what this replica has is enough and nobody has to be asked.
+    pub fn reserve_at_once(&self, wish: &Wish<'_>) -> Option<Reservation> {
+        let mode = match wish.mode {
+            Mode::BestEffort => Mode::AllOrNothing,
+            mode => mode,
+        };
+        match self.0.admit(wish, mode, wish.tokens, None) {
+            Tried::Done(done) => Some(done),
+            Tried::Refused(_) | Tried::Short { .. } => None,
+        }
+    }
+
     /// Holds tokens for a request, on the total and on the model if the tier limits it. What is not free
-    /// here is asked for: of Postgres, and then of other replicas, within the recall bound.
+    /// here is asked for: of Postgres, and then of other replicas, within the recall bound. What the
+    /// database does not answer in time, the tier's policy decides.
     ///
     /// Cancel-safe: a dropped future leaves the whole hold, which expires, or none.
-    ///
-    /// # Errors
-    /// `Unavailable` when Postgres did not say in time whether there is more
-    pub async fn reserve(&self, wish: &Wish<'_>) -> Result<Reservation> {
+    pub async fn reserve(&self, wish: &Wish<'_>) -> Reservation {
         let inner = &*self.0;
         let until = Instant::now() + inner.settings.recall_bound;
         let (mut mode, mut tokens, mut was_told) = (Mode::AllOrNothing, wish.tokens, false);
+        if wish.mode == Mode::LookOnly {
+            mode = Mode::LookOnly;
+        }
         // The meters that were short first, and the operations that had been sent of each by then.
         let mut first: Option<Vec<(MeterKey, u64)>> = None;
         loop {
@@ -180,11 +204,14 @@ impl Keeper {
             let tried = inner.admit(wish, mode, tokens, first.as_deref());
             let mut wait = until;
             match tried {
-                Tried::Held(holding) => return Ok(Reservation::Held(holding)),
+                Tried::Done(done) => return done,
                 Tried::Refused(Refusal::BeyondHorizon | Refusal::Fenced) if !is_last => {
                     inner.want_until(boot().plus(millis(wish.lasts) + AHEAD_MS));
                 }
-                Tried::Refused(refusal) => return Ok(Reservation::Refused(refusal)),
+                Tried::Refused(Refusal::BeyondHorizon | Refusal::Fenced) => {
+                    return inner.admit_open(wish);
+                }
+                Tried::Refused(refusal) => return Reservation::Refused(refusal),
                 Tried::Short { short, elsewhere } => {
                     let keys = || short.iter().map(|(key, _)| *key);
                     was_told |= elsewhere.is_some();
@@ -192,8 +219,8 @@ impl Keeper {
                         // Postgres has no more, and nobody else has any, or did not give it back.
                         _ if is_last && was_told || elsewhere.is_some_and(|tokens| tokens <= 0) => {
                             let standings = inner.standings(keys());
-                            if mode == wish.mode {
-                                return Ok(Reservation::Denied(standings));
+                            if mode != Mode::AllOrNothing || wish.mode == mode {
+                                return Reservation::Denied(standings);
                             }
                             // Less, then: what Postgres has, or at last what is free here.
                             let all = standings.iter();
@@ -208,13 +235,12 @@ impl Keeper {
                             continue;
                         }
                         Some(_) => {
-                            inner.recall(keys()).await?;
+                            if let Err(error) = inner.recall(keys()).await {
+                                warn!(%error, "others could not be asked for what they do not use");
+                            }
                             wait = (Instant::now() + AGAIN).min(until);
                         }
-                        None if is_last => {
-                            let silence = "what is left was not told in time";
-                            return Err(Error::Unavailable(silence.into()));
-                        }
+                        None if is_last => return inner.admit_open(wish),
                         None => {}
                     }
                     first.get_or_insert(short);
@@ -229,23 +255,82 @@ impl Keeper {
         }
     }
 
-    /// Keeps a live hold of this replica for longer.
+    /// Waits until Postgres has been heard of: before, nothing is admitted.
+    pub async fn heard(&self) {
+        loop {
+            let answered = self.0.answered.notified();
+            if !self.is_fenced() {
+                return;
+            }
+            answered.await;
+        }
+    }
+
+    /// Whether Postgres has not been heard of in time: what is not held already is admitted by the
+    /// tier's policy alone.
+    pub fn is_fenced(&self) -> bool {
+        self.0.shards[0].lock().admission(boot()).is_fenced()
+    }
+
+    /// Whether a hold is of a lease of this replica, under its present name.
+    pub fn is_owner(&self, owner: ReplicaId) -> bool {
+        self.0.shards[0].lock().owner == owner
+    }
+
+    /// What limits a user has changed: what is free of it goes back, and is asked for anew.
+    pub fn limits_changed(&self, user: UserId) {
+        let now = boot();
+        self.0.shard_of(user).lock().recall_user(user, now);
+        self.0.due.notify_one();
+    }
+
+    /// [`Keeper::limits_changed`] for everybody.
+    pub fn all_limits_changed(&self) {
+        let now = boot();
+        for shard in &self.0.shards {
+            shard.lock().recall_all(now);
+        }
+        self.0.due.notify_one();
+    }
+
+    /// Keeps a live hold of this replica for longer; answers until when.
+    ///
+    /// # Errors
+    /// `ReservationEnded`: there is no live hold here · `Unavailable` when Postgres was not told in time
+    /// that there is one for so long
+    pub async fn extend(&self, name: HoldName, lasts: Duration) -> Result<DateTime<Utc>> {
+        let inner = &*self.0;
+        let until = Instant::now() + inner.settings.recall_bound;
+        loop {
+            let answered = inner.answered.notified();
+            tokio::pin!(answered);
+            answered.as_mut().enable();
+            match self.extend_at_once(name, lasts) {
+                Ok(expires_at) => return Ok(expires_at),
+                Err(None) => return Err(Error::ReservationEnded),
+                Err(Some(_)) if Instant::now() >= until => {
+                    let silence = "the database was not told in time of a longer hold";
+                    return Err(Error::Unavailable(silence.into()));
+                }
+                Err(Some(_)) => {
+                    let _ = timeout_at(until, answered).await;
+                }
+            }
+        }
+    }
+
+    /// As [`Keeper::extend`].
     ///
     /// # Errors
     /// `None`: there is no live hold here · `BeyondHorizon`, which a heartbeat that is now on its way
     /// may mend
-    pub fn extend(
+    fn extend_at_once(
         &self,
-        owner: ReplicaId,
-        hold: HoldId,
+        name: HoldName,
         lasts: Duration,
     ) -> Result<DateTime<Utc>, Option<Refusal>> {
-        let (shard, hold) = inward(hold);
+        let (mut shard, hold) = self.0.own(name).ok_or(None)?;
         let now = boot();
-        let mut shard = self.0.shards[shard].lock();
-        if shard.owner != owner {
-            return Err(None);
-        }
         let standing = shard.admission(now);
         let extended = shard.book.extend(hold, millis(lasts), &standing);
         if extended == Err(Some(Refusal::BeyondHorizon)) {
@@ -255,12 +340,10 @@ impl Keeper {
     }
 
     /// Releases a hold of this replica. Its tokens are free once Postgres knows.
-    pub fn release(&self, owner: ReplicaId, hold: HoldId) -> Ended {
-        let (shard, hold) = inward(hold);
-        let mut shard = self.0.shards[shard].lock();
-        if shard.owner != owner {
+    pub fn release(&self, name: HoldName) -> Ended {
+        let Some((mut shard, hold)) = self.0.own(name) else {
             return Ended::Unknown;
-        }
+        };
         let ended = shard.book.release(hold);
         drop(shard);
         self.0.due.notify_one();
@@ -269,33 +352,26 @@ impl Keeper {
 
     /// A commit of a hold of this replica is going to be booked; [`Keeper::end_commit`] must follow
     /// when its outcome is certain.
-    pub fn begin_commit(&self, owner: ReplicaId, hold: HoldId) -> Begun {
-        let (shard, hold) = inward(hold);
-        let mut shard = self.0.shards[shard].lock();
-        if shard.owner != owner {
-            return Begun::Unknown;
+    pub fn begin_commit(&self, name: HoldName) -> Begun {
+        match self.0.own(name) {
+            Some((mut shard, hold)) => shard.book.begin_commit(hold),
+            None => Begun::Unknown,
         }
-        shard.book.begin_commit(hold)
     }
 
     /// What became of a commit that [`Keeper::begin_commit`] was told of.
-    pub fn end_commit(
-        &self,
-        owner: ReplicaId,
-        hold: HoldId,
-        meters: &[MeterName],
-        outcome: Outcome,
-    ) -> Ended {
-        let keys: Vec<MeterKey> = meters
-            .iter()
-            .map(|meter| self.0.models.key_of(meter))
-            .collect();
-        let (shard, hold) = inward(hold);
-        let mut shard = self.0.shards[shard].lock();
-        if shard.owner != owner {
-            return Ended::Unknown;
+    pub fn end_commit(&self, name: HoldName, meters: &[MeterName], outcome: Outcome) -> Ended {
+        let key_of = |meter| self.0.models.key_of(meter);
+        let keys: Vec<MeterKey> = meters.iter().map(key_of).collect();
+        match self.0.own(name) {
+            Some((mut shard, hold)) => shard.book.end_commit(hold, &keys, outcome),
+            None => Ended::Unknown,
         }
-        shard.book.end_commit(hold, &keys, outcome)
+    }
+
+    /// The time of the database, about; `None` before it was heard of.
+    pub fn now(&self) -> Option<DateTime<Utc>> {
+        self.0.shards[0].lock().time_at(boot())
     }
 
     /// What is known here of a meter; `None`: this replica has no lease on it.
@@ -307,7 +383,8 @@ impl Keeper {
 
 /// What one look at the book brought.
 enum Tried {
-    Held(Holding),
+    /// There is nothing to wait for.
+    Done(Reservation),
     /// These meters, with the operations sent of each; and what others have of one of them, if an
     /// operation that was sent since the first look has told.
     Short {
@@ -328,10 +405,10 @@ impl Inner {
         let index = self.index_of(wish.user_id);
         let tiers = self.tiers();
         let limits = tiers.limits_of(wish.tier);
-        let model = limits
-            .models
-            .contains_key(wish.model)
-            .then(|| self.models.key(wish.model));
+        let model = wish
+            .model
+            .filter(|model| limits.models.contains_key(*model))
+            .map(|model| self.models.key(model));
         let now = boot();
         let mut shard = self.shards[index].lock();
         let Some(time) = shard.time_at(now) else {
@@ -351,6 +428,15 @@ impl Inner {
             mode,
             lasts_ms: millis(wish.lasts),
         };
+        let rate = limits.requests_per_minute.filter(|_| wish.is_request);
+        let rate = match rate.map(|rate| shard.request(wish.user_id, rate, now)) {
+            // A request that has been counted holds what it holds.
+            Some(Err(wait)) if !shard.book.has(wish.request, now) => {
+                return Tried::Done(Reservation::RateLimited(wait));
+            }
+            Some(counted) => counted.ok(),
+            None => None,
+        };
         let standing = shard.admission(now);
         let reserved = shard.book.reserve(&ask, &standing);
         // What the hold made due too: it asks for more before there is nothing left.
@@ -359,14 +445,19 @@ impl Inner {
         }
         match reserved {
             Reserved::Held(mut held) => {
+                if let Some(state) = rate.filter(|_| !held.replay) {
+                    shard.remember_request(wish.user_id, state);
+                }
                 held.id = outward(index, held.id);
-                Tried::Held(Holding {
+                Tried::Done(Reservation::Held(Holding {
                     owner: shard.owner,
-                    period,
+                    created_at: time,
                     expires_at: shard.time_at(held.expires).unwrap_or(time),
+                    total: shard.standing(both[0]),
                     held,
-                })
+                }))
             }
+            Reserved::Enough => Tried::Done(Reservation::Enough(shard.standing(both[0]))),
             Reserved::Refused(refusal) => Tried::Refused(refusal),
             Reserved::Short(keys) => {
                 let keys = keys.into_iter().flatten();
@@ -379,6 +470,47 @@ impl Inner {
                 let elsewhere = short.iter().filter_map(|(key, _)| since(*key)).min();
                 Tried::Short { short, elsewhere }
             }
+        }
+    }
+
+    /// What the tier's policy admits while Postgres is silent.
+    fn admit_open(&self, wish: &Wish<'_>) -> Reservation {
+        let silence = Reservation::Refused(Refusal::Fenced);
+        let tiers = self.tiers();
+        let OnOutage::Open { open_tokens } = tiers.limits_of(wish.tier).on_outage else {
+            return silence;
+        };
+        let index = self.index_of(wish.user_id);
+        let now = boot();
+        let mut shard = self.shards[index].lock();
+        // A handle needs a time of the database.
+        let Some(time) = shard.time_at(now) else {
+            return silence;
+        };
+        let ask = Ask {
+            request: wish.request,
+            meters: &[],
+            tokens: wish.tokens,
+            mode: wish.mode,
+            lasts_ms: millis(wish.lasts),
+        };
+        let reserved = shard
+            .book
+            .reserve_open(&ask, wish.user_id, open_tokens, now);
+        match reserved {
+            Reserved::Held(mut held) => {
+                held.id = outward(index, held.id);
+                Reservation::Held(Holding {
+                    owner: shard.owner,
+                    created_at: time,
+                    expires_at: shard.time_at(held.expires).unwrap_or(time),
+                    total: None,
+                    held,
+                })
+            }
+            Reserved::Enough => Reservation::Enough(None),
+            Reserved::Refused(Refusal::Full) => Reservation::Refused(Refusal::Full),
+            Reserved::Refused(_) | Reserved::Short(_) => silence,
         }
     }
 
@@ -432,6 +564,13 @@ impl Inner {
     fn index_of(&self, user: UserId) -> usize {
         // The end of an id is random.
         (user.0.as_u128() % SHARDS as u128) as usize
+    }
+
+    /// The shard of a hold and its name there; `None` when it is another replica's.
+    fn own(&self, name: HoldName) -> Option<(MutexGuard<'_, Shard>, HoldId)> {
+        let (shard, hold) = inward(name.hold);
+        let shard = self.shards[shard].lock();
+        (shard.owner == name.owner).then_some((shard, hold))
     }
 
     fn shard_of(&self, user: UserId) -> &Locked {

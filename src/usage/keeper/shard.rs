@@ -1,16 +1,16 @@
 //! One shard: a book, whose it is, and what Postgres said last.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::super::lease::{
-    self, Book, Boot, Bounds, Heartbeat, HoldId, Lasting, MeterKey, Operation, Pace, Registration,
-    Tokens,
+    self, Book, Boot, Bounds, Gcra, Heartbeat, HoldId, Lasting, MeterKey, Operation, Pace, Rate,
+    Registration, Tokens,
 };
 use crate::{
-    model::{Balance, ReplicaId},
-    store::Operated,
+    model::{Balance, Period, QuotaState, ReplicaId, TierName, UserId},
+    store::{Heard, Operated},
 };
 
 pub(super) struct Shard {
@@ -22,6 +22,10 @@ pub(super) struct Shard {
     /// The time of Postgres, when the clock showed this.
     clock: Option<(DateTime<Utc>, Boot)>,
     seen: HashMap<MeterKey, Seen>,
+    /// Requests a minute, of those who have not been quiet for that long.
+    rates: HashMap<UserId, Gcra>,
+    /// Replicas that share a rate.
+    replicas: u32,
 }
 
 /// A meter as the operation that was answered last left it.
@@ -50,9 +54,26 @@ pub struct Standing {
 }
 
 impl Standing {
+    /// As people are told of it.
+    pub fn state(&self, period: Period, tier: &TierName) -> QuotaState {
+        let remaining = self.obtainable();
+        let held = match (self.limit, remaining) {
+            (Some(limit), Some(remaining)) => limit - self.committed - remaining,
+            _ => self.held + self.elsewhere,
+        };
+        QuotaState {
+            period,
+            tier: tier.clone(),
+            limit: self.limit,
+            used: self.committed,
+            held: held.max(0),
+            remaining,
+        }
+    }
+
     /// What a request here may have for certain: what is free here and what Postgres has. `None`: any
     /// number.
-    pub(super) fn obtainable(&self) -> Option<Tokens> {
+    pub fn obtainable(&self) -> Option<Tokens> {
         Some(self.free.saturating_add(self.left?))
     }
 }
@@ -66,6 +87,8 @@ impl Shard {
             registration: Registration::new(lasting),
             clock: None,
             seen: HashMap::new(),
+            rates: HashMap::new(),
+            replicas: 1,
         }
     }
 
@@ -77,9 +100,34 @@ impl Shard {
         self.seen.clear();
     }
 
-    pub(super) fn heard(&mut self, heartbeat: &Heartbeat, now: DateTime<Utc>, at: Boot) {
+    pub(super) fn heard(&mut self, heartbeat: &Heartbeat, heard: &Heard, at: Boot) {
         self.registration.answered(heartbeat);
-        self.clock = Some((now, at));
+        self.clock = Some((heard.now, at));
+        self.replicas = heard.replicas;
+        self.book.outage_ended();
+    }
+
+    /// One request more of a user who may make `per_minute`; to be remembered if it is made.
+    ///
+    /// # Errors
+    /// Says after how long to ask again.
+    pub(super) fn request(
+        &self,
+        user: UserId,
+        per_minute: i64,
+        now: Boot,
+    ) -> Result<Gcra, Duration> {
+        let mut state = self.rates.get(&user).copied().unwrap_or_default();
+        let limit = u32::try_from(per_minute).unwrap_or(u32::MAX);
+        let Some(rate) = Rate::per_minute(limit, self.replicas) else {
+            return Err(MINUTE);
+        };
+        let admitted = state.admit(rate, nanos(now));
+        admitted.map(|()| state).map_err(Duration::from_nanos)
+    }
+
+    pub(super) fn remember_request(&mut self, user: UserId, state: Gcra) {
+        self.rates.insert(user, state);
     }
 
     pub(super) fn admission(&self, now: Boot) -> lease::Standing {
@@ -150,9 +198,17 @@ impl Shard {
     /// Looks after a part of the book, and forgets what the book has forgotten.
     pub(super) fn sweep(&mut self, now: Boot, budget: usize) {
         self.book.sweep(now, budget);
+        self.rates.retain(|_, state| !state.is_fresh(nanos(now)));
         if self.seen.len() > 64 {
             let book = &self.book;
             self.seen.retain(|key, _| book.sight(*key).is_some());
+        }
+    }
+
+    /// As [`Self::recall_all`], of one user.
+    pub(super) fn recall_user(&mut self, user: UserId, now: Boot) {
+        for key in self.seen.keys().filter(|key| key.user == user) {
+            self.book.recall(*key, now);
         }
     }
 
@@ -168,6 +224,12 @@ impl Shard {
         }
         free
     }
+}
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+fn nanos(at: Boot) -> u64 {
+    at.0.saturating_mul(1_000_000)
 }
 
 /// Of ids of holds, the bits that name the shard.

@@ -111,7 +111,7 @@ impl Inner {
         };
         let now = boot();
         for shard in &self.shards {
-            shard.lock().heard(&beat, heard.now, now);
+            shard.lock().heard(&beat, &heard, now);
         }
         self.answered.notify_waiters();
         self.settlements(id).await?;

@@ -50,11 +50,15 @@ pub enum Mode {
     /// Takes what is free here, at least one token. Ask [`Mode::AllOrNothing`] first, until it is
     /// denied for good: what is free here is not all there is.
     BestEffort,
+    /// Holds nothing, and asks for what is missing as the others do.
+    LookOnly,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reserved {
     Held(Held),
+    /// To [`Mode::LookOnly`]: it could be held.
+    Enough,
     /// These meters have too little free here. What is missing is asked for by their next operation.
     Short([Option<MeterKey>; 2]),
     Refused(Refusal),
@@ -131,6 +135,8 @@ pub struct Book {
     due: VecDeque<u32>,
     limbo: VecDeque<HoldId>,
     allowances: Map<UserId, Tokens>,
+    /// Those that no lease covers.
+    open_holds: usize,
     number: u64,
     next_hold: usize,
     next_meter: usize,
@@ -149,6 +155,7 @@ impl Book {
             due: VecDeque::new(),
             limbo: VecDeque::new(),
             allowances: Map::default(),
+            open_holds: 0,
             number: 0,
             next_hold: 0,
             next_meter: 0,
@@ -160,14 +167,15 @@ impl Book {
     /// A request that has a live hold gets the same again.
     pub fn reserve(&mut self, ask: &Ask<'_>, standing: &Standing) -> Reserved {
         debug_assert!(ask.meters.len() <= 2 && ask.tokens >= 0);
-        if let Some(held) = self.replayed(ask.request, standing.now) {
+        let is_look = ask.mode == Mode::LookOnly;
+        if let Some(held) = self.replayed(ask, standing.now) {
             return Reserved::Held(held);
         }
         if standing.is_fenced() {
             return Reserved::Refused(Refusal::Fenced);
         }
         let expires = standing.now.plus(ask.lasts_ms);
-        if expires > standing.horizon {
+        if expires > standing.horizon && !is_look {
             return Reserved::Refused(Refusal::BeyondHorizon);
         }
         if self.holds.len() >= self.bounds.holds {
@@ -200,6 +208,9 @@ impl Book {
         if short != [None; 2] {
             return Reserved::Short(short);
         }
+        if is_look {
+            return Reserved::Enough;
+        }
         for index in meters.into_iter().filter(|index| *index != NONE) {
             let meter = self.meters[index as usize].as_mut().expect("just found");
             meter.hold(tokens, standing.now);
@@ -207,7 +218,7 @@ impl Book {
                 self.make_due(index);
             }
         }
-        let id = self.insert(ask.request, meters, tokens, expires);
+        let id = self.insert(ask, meters, tokens, expires, false);
         Reserved::Held(Held {
             id,
             tokens,
@@ -216,7 +227,8 @@ impl Book {
         })
     }
 
-    /// Holds tokens that no lease covers, while Postgres is silent and the tier says `open`.
+    /// Holds tokens that no lease covers, while Postgres is silent and the tier says `open`. All of
+    /// them, or none.
     ///
     /// A user is admitted at most `allowance` so until [`Book::outage_ended`], whatever becomes of
     /// the holds: where they were committed is not known before then.
@@ -227,7 +239,7 @@ impl Book {
         allowance: Tokens,
         now: Boot,
     ) -> Reserved {
-        if let Some(held) = self.replayed(ask.request, now) {
+        if let Some(held) = self.replayed(ask, now) {
             return Reserved::Held(held);
         }
         let full = self.allowances.len() >= self.bounds.allowances;
@@ -238,9 +250,13 @@ impl Book {
         if ask.tokens > allowance.saturating_sub(used) {
             return Reserved::Refused(Refusal::Allowance);
         }
+        if ask.mode == Mode::LookOnly {
+            return Reserved::Enough;
+        }
         self.allowances.insert(user, used + ask.tokens);
         let expires = now.plus(ask.lasts_ms);
-        let id = self.insert(ask.request, [NONE; 2], ask.tokens, expires);
+        self.open_holds += 1;
+        let id = self.insert(ask, [NONE; 2], ask.tokens, expires, true);
         Reserved::Held(Held {
             id,
             tokens: ask.tokens,
@@ -249,9 +265,17 @@ impl Book {
         })
     }
 
-    /// What was admitted openly has been booked.
+    /// Postgres answers again: users have their allowance anew once what was admitted openly is
+    /// booked, or over.
     pub fn outage_ended(&mut self) {
-        self.allowances.clear();
+        if self.open_holds == 0 {
+            self.allowances.clear();
+        }
+    }
+
+    /// Whether a request has a live hold.
+    pub fn has(&mut self, request: RequestKey, now: Boot) -> bool {
+        self.live_hold(request, now).is_some()
     }
 
     /// Looks at a meter and consumes nothing.
@@ -280,7 +304,7 @@ impl Book {
             return Err(None);
         }
         let expires = standing.now.plus(lasts_ms).max(hold.expires);
-        if expires > standing.horizon {
+        if expires > standing.horizon && !hold.is_open {
             return Err(Some(Refusal::BeyondHorizon));
         }
         hold.expires = expires;
@@ -519,7 +543,14 @@ impl Book {
         self.holds.len()
     }
 
-    fn replayed(&mut self, request: RequestKey, now: Boot) -> Option<Held> {
+    fn replayed(&mut self, ask: &Ask<'_>, now: Boot) -> Option<Held> {
+        if ask.mode == Mode::LookOnly {
+            return None;
+        }
+        self.live_hold(ask.request, now)
+    }
+
+    fn live_hold(&mut self, request: RequestKey, now: Boot) -> Option<Held> {
         let id = *self.by_request.get(&request)?;
         let hold = self.holds.get_mut(id)?;
         (hold.state == State::Live && hold.expires > now).then_some(Held {
@@ -532,20 +563,22 @@ impl Book {
 
     fn insert(
         &mut self,
-        request: RequestKey,
+        ask: &Ask<'_>,
         meters: [u32; 2],
         tokens: Tokens,
         expires: Boot,
+        is_open: bool,
     ) -> HoldId {
         let id = self.holds.insert(Hold {
-            request,
+            request: ask.request,
+            is_open,
             meters,
             tokens,
             expires,
             state: State::Live,
             commits: 0,
         });
-        self.by_request.insert(request, id);
+        self.by_request.insert(ask.request, id);
         id
     }
 
@@ -554,6 +587,9 @@ impl Book {
         let Some(hold) = self.holds.remove(id) else {
             return;
         };
+        if hold.is_open {
+            self.open_holds -= 1;
+        }
         for index in hold.meters.into_iter().filter(|index| *index != NONE) {
             let meter = self.meters[index as usize].as_mut();
             meter

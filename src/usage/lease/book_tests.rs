@@ -115,7 +115,12 @@ fn open_holds_stay_within_the_allowance_of_one_outage() {
     book.settled(first.id, Kind::Ended(Ending::Released));
     let refused = book.reserve_open(&ask(2, &[], 41), user(), 100, now);
     assert_eq!(refused, Reserved::Refused(Refusal::Allowance));
-    held(book.reserve_open(&ask(3, &[], 40), user(), 100, now));
+    let last = held(book.reserve_open(&ask(3, &[], 40), user(), 100, now));
+    // It may still be committed.
+    book.outage_ended();
+    let refused = book.reserve_open(&ask(4, &[], 1), user(), 100, now);
+    assert_eq!(refused, Reserved::Refused(Refusal::Allowance));
+    book.settled(last.id, Kind::Committed(40));
     book.outage_ended();
     held(book.reserve_open(&ask(4, &[], 100), user(), 100, now));
     book.check();

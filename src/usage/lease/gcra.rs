@@ -42,6 +42,11 @@ impl Gcra {
         self.0 = full.saturating_add(rate.interval_ns);
         Ok(())
     }
+
+    /// Whether it says no more than that of somebody who was never seen.
+    pub fn is_fresh(self, now_ns: u64) -> bool {
+        self.0 <= now_ns
+    }
 }
 
 #[cfg(test)]

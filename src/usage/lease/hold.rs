@@ -46,6 +46,8 @@ pub(super) const NONE: u32 = u32::MAX;
 #[derive(Debug)]
 pub(super) struct Hold {
     pub(super) request: RequestKey,
+    /// No lease covers it.
+    pub(super) is_open: bool,
     pub(super) meters: [u32; 2],
     pub(super) tokens: Tokens,
     pub(super) expires: Boot,

@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::Booked;
-use crate::{config::UsageSettings, model::UsageEvent};
+use crate::{config::UsageSettings, model::Booking};
 
 /// Batches at a time when much is written: one is on its way to the disk while another is read by
 /// Postgres. More would only be smaller.
@@ -31,7 +31,7 @@ pub(super) struct Queue {
 
 /// Events of one caller.
 pub(super) struct Submission {
-    pub(super) events: Vec<UsageEvent>,
+    pub(super) events: Vec<Booking>,
     pub(super) reply: Reply,
     /// Where the caller waits.
     pub(super) runtime: Handle,
@@ -100,7 +100,7 @@ mod tests {
     use tokio::sync::Semaphore;
 
     use super::*;
-    use crate::model::{EventId, Labels, TokenCounts, UserId};
+    use crate::model::{EventId, Labels, TokenCounts, UsageEvent, UserId};
 
     fn queue() -> Queue {
         Queue {
@@ -114,8 +114,8 @@ mod tests {
         }
     }
 
-    fn event() -> UsageEvent {
-        UsageEvent {
+    fn event() -> Booking {
+        Booking::from(UsageEvent {
             event_id: EventId(uuid::Uuid::nil()),
             occurred_at: chrono::DateTime::UNIX_EPOCH,
             user_id: UserId::new(),
@@ -123,7 +123,7 @@ mod tests {
             tokens: TokenCounts::default(),
             request_id: String::new(),
             labels: Labels::new(),
-        }
+        })
     }
 
     /// Submissions of these numbers of events arrive.

@@ -1,4 +1,7 @@
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use tokio::{sync::oneshot, task::JoinHandle};
 use tokio_postgres::NoTls;
@@ -43,6 +46,8 @@ impl TestApp {
         let keys = tempfile::tempdir().expect("a temporary folder");
         let mut settings = settings(new_database().await);
         keys.path().clone_into(&mut settings.auth.key_dir);
+        // Patient with a busy machine.
+        settings.quota.recall_bound = Duration::from_secs(3);
         change(&mut settings);
         let server = RunningServer::start(&settings)
             .await

@@ -9,7 +9,8 @@ use chrono::Utc;
 use futures_util::future::join_all;
 use tokio::{task::JoinHandle, time::Instant};
 use tollkeeper::{
-    model::{HoldId, MeterName, ModelName, Period, ReplicaId, TierName, UserId},
+    config::QuotaSettings,
+    model::{HoldName, MeterName, ModelName, Period, ReplicaId, TierName, UserId},
     store::Store,
     usage::{
         Holding, Keeper, KeeperSettings, Reservation, Wish,
@@ -49,7 +50,7 @@ fn settings() -> KeeperSettings {
         hold: LONG,
         margin: Duration::from_millis(100),
         recall_bound: Duration::from_secs(5),
-        ..KeeperSettings::default()
+        ..KeeperSettings::from(&QuotaSettings::default())
     }
 }
 
@@ -100,13 +101,14 @@ impl Replica {
         let wish = Wish {
             user_id: user.parse().unwrap(),
             tier: &tier,
-            model: &model,
+            model: Some(&model),
             request: RequestKey(Uuid::now_v7().as_u128()),
             tokens,
             mode,
             lasts,
+            is_request: true,
         };
-        self.keeper.reserve(&wish).await.unwrap()
+        self.keeper.reserve(&wish).await
     }
 
     async fn hold(&self, user: &str, tier: &str, tokens: i64) -> Holding {
@@ -114,6 +116,13 @@ impl Replica {
             Reservation::Held(holding) => holding,
             other => panic!("{tokens}: {other:?}"),
         }
+    }
+}
+
+fn name_of(held: &Holding) -> HoldName {
+    HoldName {
+        owner: held.owner,
+        hold: held.held.id,
     }
 }
 
@@ -154,7 +163,7 @@ async fn many_clients_of_two_replicas_get_what_there_is_and_never_more() {
         match reservation {
             Reservation::Held(holding) => held += holding.held.tokens,
             Reservation::Denied(_) => {}
-            Reservation::Refused(refusal) => panic!("{refusal:?}"),
+            other => panic!("{other:?}"),
         }
     }
     assert!(held <= 100 && held > 60, "{held}");
@@ -213,10 +222,11 @@ async fn released_and_expired_tokens_are_free_again_and_nothing_is_left_over() {
     let first = Replica::start_with(&app, brief()).await;
     let second = Replica::start_with(&app, brief()).await;
     let held = first.hold(&user, "small", 60).await;
-    let (owner, hold) = (held.owner, held.held.id);
-    assert_eq!(first.keeper.release(owner, hold), Ended::Now);
-    let stranger = ReplicaId::new();
-    assert_eq!(first.keeper.release(stranger, hold), Ended::Unknown);
+    let name = name_of(&held);
+    assert_eq!(first.keeper.release(name), Ended::Now);
+    let owner = ReplicaId::new();
+    let stranger = HoldName { owner, ..name };
+    assert_eq!(first.keeper.release(stranger), Ended::Unknown);
     second.hold(&user, "small", 100).await;
     // That one expires.
     eventually("it is free", async || {
@@ -252,18 +262,15 @@ async fn a_commit_turns_what_was_held_into_use() {
     let user = app.user().tier("small").create().await.id;
     let (first, second) = (Replica::start(&app).await, Replica::start(&app).await);
     let held = first.hold(&user, "small", 60).await;
-    let (owner, hold) = (held.owner, held.held.id);
-    first.keeper.begin_commit(owner, hold);
+    let name = name_of(&held);
+    first.keeper.begin_commit(name);
     use_tokens(&app, &user, 25).await;
     let outcome = Outcome::Booked {
         actual: 25,
         new: true,
     };
     let meters = [total(&user)];
-    assert_eq!(
-        first.keeper.end_commit(owner, hold, &meters, outcome),
-        Ended::Now
-    );
+    assert_eq!(first.keeper.end_commit(name, &meters, outcome), Ended::Now);
     second.hold(&user, "small", 75).await;
     let denied = second.ask(&user, "small", 1).await;
     assert!(matches!(denied, Reservation::Denied(_)), "{denied:?}");
@@ -273,7 +280,7 @@ async fn a_commit_turns_what_was_held_into_use() {
         (Some(100), 25, 75)
     );
     // Another hold of the same name there never was.
-    let ended = first.keeper.release(owner, HoldId(hold.0));
+    let ended = first.keeper.release(name);
     assert_eq!(ended, Ended::Unknown);
 }
 

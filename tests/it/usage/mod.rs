@@ -13,6 +13,7 @@ mod query;
 mod quota;
 mod record;
 mod replay;
+mod reservations;
 mod retention;
 mod stream;
 

@@ -45,6 +45,7 @@ impl World {
                     self.plan(handle, wish.ttl);
                 }
             }
+            Reserved::Enough => unreachable!("nobody only looks"),
             Reserved::Short(short) => {
                 if tried {
                     self.counts.denied += 1;

@@ -1,0 +1,108 @@
+//! Messages about reservations.
+
+use std::time::Duration;
+
+use super::convert::{Fields, labels, time, token_counts};
+use crate::{
+    model::{Labels, TokenCounts, UserId, Violation},
+    proto::tollkeeper::usage::v1::{
+        CommitReservationRequest, CommitReservationResponse, ReserveQuotaRequest,
+        ReserveQuotaResponse, commit_reservation_response::Outcome, reserve_quota_request::Mode,
+    },
+    usage::{Committed, QuotaRequest, Recorded, Reserved, lease},
+};
+
+const DEFAULT_LIFETIME: Duration = Duration::from_mins(2);
+const MAX_LIFETIME: Duration = Duration::from_hours(1);
+
+/// Reads who is to use how much.
+pub(super) fn request(
+    fields: &mut Fields,
+    request: &ReserveQuotaRequest,
+) -> Option<(UserId, QuotaRequest)> {
+    let user_id = fields.parse("user_id", &request.user_id);
+    let request_id = fields.parse("request_id", &request.request_id);
+    let model = fields.parse("model", &request.model);
+    let tokens = match request.tokens {
+        tokens @ 1..=TokenCounts::MAX => Ok(tokens),
+        _ => Err(format!("must be 1 to {}", TokenCounts::MAX).into()),
+    };
+    let tokens = fields.take("tokens", tokens);
+    let mode = match Mode::try_from(request.mode) {
+        Ok(Mode::Unspecified | Mode::AllOrNothing) => Ok(lease::Mode::AllOrNothing),
+        Ok(Mode::BestEffort) => Ok(lease::Mode::BestEffort),
+        Ok(Mode::LookOnly) => Ok(lease::Mode::LookOnly),
+        Err(_) => Err("must be a mode".into()),
+    };
+    let mode = fields.take("mode", mode);
+    let lifetime = fields.take("lifetime", lifetime(request.lifetime));
+    let request = QuotaRequest {
+        request_id: request_id?,
+        model: model?,
+        tokens: tokens?,
+        mode: mode?,
+        lifetime: lifetime?,
+    };
+    Some((user_id?, request))
+}
+
+/// Reads how long tokens are to be held.
+pub(super) fn lifetime(value: Option<prost_types::Duration>) -> Result<Duration, Violation> {
+    let Some(value) = value else {
+        return Ok(DEFAULT_LIFETIME);
+    };
+    let lifetime = Duration::try_from(value).ok();
+    lifetime
+        .filter(|lifetime| (Duration::from_secs(1)..=MAX_LIFETIME).contains(lifetime))
+        .ok_or_else(|| "must be 1 second to 1 hour".into())
+}
+
+/// Reads what was used.
+pub(super) fn used(
+    fields: &mut Fields,
+    request: CommitReservationRequest,
+) -> Option<(String, TokenCounts, Labels)> {
+    let tokens = token_counts(fields, "tokens", request.tokens);
+    let labels = fields.take("labels", labels(request.labels.into_iter().collect()));
+    Some((request.reservation, tokens?, labels?))
+}
+
+impl From<Reserved> for ReserveQuotaResponse {
+    fn from(reserved: Reserved) -> Self {
+        Self {
+            reservation: reserved.handle.unwrap_or_default(),
+            tokens: reserved.tokens,
+            expires_at: reserved.expires_at.map(time),
+            beyond_limit: reserved.quota.is_none(),
+            quota: reserved.quota.map(Into::into),
+        }
+    }
+}
+
+pub(super) fn committed(committed: Committed, event_id: String) -> CommitReservationResponse {
+    let outcome = match committed {
+        Committed::Booked(Recorded::Now) => Outcome::Recorded,
+        Committed::Booked(Recorded::Before) => Outcome::Duplicate,
+        Committed::Accepted => Outcome::Accepted,
+    };
+    CommitReservationResponse {
+        outcome: outcome.into(),
+        event_id,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lifetimes_are_bounded() {
+        let read = |seconds, nanos| lifetime(Some(prost_types::Duration { seconds, nanos })).ok();
+        assert_eq!(lifetime(None).ok(), Some(DEFAULT_LIFETIME));
+        assert_eq!(read(1, 0), Some(Duration::from_secs(1)));
+        assert_eq!(read(3600, 0), Some(MAX_LIFETIME));
+        for (seconds, nanos) in [(0, 999_999_999), (3600, 1), (-5, 0), (i64::MAX, 0)] {
+            assert_eq!(read(seconds, nanos), None, "{seconds} {nanos}");
+        }
+    }
+}
