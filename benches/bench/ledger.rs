@@ -91,7 +91,9 @@ fn settings_of_postgres() -> anyhow::Result<Vec<(String, String)>> {
         ("shared_buffers", format!("{quarter}kB")),
         ("max_wal_size", "16GB".to_owned()),
     ];
-    Ok(settings.map(|(name, value)| (name.to_owned(), value)).into())
+    Ok(settings
+        .map(|(name, value)| (name.to_owned(), value))
+        .into())
 }
 
 /// Each part is told of as soon as it is done: later ones take long.

@@ -229,22 +229,32 @@ impl Store {
         event_id: EventId,
     ) -> Result<bool> {
         let mut conn = self.conn().await?;
-        let event = || EventKey {
-            month: period.to_string(),
-            user: user_id.0,
-            event: event_id.0,
-        };
         let release = Release {
             replica: name.owner.0,
             hold: name.hold.0.cast_signed(),
-            event: event(),
+            event: EventKey::new(period, user_id, event_id),
         };
         if release.execute(&mut conn).await? == 1 {
             return Ok(true);
         }
         // A statement of its own: it sees what the insert stumbled over.
-        let booked: bool = IsBooked(event()).get_result(&mut conn).await?;
-        Ok(!booked)
+        let booked = IsBooked(EventKey::new(period, user_id, event_id));
+        Ok(!booked.get_result::<bool>(&mut conn).await?)
+    }
+
+    /// Whether an event is booked.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn is_booked(
+        &self,
+        period: Period,
+        user_id: UserId,
+        event_id: EventId,
+    ) -> Result<bool> {
+        let mut conn = self.conn().await?;
+        let booked = IsBooked(EventKey::new(period, user_id, event_id));
+        Ok(booked.get_result(&mut conn).await?)
     }
 
     /// Takes the leases of replicas away that are over since `margin`, and those that whoever began it
@@ -725,6 +735,14 @@ struct EventKey {
 }
 
 impl EventKey {
+    fn new(period: Period, user_id: UserId, event_id: EventId) -> Self {
+        Self {
+            month: period.to_string(),
+            user: user_id.0,
+            event: event_id.0,
+        }
+    }
+
     fn walk<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         out.push_sql("EXISTS (SELECT FROM usage_records WHERE usage_month = ");
         out.push_bind_param::<Text, _>(&self.month)?;

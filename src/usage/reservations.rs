@@ -196,6 +196,13 @@ impl Usage {
         if handle.expires_at <= self.keeper.now().ok_or_else(silence)? {
             return Err(Error::ReservationEnded);
         }
+        let period = Period::containing(handle.created_at);
+        let is_booked = self
+            .store
+            .is_booked(period, handle.user_id, handle.event_id());
+        if is_booked.await? {
+            return Err(Error::ReservationEnded);
+        }
         let user = user(handle.user_id).await?;
         let wish = Wish {
             user_id: user.id,
