@@ -208,7 +208,7 @@ impl Server {
         let metrics = CallMetrics::new(&rules);
         let serve = {
             let (settings, metrics) = (settings.clone(), metrics.clone());
-            let memory = MemoryLayer::new(auth.clone(), &rules, &metrics);
+            let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
             let access = AccessLayer::new(auth.clone(), rules);
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
                 tonic::transport::Server::builder()

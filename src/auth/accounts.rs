@@ -81,6 +81,11 @@ impl Auth {
         answer.value.clone().ok_or(Error::UserNotFound)
     }
 
+    /// What [`Auth::user_standing`] would answer, if memory alone can say so.
+    pub fn recall_user(&self, id: UserId, clock: BootTime) -> Option<UserStanding> {
+        self.cache.known_user(id, clock)?.value.clone()
+    }
+
     /// A user by e-mail address or username, in any case.
     ///
     /// # Errors

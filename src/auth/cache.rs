@@ -237,6 +237,15 @@ impl CredentialCache {
         self.answer(&self.standings, id, read, source, now).await
     }
 
+    /// As [`Self::user`] does, from memory that may be trusted.
+    pub(super) fn known_user(
+        &self,
+        id: UserId,
+        now: BootTime,
+    ) -> Option<Arc<Answer<UserStanding>>> {
+        self.users.get(&id).filter(|known| self.holds(known, now))
+    }
+
     /// What decides about a user's usage, as it stands.
     ///
     /// # Errors

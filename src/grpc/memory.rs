@@ -1,9 +1,10 @@
 //! The short way: what memory alone can answer is answered before the machinery for calls that wait.
 //!
-//! Internal services ask `ValidateToken` for every request of their own, so that call has a way of
-//! its own through the server: no task, no timer, no allocation but the answer's. It knows good news
-//! only. Whatever is not at once a known caller, a known token and a whole plain message goes on to
-//! the other layers as if it had not been looked at; they decide, refuse, explain and log.
+//! Internal services ask `ValidateToken`, and gateways `ReserveQuota` or `CheckQuota`, for every request
+//! of their own, so those calls have a way of their own through the server: no task, no timer. It
+//! knows good news only. Whatever is not at once a known caller, a whole plain message and something
+//! that memory says yes to goes on to the other layers as if it had not been looked at; they decide,
+//! refuse, explain and log.
 
 use std::{
     ops::ControlFlow,
@@ -21,7 +22,7 @@ use http::{
 };
 use http_body::{Body as _, Frame};
 use prost::{
-    Message as _,
+    Message,
     encoding::{self, WireType},
 };
 use tonic::{Code, Status, body::Body};
@@ -31,16 +32,23 @@ use tracing::Level;
 use super::{
     access::{Rules, bearer},
     call::is_grpc,
+    convert::only,
     metrics::{CallMetrics, RpcMetrics},
+    quota,
     request_id::{self, REQUEST_ID},
+    reservation,
 };
 use crate::{
     auth::{Auth, BootTime, KnownService, Validated},
     model::Scope,
-    proto::tollkeeper::auth::v1::ValidateTokenResponse,
+    proto::tollkeeper::{
+        auth::v1::ValidateTokenResponse,
+        usage::v1::{
+            CheckQuotaRequest, CheckQuotaResponse, ReserveQuotaRequest, ReserveQuotaResponse,
+        },
+    },
+    usage::Usage,
 };
-
-const VALIDATE_TOKEN: &str = "/tollkeeper.auth.v1.AuthService/ValidateToken";
 
 /// What precedes a message: whether it is compressed, and its length (gRPC over HTTP/2,
 /// `Length-Prefixed-Message`).
@@ -50,18 +58,75 @@ const PREFIX_BYTES: usize = 5;
 #[derive(Clone)]
 pub struct MemoryLayer {
     auth: Auth,
+    usage: Usage,
+    ways: Arc<[Way]>,
+}
+
+/// An RPC that memory may answer.
+struct Way {
+    path: &'static str,
     /// By which services may call.
     scope: Option<Scope>,
     metrics: Arc<RpcMetrics>,
+    answer: fn(&MemoryLayer, &[u8], Moment) -> Option<Bytes>,
+}
+
+/// When a call came.
+#[derive(Clone, Copy)]
+struct Moment {
+    now: DateTime<Utc>,
+    clock: BootTime,
 }
 
 impl MemoryLayer {
-    pub fn new(auth: Auth, rules: &Rules, metrics: &CallMetrics) -> Self {
+    pub fn new(auth: Auth, usage: Usage, rules: &Rules, metrics: &CallMetrics) -> Self {
+        let way = |path, answer| Way {
+            path,
+            scope: rules.service_scope(path),
+            metrics: metrics.of(path).clone(),
+            answer,
+        };
+        let ways = [
+            way(
+                "/tollkeeper.auth.v1.AuthService/ValidateToken",
+                Self::validate_token as fn(&Self, &[u8], Moment) -> Option<Bytes>,
+            ),
+            way(
+                "/tollkeeper.usage.v1.UsageService/ReserveQuota",
+                Self::reserve_quota,
+            ),
+            way(
+                "/tollkeeper.usage.v1.UsageService/CheckQuota",
+                Self::check_quota,
+            ),
+        ];
         Self {
             auth,
-            scope: rules.service_scope(VALIDATE_TOKEN),
-            metrics: metrics.of(VALIDATE_TOKEN).clone(),
+            usage,
+            ways: ways.into(),
         }
+    }
+
+    fn validate_token(&self, call: &[u8], Moment { now, clock }: Moment) -> Option<Bytes> {
+        let validated = self.auth.recall(token_of(call)?, now, clock)?;
+        let encode = |validated: &Validated| framed(&ValidateTokenResponse::from(validated));
+        Some(validated.encoded(encode).clone())
+    }
+
+    fn reserve_quota(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
+        let request = ReserveQuotaRequest::decode(message_of(call)?).ok()?;
+        let (user_id, wish) = only(|fields| reservation::request(fields, &request)).ok()?;
+        let user = self.auth.recall_user(user_id, clock)?;
+        let reserved = self.usage.reserve_at_once(&user, &wish)?;
+        Some(framed(&ReserveQuotaResponse::from(reserved)))
+    }
+
+    fn check_quota(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
+        let request = CheckQuotaRequest::decode(message_of(call)?).ok()?;
+        let (user_id, wish) = only(|fields| quota::check(fields, &request)).ok()?;
+        let user = self.auth.recall_user(user_id, clock)?;
+        let checked = self.usage.check_quota_at_once(&user, &wish)?;
+        Some(framed(&CheckQuotaResponse::from(checked)))
     }
 }
 
@@ -151,12 +216,17 @@ impl<S> Shared<S> {
         cx: &mut Context<'_>,
     ) -> ControlFlow<Response<Body>, Request<Body>> {
         // Where successes are logged, they take the way that logs.
-        if request.uri().path() != VALIDATE_TOKEN || tracing::enabled!(Level::DEBUG) {
+        let path = request.uri().path();
+        let way = self.layer.ways.iter().find(|way| way.path == path);
+        let Some(way) = way.filter(|_| !tracing::enabled!(Level::DEBUG)) else {
             return ControlFlow::Continue(request);
-        }
-        let auth = &self.layer.auth;
-        let (started, now, clock) = (Instant::now(), Utc::now(), BootTime::now());
-        if !is_grpc(request.headers()) || !self.may_call(request.headers(), now, clock) {
+        };
+        let started = Instant::now();
+        let moment = Moment {
+            now: Utc::now(),
+            clock: BootTime::now(),
+        };
+        if !is_grpc(request.headers()) || !self.may_call(way, request.headers(), moment) {
             return ControlFlow::Continue(request);
         }
         let (head, mut body) = request.into_parts();
@@ -166,10 +236,9 @@ impl<S> Shared<S> {
         };
         let frame = match frame.into_data() {
             Ok(data) if body.is_end_stream() => {
-                let known = token_of(&data).and_then(|token| auth.recall(token, now, clock));
-                if let Some(validated) = known {
-                    let response = respond(&head.headers, &validated);
-                    self.layer.metrics.record(Code::Ok, started.elapsed());
+                if let Some(answer) = (way.answer)(&self.layer, &data, moment) {
+                    let response = respond(&head.headers, answer);
+                    way.metrics.record(Code::Ok, started.elapsed());
                     return ControlFlow::Break(response);
                 }
                 Frame::data(data)
@@ -186,13 +255,16 @@ impl<S> Shared<S> {
 }
 
 impl<S> Shared<S> {
-    fn may_call(&self, headers: &HeaderMap, now: DateTime<Utc>, clock: BootTime) -> bool {
+    fn may_call(&self, way: &Way, headers: &HeaderMap, moment: Moment) -> bool {
         let (Ok(key), Some(header)) = (bearer(headers), headers.get(AUTHORIZATION)) else {
             return false;
         };
-        let MemoryLayer { auth, scope, .. } = &self.layer;
-        let admits =
-            |known: &_| scope.is_some_and(|scope| auth.still_admits(known, scope, now, clock));
+        let auth = &self.layer.auth;
+        let Moment { now, clock } = moment;
+        let admits = |known: &_| {
+            let scope = way.scope;
+            scope.is_some_and(|scope| auth.still_admits(known, scope, now, clock))
+        };
         // A connection's calls are looked at by one thread: it is never locked for long.
         let mut caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((called_with, known)) = &*caller
@@ -209,18 +281,22 @@ impl<S> Shared<S> {
 
 /// The token of a `ValidateTokenRequest` that holds nothing else, from the bytes of a call.
 pub(super) fn token_of(data: &[u8]) -> Option<&str> {
-    let (prefix, mut message) = data.split_at_checked(PREFIX_BYTES)?;
-    let len = u32::try_from(message.len()).ok()?.to_be_bytes();
-    let whole = prefix == [0, len[0], len[1], len[2], len[3]];
+    let mut message = message_of(data)?;
     let (tag, wire_type) = encoding::decode_key(&mut message).ok()?;
     let token_bytes = encoding::decode_varint(&mut message).ok()?;
     let alone = (tag, wire_type) == (1, WireType::LengthDelimited)
         && usize::try_from(token_bytes) == Ok(message.remaining());
-    std::str::from_utf8(message).ok().filter(|_| whole && alone)
+    std::str::from_utf8(message).ok().filter(|_| alone)
 }
 
-fn respond(headers: &HeaderMap, validated: &Validated) -> Response<Body> {
-    let message = validated.encoded(encode).clone();
+/// The message of a call that is whole and plain, from its bytes.
+fn message_of(data: &[u8]) -> Option<&[u8]> {
+    let (prefix, message) = data.split_at_checked(PREFIX_BYTES)?;
+    let len = u32::try_from(message.len()).ok()?.to_be_bytes();
+    (prefix == [0, len[0], len[1], len[2], len[3]]).then_some(message)
+}
+
+fn respond(headers: &HeaderMap, message: Bytes) -> Response<Body> {
     let mut response = Response::new(Body::new(Answer::Message(message)));
     let headers_out = response.headers_mut();
     headers_out.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
@@ -229,12 +305,11 @@ fn respond(headers: &HeaderMap, validated: &Validated) -> Response<Body> {
 }
 
 /// The answer as it goes over the wire, its prefix included.
-fn encode(validated: &Validated) -> Bytes {
-    let message = ValidateTokenResponse::from(validated);
+fn framed(message: &impl Message) -> Bytes {
     let len = message.encoded_len();
     let mut bytes = BytesMut::with_capacity(PREFIX_BYTES + len);
     bytes.put_u8(0);
-    bytes.put_u32(u32::try_from(len).expect("names and times"));
+    bytes.put_u32(u32::try_from(len).expect("a short message"));
     message.encode(&mut bytes).expect("it has room");
     bytes.freeze()
 }
@@ -306,12 +381,6 @@ mod tests {
     use super::*;
     use crate::proto::tollkeeper::auth::v1::ValidateTokenRequest;
 
-    fn framed(request: &ValidateTokenRequest) -> Vec<u8> {
-        let message = request.encode_to_vec();
-        let len = u32::try_from(message.len()).expect("small");
-        [&[0], &len.to_be_bytes()[..], &message].concat()
-    }
-
     fn request(token: &str, include_quota: bool) -> ValidateTokenRequest {
         ValidateTokenRequest {
             token: token.to_owned(),
@@ -335,7 +404,7 @@ mod tests {
 
     #[test]
     fn any_other_message_is_left_to_the_long_way() {
-        let good = framed(&request("token", false));
+        let good = framed(&request("token", false)).to_vec();
         assert_eq!(token_of(&framed(&request("", false))), None);
         assert_eq!(token_of(&framed(&request("token", true))), None);
         for end in 0..good.len() {

@@ -3,7 +3,7 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use prost_types::Timestamp;
 
-use super::convert::{Fields, time, timestamp};
+use super::convert::{Fields, time, timestamp, token_count};
 use crate::{
     model::{
         BaseSource, CreditGrant, MonthlyOverride, NewCredit, QuotaStanding, QuotaState, TierLimits,
@@ -11,8 +11,11 @@ use crate::{
     },
     proto::tollkeeper::{
         admin::v1::{self as admin, set_quota_override_request::Limit},
-        usage::v1::{self as usage, get_quota_response::BaseSource as Source},
+        usage::v1::{
+            self as usage, check_quota_response, get_quota_response::BaseSource as Source,
+        },
     },
+    usage::{Decision, QuotaWish},
 };
 
 /// Longest time that an override or a credit may be good for, unless for ever.
@@ -123,6 +126,36 @@ impl From<QuotaState> for usage::Quota {
 impl From<&QuotaStanding> for usage::Quota {
     fn from(standing: &QuotaStanding) -> Self {
         standing.state().into()
+    }
+}
+
+/// Reads what may be used.
+pub(super) fn check(
+    fields: &mut Fields,
+    request: &usage::CheckQuotaRequest,
+) -> Option<(UserId, QuotaWish)> {
+    let user_id = fields.parse("user_id", &request.user_id);
+    let tokens = fields.take("tokens", token_count(request.tokens));
+    let model = fields.parse_optional("model", &request.model);
+    let wish = QuotaWish {
+        tokens: tokens?,
+        model: model?,
+    };
+    Some((user_id?, wish))
+}
+
+impl From<(Decision, Option<QuotaState>)> for usage::CheckQuotaResponse {
+    fn from((decision, quota): (Decision, Option<QuotaState>)) -> Self {
+        let decision = match decision {
+            Decision::Allowed => check_quota_response::Decision::Allowed,
+            Decision::MonthlyLimit => check_quota_response::Decision::MonthlyLimit,
+            Decision::ModelLimit => check_quota_response::Decision::ModelLimit,
+            Decision::RequestTooLarge => check_quota_response::Decision::RequestTooLarge,
+        };
+        Self {
+            decision: decision.into(),
+            quota: quota.map(Into::into),
+        }
     }
 }
 

@@ -17,9 +17,9 @@ use crate::{
         ListTiersResponse, ListUsageRecordsRequest, ListUsageRecordsResponse, QueryUsageRequest,
         QueryUsageResponse, RecordUsageRequest, RecordUsageResponse, ReleaseReservationRequest,
         ReleaseReservationResponse, ReserveQuotaRequest, ReserveQuotaResponse, StreamUsageRequest,
-        check_quota_response, usage_service_server::UsageService,
+        usage_service_server::UsageService,
     },
-    usage::{Decision, Usage, WhenFull},
+    usage::{Usage, WhenFull},
 };
 
 /// `UsageService`.
@@ -79,28 +79,10 @@ impl UsageService for Handler {
         &self,
         request: Request<CheckQuotaRequest>,
     ) -> Result<Response<CheckQuotaResponse>, Status> {
-        let request = request.into_inner();
-        let mut fields = Fields::default();
-        let user_id: Option<UserId> = fields.parse("user_id", &request.user_id);
-        let tokens = fields.take("tokens", convert::token_count(request.tokens));
-        let model = fields.parse_optional("model", &request.model);
-        let read = user_id.zip(tokens).zip(model);
-        let ((user_id, tokens), model) = fields.finish(read)?;
+        let (user_id, wish) = only(|fields| quota::check(fields, request.get_ref()))?;
         let user = self.auth.user_standing(user_id).await?;
-        let checked = self
-            .usage
-            .check_quota(&user, tokens, model.as_ref(), Utc::now());
-        let (decision, quota) = checked.await?;
-        let decision = match decision {
-            Decision::Allowed => check_quota_response::Decision::Allowed,
-            Decision::MonthlyLimit => check_quota_response::Decision::MonthlyLimit,
-            Decision::ModelLimit => check_quota_response::Decision::ModelLimit,
-            Decision::RequestTooLarge => check_quota_response::Decision::RequestTooLarge,
-        };
-        Ok(Response::new(CheckQuotaResponse {
-            decision: decision.into(),
-            quota: Some((&quota).into()),
-        }))
+        let checked = self.usage.check_quota(&user, &wish).await?;
+        Ok(Response::new(checked.into()))
     }
 
     async fn reserve_quota(

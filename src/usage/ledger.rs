@@ -41,14 +41,15 @@ impl Usage {
     /// # Errors
     /// `EventConflict` · `TotalOutOfRange` · `Overloaded` · `Unavailable` · `Internal`
     pub async fn record(&self, event: UsageEvent) -> Result<Recorded> {
-        self.book(event.into()).await
+        let booked = self.record_all(vec![event], WhenFull::Refuse).await?.pop();
+        booked.ok_or_else(left_out)?
     }
 
-    /// [`Usage::record`], of whatever origin.
+    /// Books the commit of a reservation, as [`Usage::record`] does.
     pub(super) async fn book(&self, booking: Booking) -> Result<Recorded> {
         let booked = self.writers.insert(vec![booking], WhenFull::Refuse);
         let booked = booked.await?.pop();
-        settled(booked.ok_or_else(|| Error::internal("an event was left out"))?)?
+        settled(booked.ok_or_else(left_out)?)?
     }
 
     /// Books events as [`Usage::record`] does, and says what became of each, in their order.
@@ -65,9 +66,16 @@ impl Usage {
         if events.is_empty() {
             return Ok(Vec::new());
         }
+        let charges = self.keeper.charges_of(&events);
         let bookings = events.into_iter().map(Booking::from).collect();
         let booked = self.writers.insert(bookings, when_full).await?;
-        booked.into_iter().map(settled).collect()
+        let recorded: Vec<Result<Recorded>> =
+            booked.into_iter().map(settled).collect::<Result<_>>()?;
+        let new = charges.iter().zip(&recorded);
+        for (charge, _) in new.filter(|(_, recorded)| matches!(recorded, Ok(Recorded::Now))) {
+            self.keeper.charge(charge);
+        }
+        Ok(recorded)
     }
 
     /// A user's month; zeroes when nothing was used.
@@ -101,6 +109,10 @@ pub(super) fn settled(booked: Booked) -> Result<Result<Recorded>> {
         Err(NotBooked::Refused(error)) => Ok(Err(shared(error))),
         Err(NotBooked::Failed(error)) => Err(shared(error)),
     }
+}
+
+fn left_out() -> Error {
+    Error::internal("an event was left out")
 }
 
 /// The error of a batch, for one of those that were in it.

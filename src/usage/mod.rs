@@ -29,7 +29,7 @@ pub use export::{Export, ExportFormat, Written};
 pub use keeper::{Holding, Keeper, KeeperSettings, Reservation, Standing, Wish};
 pub use ledger::{Recorded, check_occurred_at};
 pub use query::{GroupBy, UsageQuery, UsageSeries, UsageSeriesSet};
-pub use quota::Decision;
+pub use quota::{Decision, QuotaWish};
 pub use reservations::{Committed, QuotaRequest, Reserved};
 pub use tiers::{TiersError, load_tiers};
 pub use writer::WhenFull;

@@ -1,14 +1,20 @@
 //! Whether more may be used, and who may use more.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::Usage;
+use super::{
+    Usage,
+    keeper::{Reservation, Standing, Wish},
+    lease::{Mode, RequestKey},
+};
 use crate::{
     error::{Error, Result},
     model::{
-        CreditGrant, CreditId, ModelName, MonthlyOverride, NewCredit, Origin, Page, PageRequest,
-        Period, QuotaStanding, UserId, UserStanding,
+        CreditGrant, CreditId, MeterName, ModelName, MonthlyOverride, NewCredit, Origin, Page,
+        PageRequest, Period, QuotaStanding, QuotaState, Tokens, UserId, UserStanding,
     },
 };
 
@@ -27,6 +33,30 @@ pub enum Decision {
     RequestTooLarge,
 }
 
+/// What somebody would like to use.
+#[derive(Clone, Debug)]
+pub struct QuotaWish {
+    /// 0 asks whether anything is left.
+    pub tokens: Tokens,
+    /// `None`: only the limit of all models counts.
+    pub model: Option<ModelName>,
+}
+
+impl QuotaWish {
+    fn look<'a>(&'a self, user: &'a UserStanding, tokens: Tokens) -> Wish<'a> {
+        Wish {
+            user_id: user.id,
+            tier: &user.tier,
+            model: self.model.as_ref(),
+            request: RequestKey(0),
+            tokens: tokens.max(1),
+            mode: Mode::LookOnly,
+            lasts: Duration::ZERO,
+            is_request: false,
+        }
+    }
+}
+
 impl Usage {
     /// How much of the current month a user has used and may still use, and why.
     ///
@@ -39,23 +69,93 @@ impl Usage {
         Ok(QuotaStanding::new(facts, &tiers))
     }
 
-    /// Says whether a user may use `wanted` more tokens, of the model if one is named, now. Consumes
-    /// nothing.
+    /// Says whether a user may use more tokens now, of what this replica may hand out. Consumes
+    /// nothing. The quota is that of all models; `None`: the tier's policy said so, while the database
+    /// is away.
     ///
     /// # Errors
-    /// `AccountDisabled` · those of [`Usage::quota`]
+    /// `AccountDisabled` · `Unavailable`
     pub async fn check_quota(
         &self,
         user: &UserStanding,
-        wanted: i64,
-        model: Option<&ModelName>,
-        now: DateTime<Utc>,
-    ) -> Result<(Decision, QuotaStanding)> {
+        wish: &QuotaWish,
+    ) -> Result<(Decision, Option<QuotaState>)> {
+        let tiers = self.tiers();
+        let limits = tiers.limits_of(&user.tier);
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
-        let standing = self.quota(user.id, now).await?;
-        Ok((decide(&standing, wanted, model), standing))
+        let is_too_large = limits
+            .max_request_tokens
+            .is_some_and(|max| wish.tokens > max);
+        // Of a request that is too large it is said all the same how the user stands.
+        let tokens = if is_too_large { 1 } else { wish.tokens };
+        let wish = wish.look(user, tokens);
+        let (decision, quota) = match self.keeper.reserve(&wish).await {
+            Reservation::Enough(total) => {
+                let period = Period::containing(Utc::now());
+                let quota = total.map(|standing| standing.state(period, &user.tier));
+                (Decision::Allowed, quota)
+            }
+            Reservation::Denied(meters) => {
+                let decision = match meters.iter().any(|(meter, _)| meter.model.is_none()) {
+                    true => Decision::MonthlyLimit,
+                    false => Decision::ModelLimit,
+                };
+                (decision, self.total_beside(meters, user))
+            }
+            Reservation::Held(_) | Reservation::RateLimited(_) | Reservation::Refused(_) => {
+                let silence = "the database does not say what is left";
+                return Err(Error::Unavailable(silence.into()));
+            }
+        };
+        let decision = match is_too_large {
+            true => Decision::RequestTooLarge,
+            false => decision,
+        };
+        Ok((decision, quota))
+    }
+
+    /// [`Usage::check_quota`], if memory says yes; `None`: it may say so yet.
+    pub fn check_quota_at_once(
+        &self,
+        user: &UserStanding,
+        wish: &QuotaWish,
+    ) -> Option<(Decision, Option<QuotaState>)> {
+        let tiers = self.tiers();
+        let limits = tiers.limits_of(&user.tier);
+        let is_too_large = limits
+            .max_request_tokens
+            .is_some_and(|max| wish.tokens > max);
+        if is_too_large || !user.is_active {
+            return None;
+        }
+        let look = wish.look(user, wish.tokens);
+        match self.keeper.reserve_at_once(&look)? {
+            Reservation::Enough(total) => {
+                let period = Period::containing(Utc::now());
+                let quota = total.map(|standing| standing.state(period, &user.tier));
+                Some((Decision::Allowed, quota))
+            }
+            _ => None,
+        }
+    }
+
+    /// How the total stands of a user who is short on some meters.
+    fn total_beside(
+        &self,
+        meters: Vec<(MeterName, Standing)>,
+        user: &UserStanding,
+    ) -> Option<QuotaState> {
+        let (first, standing) = meters.into_iter().next()?;
+        let standing = match first.model {
+            None => standing,
+            Some(_) => self.keeper.standing(&MeterName {
+                model: None,
+                ..first
+            })?,
+        };
+        Some(standing.state(first.period, &user.tier))
     }
 
     /// Notes how a user stands, before the tier changes: what was used under the limit of now stays
@@ -158,99 +258,5 @@ impl Usage {
             }
         }
         closed
-    }
-}
-
-/// Usage equal to the limit is refused: a wish for nothing asks whether anything is left.
-fn decide(standing: &QuotaStanding, wanted: i64, model: Option<&ModelName>) -> Decision {
-    if standing.max_request_tokens.is_some_and(|max| wanted > max) {
-        return Decision::RequestTooLarge;
-    }
-    let fits = |remaining: Option<i64>| remaining.is_none_or(|left| left >= wanted.max(1));
-    if !fits(standing.remaining_tokens()) {
-        return Decision::MonthlyLimit;
-    }
-    if !fits(model.and_then(|model| standing.remaining_of_model(model))) {
-        return Decision::ModelLimit;
-    }
-    Decision::Allowed
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::model::{LimitFacts, OnOutage, TierLimits, Tiers};
-
-    fn standing(limit: Option<i64>, max: Option<i64>, used: i64) -> QuotaStanding {
-        let name: crate::model::TierName = "free".parse().expect("valid");
-        let model: ModelName = "small".parse().expect("valid");
-        let tiers = Tiers {
-            all: vec![TierLimits {
-                name: name.clone(),
-                monthly_tokens: limit,
-                models: BTreeMap::from([(model.clone(), 10)]),
-                requests_per_minute: None,
-                max_request_tokens: max,
-                on_outage: OnOutage::Closed,
-                thresholds: Vec::new(),
-            }],
-            default: 0,
-        };
-        let period: Period = "2026-11".parse().expect("valid");
-        let facts = LimitFacts {
-            user_id: UserId::new(),
-            period,
-            now: period.start(),
-            tier: name,
-            override_: None,
-            recorded_base: None,
-            used,
-            used_by_model: BTreeMap::from([(model, 4)]),
-            credits: Vec::new(),
-            past: Vec::new(),
-        };
-        QuotaStanding::new(facts, &tiers)
-    }
-
-    fn decision(limit: Option<i64>, max: Option<i64>, used: i64, wanted: i64) -> Decision {
-        decide(&standing(limit, max, used), wanted, None)
-    }
-
-    #[test]
-    fn a_model_has_a_limit_of_its_own_beside_that_of_all() {
-        let of = |limit, model: &str, wanted| {
-            let model = model.parse().expect("valid");
-            decide(&standing(Some(limit), None, 50), wanted, Some(&model))
-        };
-        assert_eq!(of(100, "small", 6), Decision::Allowed);
-        assert_eq!(of(100, "small", 7), Decision::ModelLimit);
-        assert_eq!(of(100, "large", 7), Decision::Allowed);
-        assert_eq!(of(55, "small", 6), Decision::MonthlyLimit);
-    }
-
-    #[test]
-    fn the_last_token_can_be_used_and_no_more() {
-        assert_eq!(decision(Some(100), None, 99, 1), Decision::Allowed);
-        assert_eq!(decision(Some(100), None, 99, 2), Decision::MonthlyLimit);
-        assert_eq!(decision(Some(100), None, 100, 0), Decision::MonthlyLimit);
-        assert_eq!(decision(Some(100), None, 150, 0), Decision::MonthlyLimit);
-        assert_eq!(decision(Some(0), None, 0, 0), Decision::MonthlyLimit);
-        assert_eq!(
-            decision(Some(100), Some(10), 0, 11),
-            Decision::RequestTooLarge
-        );
-        assert_eq!(decision(None, None, i64::MAX, i64::MAX), Decision::Allowed);
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_allowed_fits(limit in 0_i64.., used in 0_i64.., wanted in 0_i64..) {
-            let allowed = decision(Some(limit), None, used, wanted) == Decision::Allowed;
-            prop_assert_eq!(allowed, i128::from(used) + i128::from(wanted.max(1)) <= i128::from(limit));
-        }
     }
 }

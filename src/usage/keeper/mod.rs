@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -30,7 +30,10 @@ use super::lease::{
 use crate::{
     config::QuotaSettings,
     error::{Error, Result},
-    model::{HoldName, MeterName, ModelName, OnOutage, Period, ReplicaId, TierName, Tiers, UserId},
+    model::{
+        HoldName, MeterName, ModelName, OnOutage, Period, ReplicaId, TierName, Tiers, UsageEvent,
+        UserId,
+    },
     store::Store,
 };
 use models::Models;
@@ -132,6 +135,8 @@ struct Inner {
     settings: KeeperSettings,
     shards: Box<[Locked]>,
     models: Models,
+    /// Something may be leased.
+    is_in_use: AtomicBool,
     /// There are operations or tombstones to send.
     due: Notify,
     /// A hold needs a longer horizon, up to this reading of the clock.
@@ -161,6 +166,7 @@ impl Keeper {
             settings,
             shards: (0..SHARDS).map(|_| shard()).collect(),
             models: Models::default(),
+            is_in_use: AtomicBool::new(false),
             due: Notify::new(),
             wanted_until: AtomicU64::new(0),
             beat: Notify::new(),
@@ -227,8 +233,8 @@ impl Keeper {
                             let less = all.filter_map(|(_, standing)| standing.obtainable()).min();
                             match less {
                                 Some(less) if 0 < less && less < tokens && !is_last => {
-                                    tokens = less;
-                                    first = Some(short);
+                                    // What was sent until now did not ask for this.
+                                    (tokens, first) = (less, None);
                                 }
                                 _ => mode = wish.mode,
                             }
@@ -362,11 +368,40 @@ impl Keeper {
     /// What became of a commit that [`Keeper::begin_commit`] was told of.
     pub fn end_commit(&self, name: HoldName, meters: &[MeterName], outcome: Outcome) -> Ended {
         let key_of = |meter| self.0.models.key_of(meter);
-        let keys: Vec<MeterKey> = meters.iter().map(key_of).collect();
+        let keys: Vec<MeterKey> = meters.iter().filter_map(key_of).collect();
         match self.0.own(name) {
             Some((mut shard, hold)) => shard.book.end_commit(hold, &keys, outcome),
             None => Ended::Unknown,
         }
+    }
+
+    /// What events that nothing was reserved for will take from what is free here, once they are
+    /// booked. Empty while nothing is leased.
+    pub(super) fn charges_of(&self, events: &[UsageEvent]) -> Vec<Charge> {
+        if !self.0.is_in_use.load(Ordering::Relaxed) {
+            return Vec::new();
+        }
+        let charge = |event: &UsageEvent| {
+            let key = |model| MeterKey {
+                user: event.user_id,
+                period: event.period(),
+                model,
+            };
+            let model = self.0.models.known(&event.model);
+            Charge {
+                meters: [key(ModelKey::TOTAL), key(model.unwrap_or(ModelKey::TOTAL))],
+                of_model: model.is_some(),
+                tokens: event.tokens.total(),
+            }
+        };
+        events.iter().map(charge).collect()
+    }
+
+    /// Takes what was booked without a hold from what is free here: it is used, whoever asks next.
+    pub(super) fn charge(&self, charge: &Charge) {
+        let meters = &charge.meters[..if charge.of_model { 2 } else { 1 }];
+        let mut shard = self.0.shard_of(meters[0].user).lock();
+        shard.book.charge_free(meters, charge.tokens);
     }
 
     /// The time of the database, about; `None` before it was heard of.
@@ -376,9 +411,17 @@ impl Keeper {
 
     /// What is known here of a meter; `None`: this replica has no lease on it.
     pub fn standing(&self, meter: &MeterName) -> Option<Standing> {
-        let key = self.0.models.key_of(meter);
+        let key = self.0.models.key_of(meter)?;
         self.0.shard_of(meter.user_id).lock().standing(key)
     }
+}
+
+/// Tokens that were used without a hold.
+pub(super) struct Charge {
+    meters: [MeterKey; 2],
+    /// The second one counts.
+    of_model: bool,
+    tokens: Tokens,
 }
 
 /// What one look at the book brought.
@@ -438,6 +481,7 @@ impl Inner {
             None => None,
         };
         let standing = shard.admission(now);
+        self.is_in_use.store(true, Ordering::Relaxed);
         let reserved = shard.book.reserve(&ask, &standing);
         // What the hold made due too: it asks for more before there is nothing left.
         if shard.book.is_due() {

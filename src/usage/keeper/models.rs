@@ -35,15 +35,23 @@ impl Models {
         key
     }
 
-    pub(super) fn key_of(&self, meter: &MeterName) -> MeterKey {
-        MeterKey {
+    /// The number of a model that has one.
+    pub(super) fn known(&self, name: &ModelName) -> Option<ModelKey> {
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        known.by_name.get(name).copied()
+    }
+
+    /// `None`: nothing here is of that model.
+    pub(super) fn key_of(&self, meter: &MeterName) -> Option<MeterKey> {
+        let model = match &meter.model {
+            Some(name) => self.known(name)?,
+            None => ModelKey::TOTAL,
+        };
+        Some(MeterKey {
             user: meter.user_id,
             period: meter.period,
-            model: meter
-                .model
-                .as_ref()
-                .map_or(ModelKey::TOTAL, |name| self.key(name)),
-        }
+            model,
+        })
     }
 
     pub(super) fn name_of(&self, key: MeterKey) -> MeterName {

@@ -51,21 +51,24 @@ pub struct Standing {
     /// What this replica may admit, and what it holds.
     pub free: Tokens,
     pub held: Tokens,
+    /// What is booked and may not be counted in `committed` yet.
+    pub spent: Tokens,
 }
 
 impl Standing {
     /// As people are told of it.
     pub fn state(&self, period: Period, tier: &TierName) -> QuotaState {
         let remaining = self.obtainable();
+        let used = self.committed.saturating_add(self.spent);
         let held = match (self.limit, remaining) {
-            (Some(limit), Some(remaining)) => limit - self.committed - remaining,
+            (Some(limit), Some(remaining)) => limit - used - remaining,
             _ => self.held + self.elsewhere,
         };
         QuotaState {
             period,
             tier: tier.clone(),
             limit: self.limit,
-            used: self.committed,
+            used,
             held: held.max(0),
             remaining,
         }
@@ -192,6 +195,7 @@ impl Shard {
             elsewhere: balance.leased - seen.granted,
             free: sight.free,
             held: sight.held,
+            spent: sight.spent,
         })
     }
 

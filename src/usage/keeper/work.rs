@@ -1,6 +1,6 @@
 //! What runs beside the calls: heartbeats, operations, tombstones, settlements, recalls, reaping.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{error, info, warn};
@@ -153,9 +153,13 @@ impl Inner {
                 () = self.due.notified() => {}
                 _ = sweeps.tick() => {
                     let now = boot();
+                    let mut meters = 0;
                     for shard in &self.shards {
-                        shard.lock().sweep(now, SWEEP_BUDGET);
+                        let mut shard = shard.lock();
+                        shard.sweep(now, SWEEP_BUDGET);
+                        meters += shard.book.meters();
                     }
+                    self.is_in_use.store(meters > 0, Ordering::Relaxed);
                 }
             }
             while let Some(sent) = self.send(id).await {
@@ -239,7 +243,9 @@ impl Inner {
                     let error = loop {
                         match listener.next().await {
                             Ok(meter) => {
-                                let key = self.models.key_of(&meter);
+                                let Some(key) = self.models.key_of(&meter) else {
+                                    continue;
+                                };
                                 let mut shard = self.shard_of(key.user).lock();
                                 shard.book.recall(key, boot());
                                 drop(shard);

@@ -538,6 +538,10 @@ impl Book {
         };
     }
 
+    pub fn meters(&self) -> usize {
+        self.by_key.len()
+    }
+
     /// Holds of all states.
     pub fn holds(&self) -> usize {
         self.holds.len()
@@ -601,7 +605,8 @@ impl Book {
         }
     }
 
-    fn charge_free(&mut self, meters: &[MeterKey], actual: Tokens) {
+    /// Takes what was used without a hold from what is free.
+    pub fn charge_free(&mut self, meters: &[MeterKey], actual: Tokens) {
         for key in meters {
             if let Some(index) = self.by_key.get(key)
                 && let Some(meter) = &mut self.meters[*index as usize]
