@@ -22,7 +22,7 @@ use std::{
 };
 
 use aws_lc_rs::hmac;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 
 pub use counters::Counters;
 pub use export::{Export, ExportFormat, Written};
@@ -49,6 +49,8 @@ use crate::{
 pub struct Usage {
     store: Store,
     tiers: Arc<RwLock<Arc<Tiers>>>,
+    /// One at a time: what was found out about the tiers in force is to hold until others are.
+    replacing: Arc<Mutex<()>>,
     writers: Writers,
     keeper: Keeper,
     spool: Spool,
@@ -91,6 +93,7 @@ impl Usage {
         Ok(Self {
             keeper: Keeper::new(leases, tiers.clone(), quota.into()),
             tiers,
+            replacing: Arc::default(),
             writers: Writers::new(&store, settings, threads, counters.clone())?,
             spool: Spool::default(),
             handle_key,
@@ -181,12 +184,13 @@ impl Usage {
         tiers.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Puts other tiers in force, for the next call on.
+    /// Puts other tiers in force, for the next call on; [`Usage::settle`] is due then.
     ///
     /// # Errors
     /// `Removed` when users are in a tier that would be gone: the tiers in force stay. `Unknown` when
     /// that cannot be told.
     pub async fn replace_tiers(&self, tiers: Tiers) -> Result<(), ReplaceError> {
+        let _turn = self.replacing.lock().await;
         let before = self.tiers();
         let mut removed: Vec<TierName> = before.all.iter().map(|tier| tier.name.clone()).collect();
         removed.retain(|name| tiers.get(name).is_none());
@@ -218,6 +222,23 @@ impl Usage {
 pub enum ReplaceError {
     #[error("users are in tiers that the file does not have: {}", .0.join(", "))]
     Removed(Vec<String>),
-    #[error("tiers are gone, and whether users are in them cannot be told: {0}")]
+    #[error("tiers are gone, and whether users are in them cannot be told")]
     Unknown(#[source] Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_tiers_stay_is_told_once() {
+        let unknown = ReplaceError::Unknown(Error::Unavailable("no route".into()));
+        let told = format!("{:#}", anyhow::Error::from(unknown));
+        assert_eq!(
+            told.matches("the database is unavailable").count(),
+            1,
+            "{told}"
+        );
+        assert_eq!(told.matches("no route").count(), 1, "{told}");
+    }
 }
