@@ -6,8 +6,8 @@ use super::{Auth, BootTime, ImportedHash};
 use crate::{
     error::{Error, Result},
     model::{
-        Change, Identifier, Origin, Page, PageRequest, Person, Role, TierName, User, UserFilter,
-        UserId, UserStanding, Violation,
+        Change, Identifier, Origin, Page, PageRequest, Person, Role, TierName, Tiers, User,
+        UserFilter, UserId, UserStanding, Violation,
     },
     store::NewUser,
 };
@@ -102,13 +102,19 @@ impl Auth {
         self.store.user_list(filter, page).await
     }
 
-    /// Moves a user to another tier; tokens already issued see it at once. Naming the present tier
-    /// changes nothing.
+    /// Moves a user to another of the `tiers`; tokens already issued see it at once. Naming the present
+    /// tier changes nothing.
     ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
-    pub async fn set_tier(&self, id: UserId, tier: &TierName, origin: &Origin) -> Result<User> {
-        let user = self.store.user_set_tier(id, tier, origin).await?;
+    pub async fn set_tier(
+        &self,
+        id: UserId,
+        tier: &TierName,
+        tiers: &Tiers,
+        origin: &Origin,
+    ) -> Result<User> {
+        let user = self.store.user_set_tier(id, tier, tiers, origin).await?;
         self.apply(Change::User(id));
         Ok(user)
     }

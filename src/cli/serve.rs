@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use anyhow::Context as _;
+use chrono::Utc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::{database::Database, secrets, write_private};
 use crate::{
@@ -148,7 +149,11 @@ async fn reload_on_hangup(mut hangups: Signal, settings: Settings, auth: Auth, u
 
 async fn reload_tiers(settings: &Settings, usage: &Usage) -> anyhow::Result<()> {
     let tiers = load_tiers(&settings.usage.tiers_file)?;
-    Ok(usage.replace_tiers(tiers).await?)
+    usage.replace_tiers(tiers).await?;
+    if let Err(error) = usage.settle(Utc::now()).await {
+        warn!(%error, "not every user's month is settled under the new tiers, upkeep will try again");
+    }
+    Ok(())
 }
 
 fn caught(kind: SignalKind) -> anyhow::Result<Signal> {

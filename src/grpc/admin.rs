@@ -1,4 +1,4 @@
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -121,10 +121,11 @@ impl AdminService for Handler {
         let message = request.get_ref();
         let mut fields = Fields::default();
         let id = fields.parse("user_id", &message.user_id);
-        let tier = fields.known_tier("tier", &message.tier, &self.usage.tiers());
+        let tiers = self.usage.tiers();
+        let tier = fields.known_tier("tier", &message.tier, &tiers);
         let (id, tier) = fields.finish(id.zip(tier))?;
-        self.usage.before_tier_change(id).await?;
-        let user = self.auth.set_tier(id, &tier, &origin_of(&request)).await?;
+        let origin = origin_of(&request);
+        let user = self.auth.set_tier(id, &tier, &tiers, &origin).await?;
         Ok(Response::new(SetUserTierResponse {
             user: Some(user.into()),
             revision: convert::revision(self.auth.revision().await),
@@ -270,8 +271,17 @@ impl AdminService for Handler {
         &self,
         request: Request<GrantCreditsRequest>,
     ) -> Result<Response<GrantCreditsResponse>, Status> {
-        let new = only(|fields| quota::new_credit(fields, request.get_ref(), Utc::now()))?;
-        let credit = self.usage.grant_credits(&new, &origin_of(&request)).await?;
+        let now = Utc::now();
+        let read = |after| only(|fields| quota::new_credit(fields, request.get_ref(), after, now));
+        let credit = match read(now) {
+            Ok(new) => self.usage.grant_credits(&new, &origin_of(&request)).await?,
+            // What was granted in time and has expired since is answered all the same.
+            Err(refused) => match read(DateTime::UNIX_EPOCH) {
+                Ok(granted) => self.usage.granted_credits(&granted, now).await?,
+                Err(_) => None,
+            }
+            .ok_or(refused)?,
+        };
         Ok(Response::new(GrantCreditsResponse {
             credit: Some(credit.into()),
         }))

@@ -48,7 +48,7 @@ pub(super) fn new_override<'a>(
         Some(Limit::Unlimited(())) => Some(None),
         None => fields.take("limit", Err("must hold monthly_tokens or unlimited".into())),
     };
-    let expires_at = fields.take("expires_at", expiry(request.expires_at, now));
+    let expires_at = fields.take("expires_at", expiry(request.expires_at, now, now));
     let reason = fields.take("reason", reason(&request.reason));
     let new = MonthlyOverride {
         monthly_tokens: monthly_tokens?,
@@ -57,10 +57,11 @@ pub(super) fn new_override<'a>(
     Some((user_id?, new, reason?))
 }
 
-/// Reads what is to be granted.
+/// Reads what is to be granted, to expire after `after` if ever.
 pub(super) fn new_credit(
     fields: &mut Fields,
     request: &admin::GrantCreditsRequest,
+    after: DateTime<Utc>,
     now: DateTime<Utc>,
 ) -> Option<NewCredit> {
     let user_id = fields.parse("user_id", &request.user_id);
@@ -71,7 +72,7 @@ pub(super) fn new_credit(
         Err(format!("must be 0 to {MAX_PRIORITY}").into())
     };
     let priority = fields.take("priority", priority);
-    let expires_at = fields.take("expires_at", expiry(request.expires_at, now));
+    let expires_at = fields.take("expires_at", expiry(request.expires_at, after, now));
     let reason = fields.take("reason", reason(&request.reason));
     let request_id = fields.parse("request_id", &request.request_id);
     Some(NewCredit {
@@ -92,16 +93,17 @@ fn tokens_from(min: i64, tokens: i64) -> Result<i64, Violation> {
     }
 }
 
-/// Reads when something ends; unset means never.
+/// Reads when something ends, after `after`; unset means never.
 fn expiry(
     value: Option<Timestamp>,
+    after: DateTime<Utc>,
     now: DateTime<Utc>,
 ) -> Result<Option<DateTime<Utc>>, Violation> {
     if value.is_none() {
         return Ok(None);
     }
     let at = timestamp(value)?;
-    if at > now && at <= now + MAX_LIFETIME {
+    if at > after && at <= now + MAX_LIFETIME {
         Ok(Some(at))
     } else {
         Err("must be ahead of now, at most ten years".into())

@@ -10,6 +10,9 @@ use super::{CreditId, ModelName, Period, TierName, Tiers, UserId};
 /// How an unlimited base is recorded. No other base is as large.
 const UNLIMITED: i64 = i64::MAX;
 
+/// Months before the current one that usage may still be booked for: events are taken for 35 days.
+const OPEN_MONTHS: u32 = 2;
+
 /// What the limit of a user's month follows from, as one snapshot of the database has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LimitFacts {
@@ -25,10 +28,12 @@ pub struct LimitFacts {
     pub used: i64,
     /// Of these, by model; at least the models that any tier limits.
     pub used_by_model: BTreeMap<ModelName, i64>,
-    /// Every credit that is not closed, and those closed since the oldest of these was granted.
+    /// Every credit that is not closed.
     pub credits: Vec<Credit>,
-    /// The months before this one since the oldest credit that is not closed, oldest first. Months
-    /// without use and record may be left out.
+    /// What closed credits gave to this month and to those of `past`.
+    pub draws: Vec<Draw>,
+    /// The months before this one from the first on in which a credit that is not closed may have been
+    /// drawn. Months without use and record may be left out.
     pub past: Vec<PastMonth>,
 }
 
@@ -48,6 +53,12 @@ pub struct MonthlyOverride {
     pub expires_at: Option<DateTime<Utc>>,
 }
 
+impl MonthlyOverride {
+    pub fn has_expired(&self, now: DateTime<Utc>) -> bool {
+        self.expires_at.is_some_and(|at| at <= now)
+    }
+}
+
 /// Tokens granted to a user beyond the monthly limit. Drawn, once, by what months use beyond their
 /// base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,14 +69,19 @@ pub struct Credit {
     pub priority: i32,
     pub granted_at: DateTime<Utc>,
     pub expires_at: Option<DateTime<Utc>>,
-    pub closed: Option<ClosedCredit>,
+    /// The first month that it counts in and that is not settled: the one of its grant, or a later one.
+    pub first_month: Period,
+    /// By the months before `first_month`; once it is closed, by all.
+    pub drawn_tokens: i64,
 }
 
-/// From when on a credit gives nothing more, and what had been drawn by then.
+/// What a month drew from a credit that is closed: neither more nor less, whatever is booked for that
+/// month since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ClosedCredit {
-    pub at: DateTime<Utc>,
-    pub drawn_tokens: i64,
+pub struct Draw {
+    pub credit: Credit,
+    pub period: Period,
+    pub tokens: i64,
 }
 
 /// A month's limit and where it comes from.
@@ -92,7 +108,7 @@ pub enum BaseSource {
 }
 
 /// What a credit gives and gave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreditShare {
     pub credit: Credit,
     /// Drawn up to now, in all months.
@@ -101,6 +117,17 @@ pub struct CreditShare {
     pub drawn_this_month: i64,
     /// What it still gives; 0 once it is closed or has expired.
     pub remaining: i64,
+    /// What months that are not settled drew, in their order.
+    draws: Vec<(Period, i64)>,
+    /// It has expired or is used up, and is to be closed.
+    is_over: bool,
+}
+
+impl CreditShare {
+    /// What is to be written down when it is closed: what each month drew that is not settled.
+    pub fn draws(&self) -> impl Iterator<Item = (Period, i64)> {
+        self.draws.iter().copied()
+    }
 }
 
 impl LimitFacts {
@@ -113,14 +140,19 @@ impl LimitFacts {
     pub fn limit(&self, tiers: &Tiers) -> EffectiveLimit {
         let limits = tiers.limits_of(&self.tier);
         let (configured, source) = match self.override_ {
-            Some(over) if over.expires_at.is_none_or(|at| at > self.now) => {
+            Some(over) if !over.has_expired(self.now) => {
                 (over.monthly_tokens, BaseSource::Override)
             }
             _ => (limits.monthly_tokens, BaseSource::Tier),
         };
-        let configured = configured.unwrap_or(UNLIMITED);
+        let configured = match self.recorded_base {
+            // What changed since is no matter of that month.
+            Some(base) if self.now >= self.period.end() => base,
+            _ => configured.unwrap_or(UNLIMITED),
+        };
         // Under a larger limit, what was used up to it was in order.
-        let kept = self.recorded_base.map_or(0, |base| base.min(self.used));
+        let paid = self.used.saturating_sub(self.given(self.period));
+        let kept = self.recorded_base.map_or(0, |base| base.min(paid));
         let base = configured.max(kept);
         let base_source = if kept > configured {
             BaseSource::Kept
@@ -143,53 +175,110 @@ impl LimitFacts {
         }
     }
 
-    /// Draws the credits, month by month. A month whose base nobody recorded has that of the month
-    /// before it, or today's.
-    fn draw(&self, configured: i64, base: i64) -> Vec<CreditShare> {
-        let mut shares: Vec<CreditShare> = self
-            .credits
-            .iter()
-            .map(|credit| CreditShare {
-                credit: *credit,
-                drawn: 0,
-                drawn_this_month: 0,
-                remaining: 0,
-            })
-            .collect();
-        shares.sort_by_key(|share| share.credit.order());
-        let mut known_base = configured;
-        for month in &self.past {
-            known_base = month.base.unwrap_or(known_base);
-            let beyond = month.used.saturating_sub(known_base).max(0);
-            draw_month(&mut shares, month.period, beyond);
+    /// These facts as they are once everything that was decided has been written down: the base is
+    /// recorded, credits that give nothing more are closed, months that take no more events are settled,
+    /// and an override that has expired is gone. Whoever has nothing to write down gets the same.
+    #[must_use]
+    pub fn settled(&self, limit: &EffectiveLimit) -> Self {
+        let mut settled = self.clone();
+        settled.recorded_base = Some(limit.base_to_record());
+        for share in limit.closing() {
+            settled.close(share);
         }
-        let before: Vec<i64> = shares.iter().map(|share| share.drawn).collect();
-        let beyond = self.used.saturating_sub(base).max(0);
-        draw_month(&mut shares, self.period, beyond);
-        for (share, before) in shares.iter_mut().zip(before) {
-            share.drawn_this_month = share.drawn - before;
-            if share.credit.gives(self.period, self.now) {
-                share.remaining = share.credit.tokens - share.drawn;
+        if let Some(first) = self.first_open_month() {
+            for (id, drawn) in limit.settling(first) {
+                let credits = settled.credits.iter_mut().filter(|credit| credit.id == id);
+                credits.for_each(|credit| {
+                    credit.first_month = first;
+                    credit.drawn_tokens = drawn;
+                });
             }
         }
+        settled.override_ = self.override_.filter(|over| !over.has_expired(self.now));
+        settled
+    }
+
+    /// Closes a credit: what it gave stays, and it gives nothing more.
+    pub fn close(&mut self, share: &CreditShare) {
+        self.credits.retain(|credit| credit.id != share.credit.id);
+        let credit = Credit {
+            drawn_tokens: share.drawn,
+            ..share.credit
+        };
+        self.draws
+            .extend(share.draws().map(|(period, tokens)| Draw {
+                credit,
+                period,
+                tokens,
+            }));
+    }
+
+    /// The first month that usage may still be booked for; `None` when these are facts of a month that
+    /// is not the current one, which nothing is settled by.
+    pub fn first_open_month(&self) -> Option<Period> {
+        let is_current = Period::containing(self.now) == self.period;
+        is_current.then(|| self.period.minus_months(OPEN_MONTHS))
+    }
+
+    /// What closed credits gave to a month.
+    fn given(&self, period: Period) -> i64 {
+        let draws = self.draws.iter().filter(|draw| draw.period == period);
+        draws.fold(0, |sum, draw| sum.saturating_add(draw.tokens))
+    }
+
+    /// Draws the credits, month by month. A month whose base nobody recorded has today's.
+    fn draw(&self, configured: i64, base: i64) -> Vec<CreditShare> {
+        let shares = self.credits.iter().map(|credit| CreditShare {
+            credit: *credit,
+            drawn: credit.drawn_tokens,
+            drawn_this_month: 0,
+            remaining: 0,
+            draws: Vec::new(),
+            is_over: false,
+        });
+        let mut shares = Vec::from_iter(shares);
+        shares.sort_by_key(|share| share.credit.order());
+        for month in &self.past {
+            let base = month.base.unwrap_or(configured);
+            self.draw_month(&mut shares, month.period, month.used, base);
+        }
+        self.draw_month(&mut shares, self.period, self.used, base);
+        for share in &mut shares {
+            let this_month = share.draws().filter(|(period, _)| *period == self.period);
+            share.drawn_this_month = this_month.map(|(_, tokens)| tokens).sum();
+            let left = share.credit.tokens - share.drawn;
+            let has_expired = share.credit.has_expired(self.now);
+            // A month that is over gets no more: the next one decides about it already.
+            if !has_expired && share.credit.counts_in(self.period) && self.now < self.period.end() {
+                share.remaining = left;
+            }
+            share.is_over = self.first_open_month().is_some() && (has_expired || left == 0);
+        }
+        let given = self.draws.iter().filter(|draw| draw.period == self.period);
+        shares.extend(given.map(|draw| CreditShare {
+            credit: draw.credit,
+            drawn: draw.credit.drawn_tokens,
+            drawn_this_month: draw.tokens,
+            remaining: 0,
+            draws: Vec::new(),
+            is_over: false,
+        }));
+        shares.sort_by_key(|share| share.credit.order());
         shares
     }
-}
 
-/// Draws what a month used beyond its base from the credits that are good in it.
-fn draw_month(shares: &mut [CreditShare], period: Period, mut beyond: i64) {
-    let closed_in = |share: &CreditShare| share.credit.closed_in(period);
-    // What was drawn from one when it was closed is settled: it comes before the others, whatever
-    // was granted since.
-    for settled in [true, false] {
+    /// Draws what a month used beyond its base, and beyond what closed credits gave to it, from the
+    /// credits that are good in it.
+    fn draw_month(&self, shares: &mut [CreditShare], period: Period, used: i64, base: i64) {
+        let paid = base.saturating_add(self.given(period));
+        let mut beyond = used.saturating_sub(paid).max(0);
         for share in shares.iter_mut() {
-            if closed_in(share).is_some() != settled || !share.credit.counts_in(period) {
-                continue;
+            let drawn = beyond.min(share.credit.tokens - share.drawn);
+            if drawn > 0 && share.credit.counts_in(period) {
+                share.drawn += drawn;
+                share.draws.push((period, drawn));
+                beyond -= drawn;
             }
-            let most = closed_in(share).map_or(share.credit.tokens, |closed| closed.drawn_tokens);
-            let drawn = beyond.min(most - share.drawn).max(0);
-            share.drawn += drawn;
-            beyond -= drawn;
         }
     }
 }
@@ -206,17 +295,7 @@ impl Credit {
 
     /// Whether use in the month may draw from it.
     fn counts_in(&self, period: Period) -> bool {
-        self.granted_at < period.end()
-            && self.expires_at.is_none_or(|at| at > period.start())
-            && self.closed.is_none_or(|closed| closed.at > period.start())
-    }
-
-    fn closed_in(&self, period: Period) -> Option<ClosedCredit> {
-        self.closed.filter(|closed| closed.at < period.end())
-    }
-
-    fn gives(&self, period: Period, now: DateTime<Utc>) -> bool {
-        self.closed.is_none() && !self.has_expired(now) && self.counts_in(period)
+        self.first_month <= period && self.expires_at.is_none_or(|at| at > period.start())
     }
 
     fn has_expired(&self, now: DateTime<Utc>) -> bool {
@@ -230,14 +309,22 @@ impl EffectiveLimit {
         self.base.unwrap_or(UNLIMITED)
     }
 
-    /// The credits that have expired and are to be closed, with what was drawn from each; in the
-    /// transaction that read the facts. Until then what goes beyond the base still draws from them.
-    pub fn closing(&self, now: DateTime<Utc>) -> impl Iterator<Item = (CreditId, i64)> {
-        let expired = self
-            .credits
-            .iter()
-            .filter(move |share| share.credit.closed.is_none() && share.credit.has_expired(now));
-        expired.map(|share| (share.credit.id, share.drawn))
+    /// The credits that have expired or are used up, and are to be closed in the transaction that read
+    /// the facts. Until then what goes beyond the base still draws from those that have expired.
+    pub fn closing(&self) -> impl Iterator<Item = &CreditShare> {
+        self.credits.iter().filter(|share| share.is_over)
+    }
+
+    /// What the months before `first` drew, of the other credits that such months may draw from.
+    pub fn settling(&self, first: Period) -> impl Iterator<Item = (CreditId, i64)> {
+        let open = self.credits.iter().filter(move |share| {
+            !share.is_over && share.remaining > 0 && share.credit.first_month < first
+        });
+        open.map(move |share| {
+            let before = share.draws().filter(|(period, _)| *period < first);
+            let drawn: i64 = before.map(|(_, tokens)| tokens).sum();
+            (share.credit.id, share.credit.drawn_tokens + drawn)
+        })
     }
 
     /// What a credit gives and gave; `None` when it is not among the facts.
@@ -286,6 +373,7 @@ mod tests {
             used,
             used_by_model: BTreeMap::new(),
             credits: Vec::new(),
+            draws: Vec::new(),
             past: Vec::new(),
         }
     }
@@ -301,7 +389,16 @@ mod tests {
             priority,
             granted_at,
             expires_at: None,
-            closed: None,
+            first_month: Period::containing(granted_at),
+            drawn_tokens: 0,
+        }
+    }
+
+    fn past(of: &str, used: i64, base: Option<i64>) -> PastMonth {
+        PastMonth {
+            period: month(of),
+            used,
+            base,
         }
     }
 
@@ -384,15 +481,10 @@ mod tests {
     fn past_months_have_drawn_by_their_own_bases() {
         let mut facts = facts(0);
         facts.credits = vec![credit(100, 0, day("2026-08", 15))];
-        let past = |of: &str, used, base| PastMonth {
-            period: month(of),
-            used,
-            base,
-        };
         facts.past = vec![
             past("2026-08", 130, Some(120)),
-            // Nobody recorded another.
-            past("2026-09", 140, None),
+            // Nobody recorded one: today's.
+            past("2026-09", 1020, None),
             past("2026-10", 215, Some(200)),
         ];
         let limit = facts.limit(&tiers(Some(1000)));
@@ -414,29 +506,141 @@ mod tests {
         let limit = facts.limit(&tiers(Some(100)));
         assert_eq!(remaining(&limit), [0, 10]);
         assert_eq!(limit.tokens, Some(140));
-        let closing: Vec<_> = limit.closing(facts.now).collect();
+        let closing: Vec<_> = limit
+            .closing()
+            .map(|one| (one.credit.id, one.drawn))
+            .collect();
         assert_eq!(closing, [(expired.id, 30)]);
         // Closed, it does not pay for what is used since.
-        facts.credits[0].closed = Some(ClosedCredit {
-            at: facts.now,
-            drawn_tokens: 30,
-        });
+        let mut facts = facts.settled(&limit);
         assert_eq!(facts.limit(&tiers(Some(100))).tokens, Some(140));
         facts.used = 138;
         let limit = facts.limit(&tiers(Some(100)));
         assert_eq!((limit.tokens, remaining(&limit)), (Some(140), vec![0, 2]));
-        assert_eq!(limit.closing(facts.now).count(), 0);
+        assert_eq!(limit.closing().count(), 0);
+    }
+
+    #[test]
+    fn what_is_used_after_a_smaller_limit_was_recorded_draws_credits() {
+        let (large, small) = (tiers(Some(1000)), tiers(Some(100)));
+        let mut facts = facts(800);
+        facts.credits = vec![credit(50, 0, day("2026-11", 1))];
+        facts = facts.settled(&facts.limit(&large));
+        facts = facts.settled(&facts.limit(&small));
+        let before = facts.limit(&small);
+        assert_eq!((before.base, before.tokens), (Some(800), Some(850)));
+        facts.used = 830;
+        let after = facts.limit(&small);
+        assert_eq!((after.base, after.tokens), (Some(800), Some(850)));
+        assert_eq!(remaining(&after), [20]);
+    }
+
+    #[test]
+    fn a_month_that_is_over_keeps_its_base_and_gets_no_more_of_credits() {
+        let mut facts = LimitFacts {
+            now: day("2026-12", 1),
+            recorded_base: Some(100),
+            ..facts(120)
+        };
+        facts.credits = vec![credit(50, 0, day("2026-11", 1))];
+        for today in [0, 100, 1000] {
+            let limit = facts.limit(&tiers(Some(today)));
+            assert_eq!((limit.base, limit.tokens), (Some(100), Some(120)));
+            assert_eq!(
+                limit.closing().count(),
+                0,
+                "December may have drawn as well"
+            );
+        }
+    }
+
+    #[test]
+    fn late_use_of_a_month_draws_no_more_from_a_closed_credit() {
+        let mut facts = facts(0);
+        let (first, second) = (
+            credit(100, 0, day("2026-10", 5)),
+            credit(100, 1, day("2026-10", 6)),
+        );
+        facts.credits = vec![first, second];
+        facts.past = vec![past("2026-10", 130, Some(100))];
+        let limit = facts.limit(&tiers(Some(100)));
+        facts.close(limit.share(first.id).expect("open"));
+        // More is booked for October.
+        facts.past[0].used = 145;
+        let limit = facts.limit(&tiers(Some(100)));
+        assert_eq!(limit.share(first.id), None);
+        assert_eq!((limit.tokens, remaining(&limit)), (Some(185), vec![85]));
+    }
+
+    #[test]
+    fn a_closed_credit_gives_to_a_month_what_that_month_drew_and_no_more() {
+        let mut facts = facts(110);
+        let first = credit(100, 0, day("2026-10", 5));
+        facts.credits = vec![first, credit(100, 1, day("2026-11", 2))];
+        facts.past = vec![past("2026-10", 160, Some(100))];
+        let limit = facts.limit(&tiers(Some(100)));
+        facts.close(limit.share(first.id).expect("open"));
+        // As they are read when all open credits are of November.
+        facts.past.clear();
+        facts.draws.retain(|draw| draw.period == facts.period);
+        let before = facts.limit(&tiers(Some(100)));
+        assert_eq!(
+            (before.tokens, remaining(&before)),
+            (Some(210), vec![0, 100])
+        );
+        let closed = before.share(first.id).expect("gave this month");
+        assert_eq!((closed.drawn, closed.drawn_this_month), (70, 10));
+        facts.used = 160;
+        let after = facts.limit(&tiers(Some(100)));
+        assert_eq!(
+            (after.tokens, remaining(&after)),
+            (before.tokens, vec![0, 50])
+        );
+    }
+
+    #[test]
+    fn a_credit_that_is_used_up_is_closed_and_stays_given() {
+        let mut facts = facts(150);
+        facts.credits = vec![credit(50, 0, day("2026-11", 1))];
+        let limit = facts.limit(&tiers(Some(100)));
+        let mut facts = facts.settled(&limit);
+        assert_eq!(facts.credits, []);
+        assert_eq!(facts.limit(&tiers(Some(100))).tokens, limit.tokens);
+        // It has paid: a larger limit is there in full, a smaller one does not pay a second time.
+        assert_eq!(facts.limit(&tiers(Some(1000))).tokens, Some(1050));
+        facts = facts.settled(&facts.limit(&tiers(Some(1000))));
+        assert_eq!(facts.limit(&tiers(Some(0))).tokens, Some(150));
+    }
+
+    #[test]
+    fn months_that_take_no_more_events_are_settled() {
+        let mut facts = facts(0);
+        facts.credits = vec![credit(100, 0, day("2026-07", 1))];
+        facts.past = vec![
+            past("2026-07", 110, Some(100)),
+            past("2026-08", 120, Some(100)),
+            past("2026-09", 105, Some(100)),
+        ];
+        let limit = facts.limit(&tiers(Some(100)));
+        assert_eq!(remaining(&limit), [65]);
+        let mut settled = facts.settled(&limit);
+        let credit = settled.credits[0];
+        assert_eq!(
+            (credit.first_month, credit.drawn_tokens),
+            (month("2026-09"), 30)
+        );
+        assert_eq!(remaining(&settled.limit(&tiers(Some(100)))), [65]);
+        // They are not read any more.
+        settled.past.drain(..2);
+        assert_eq!(remaining(&settled.limit(&tiers(Some(100)))), [65]);
+        assert_eq!(settled.settled(&settled.limit(&tiers(Some(100)))), settled);
     }
 
     #[test]
     fn nothing_overflows() {
         let mut facts = facts(i64::MAX);
         facts.credits = vec![credit(i64::MAX, 0, day("2026-10", 1)); 3];
-        facts.past = vec![PastMonth {
-            period: month("2026-10"),
-            used: i64::MAX,
-            base: Some(0),
-        }];
+        facts.past = vec![past("2026-10", i64::MAX, Some(0))];
         assert_eq!(
             facts.limit(&tiers(Some(i64::MAX - 1))).tokens,
             Some(i64::MAX)
@@ -487,8 +691,9 @@ mod tests {
             let limit = facts.limit(&tiers(Some(base)));
             let tokens = limit.tokens.expect("limited");
             let own = limit.base.expect("limited");
+            let given = facts.given(facts.period);
             let credits: i64 = remaining(&limit).iter().sum();
-            let left = (own - facts.used).max(0) + credits;
+            let left = (own + given - facts.used).max(0) + credits;
             if facts.used <= tokens {
                 prop_assert_eq!(tokens - facts.used, left);
             } else {
@@ -514,20 +719,18 @@ mod tests {
         }
 
         #[test]
-        fn deciding_again_after_recording_changes_nothing(
-            mut facts in any_facts(), base in 0_i64..1500,
+        fn settling_changes_nothing_and_settling_again_has_nothing_to_do(
+            facts in any_facts(), base in 0_i64..1500,
         ) {
             let limit = facts.limit(&tiers(Some(base)));
-            facts.recorded_base = Some(limit.base_to_record());
-            let closing: BTreeMap<_, _> = limit.closing(facts.now).collect();
-            for credit in &mut facts.credits {
-                if let Some(drawn_tokens) = closing.get(&credit.id) {
-                    credit.closed = Some(ClosedCredit { at: facts.now, drawn_tokens: *drawn_tokens });
-                }
-            }
-            let again = facts.limit(&tiers(Some(base)));
+            let settled = facts.settled(&limit);
+            let again = settled.limit(&tiers(Some(base)));
             prop_assert_eq!((again.tokens, again.base), (limit.tokens, limit.base));
-            prop_assert_eq!(remaining(&again), remaining(&limit));
+            for share in &limit.credits {
+                let same = again.share(share.credit.id).map(|one| (one.drawn_this_month, one.remaining));
+                prop_assert_eq!(same.unwrap_or((0, 0)), (share.drawn_this_month, share.remaining));
+            }
+            prop_assert_eq!(settled.settled(&again), settled);
         }
 
         #[test]
@@ -535,14 +738,10 @@ mod tests {
             facts in any_facts(), base in 0_i64..1500,
         ) {
             let limit = facts.limit(&tiers(Some(base)));
-            for share in limit.credits.iter().filter(|share| share.credit.closed.is_none()) {
+            for share in &limit.credits {
                 let id = share.credit.id;
                 let mut voided = facts.clone();
-                let credits = voided.credits.iter_mut().filter(|credit| credit.id == id);
-                credits.for_each(|credit| credit.closed = Some(ClosedCredit {
-                    at: facts.now,
-                    drawn_tokens: share.drawn,
-                }));
+                voided.close(share);
                 let after = voided.limit(&tiers(Some(base)));
                 prop_assert_eq!(after.tokens, limit.tokens.map(|tokens| tokens - share.remaining));
                 for other in limit.credits.iter().filter(|other| other.credit.id != id) {
@@ -550,6 +749,26 @@ mod tests {
                     prop_assert_eq!(left, Some(other.remaining));
                 }
             }
+        }
+
+        #[test]
+        fn late_use_draws_only_from_credits_that_are_open(
+            mut facts in any_facts(), base in 0_i64..1500, late in 1_i64..500, month in 0_usize..4,
+        ) {
+            let limit = facts.limit(&tiers(Some(base)));
+            let (voided, open): (Vec<_>, Vec<_>) = limit.credits.iter().enumerate()
+                .partition(|(index, _)| index % 2 == 0);
+            for (_, share) in voided {
+                facts.close(share);
+            }
+            let before = facts.limit(&tiers(Some(base)));
+            facts.past[month].used += late;
+            let after = facts.limit(&tiers(Some(base)));
+            let lost = |share: &CreditShare| share.remaining
+                - after.share(share.credit.id).map_or(0, |share| share.remaining);
+            let lost: i64 = open.iter().map(|(_, share)| lost(share)).sum();
+            prop_assert!((0..=late).contains(&lost));
+            prop_assert_eq!(before.tokens.zip(after.tokens).map(|(a, b)| a - b >= 0), Some(true));
         }
 
         #[test]

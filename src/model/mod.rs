@@ -35,8 +35,7 @@ pub use lease::{
     ReplicaRow, Tokens, operate,
 };
 pub use limit::{
-    BaseSource, ClosedCredit, Credit, CreditShare, EffectiveLimit, LimitFacts, MonthlyOverride,
-    PastMonth,
+    BaseSource, Credit, CreditShare, Draw, EffectiveLimit, LimitFacts, MonthlyOverride, PastMonth,
 };
 pub use names::{
     ApiKeyName, Email, FullName, Identifier, ModelName, RequestId, ServiceName, TierName, Username,

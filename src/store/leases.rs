@@ -463,7 +463,7 @@ impl Facts {
             let Some((facts, limit)) = self.0.get(&(name.user_id, name.period)) else {
                 continue;
             };
-            if limit.closing(facts.now).next().is_some() {
+            if limit.closing().next().is_some() {
                 record_in_txn(facts, limit, conn).await?;
             } else if facts.recorded_base != Some(limit.base_to_record()) {
                 bases.users.push(name.user_id.0);

@@ -4,10 +4,12 @@
 use chrono::{DateTime, Utc};
 use diesel::{
     dsl,
+    pg::Pg,
     prelude::*,
-    sql_types::{Text, Timestamptz, Uuid as SqlUuid},
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    sql_types::{Array, BigInt, Nullable, Text, Timestamptz, Uuid as SqlUuid},
 };
-use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl, pg::TransactionBuilder};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -21,18 +23,64 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, CreditGrant, CreditId, EffectiveLimit, GrantRequestId, LimitFacts,
-        MonthlyOverride, NewCredit, Origin, Page, PageRequest, Period, Tiers, UserId,
+        AuditAction, AuditEvent, CreditGrant, CreditId, CreditShare, EffectiveLimit,
+        GrantRequestId, LimitFacts, MonthlyOverride, NewCredit, Origin, Page, PageRequest, Period,
+        Tiers, UserId,
     },
 };
 
 impl Store {
-    /// Records what the user's month stands at under the tier that is about to change: what was used
-    /// under a larger limit stays paid for.
+    /// Users with something that becomes another by itself: credits that are open, or an override that
+    /// is to expire. At most `limit`, by their ids, after `after`.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn quota_users(&self, after: Option<UserId>, limit: i64) -> Result<Vec<UserId>> {
+        #[derive(QueryableByName)]
+        struct Row {
+            #[diesel(sql_type = SqlUuid)]
+            user_id: Uuid,
+        }
+        let mut conn = self.conn().await?;
+        // Each part by its index, and no further than a page.
+        let rows: Vec<Row> = diesel::sql_query(
+            "(SELECT DISTINCT user_id FROM credit_grants
+                 WHERE closed_at IS NULL AND user_id > $1 ORDER BY user_id LIMIT $2)
+             UNION
+             (SELECT user_id FROM quota_overrides
+                 WHERE expires_at IS NOT NULL AND user_id > $1 ORDER BY user_id LIMIT $2)
+             ORDER BY user_id LIMIT $2",
+        )
+        .bind::<SqlUuid, _>(after.map_or(Uuid::nil(), |user_id| user_id.0))
+        .bind::<BigInt, _>(limit)
+        .load(&mut conn)
+        .await?;
+        Ok(rows.into_iter().map(|row| UserId(row.user_id)).collect())
+    }
+
+    /// Which of these users' months [`Store::quota_settle`] would change.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn quota_unsettled(
+        &self,
+        users: &[UserId],
+        tiers: &Tiers,
+        now: DateTime<Utc>,
+    ) -> Result<Vec<UserId>> {
+        let mut conn = self.conn().await?;
+        let all = quota_facts_in_txn(users, Period::containing(now), tiers, &mut conn).await?;
+        let unsettled = all
+            .iter()
+            .filter(|facts| facts.settled(&facts.limit(tiers)) != **facts);
+        Ok(unsettled.map(|facts| facts.user_id).collect())
+    }
+
+    /// Writes down how the user's month stands: what has been so far is judged by nothing that comes.
     ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
-    pub async fn quota_record(&self, user_id: UserId, tiers: &Tiers) -> Result<()> {
+    pub async fn quota_settle(&self, user_id: UserId, tiers: &Tiers) -> Result<()> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
             quota_settle_in_txn(user_id, tiers, conn).await.map(drop)
@@ -146,22 +194,10 @@ impl Store {
                 .await
                 .optional()?;
             let Some(row) = inserted else {
-                let row: CreditRow = credit_grants::table
-                    .filter(credit_grants::request_id.eq(new.request_id.0))
-                    .select(CreditRow::as_select())
-                    .first(conn)
-                    .await?;
-                let same = row.is(new);
-                let grant = row.grant(&before);
-                return if same {
-                    Ok(grant)
-                } else {
-                    Err(Error::CreditConflict)
-                };
+                let before = granted_in_txn(new, &before, conn).await?;
+                return before.ok_or_else(|| Error::internal("a grant is gone"));
             };
-            let open = facts.credits.iter().filter(|one| one.closed.is_none());
-            let closing = before.closing(facts.now).count();
-            if open.count() - closing >= usize::try_from(limit).unwrap_or(usize::MAX) {
+            if facts.credits.len() >= usize::try_from(limit).unwrap_or(usize::MAX) {
                 return Err(Error::TooManyCredits { limit });
             }
             let details = json!({
@@ -179,6 +215,26 @@ impl Store {
         .await
     }
 
+    /// The grant that the request made before, as it stands now; `None`: it made none.
+    ///
+    /// # Errors
+    /// `CreditConflict` when it made another grant · `UserNotFound` · `Unavailable`
+    pub async fn credit_granted(
+        &self,
+        new: &NewCredit,
+        tiers: &Tiers,
+        now: DateTime<Utc>,
+    ) -> Result<Option<CreditGrant>> {
+        let mut conn = self.conn().await?;
+        one_snapshot(&mut conn)
+            .run::<_, Error, _>(async |conn| {
+                let period = Period::containing(now);
+                let facts = facts_in_txn(new.user_id, period, tiers, conn).await?;
+                granted_in_txn(new, &facts.limit(tiers), conn).await
+            })
+            .await
+    }
+
     /// Lists what was granted to a user, newest first.
     ///
     /// # Errors
@@ -190,22 +246,26 @@ impl Store {
         tiers: &Tiers,
         now: DateTime<Utc>,
     ) -> Result<Page<CreditGrant>> {
-        let mut query = credit_grants::table
-            .filter(credit_grants::user_id.eq(user_id.0))
-            .select(CreditRow::as_select())
-            .order(credit_grants::id.desc())
-            .limit(page.size + 1)
-            .into_boxed();
-        if let Some(after) = page.after {
-            query = query.filter(credit_grants::id.lt(after));
-        }
         let mut conn = self.conn().await?;
-        let period = Period::containing(now);
-        let facts = facts_in_txn(user_id, period, tiers, &mut conn).await?;
-        let rows: Vec<CreditRow> = query.load(&mut conn).await?;
-        let limit = facts.limit(tiers);
-        let grants = rows.into_iter().map(|row| row.grant(&limit)).collect();
-        Ok(Page::from_rows(grants, page, |grant| grant.id.0))
+        one_snapshot(&mut conn)
+            .run::<_, Error, _>(async |conn| {
+                let period = Period::containing(now);
+                let facts = facts_in_txn(user_id, period, tiers, conn).await?;
+                let mut query = credit_grants::table
+                    .filter(credit_grants::user_id.eq(user_id.0))
+                    .select(CreditRow::as_select())
+                    .order(credit_grants::id.desc())
+                    .limit(page.size + 1)
+                    .into_boxed();
+                if let Some(after) = page.after {
+                    query = query.filter(credit_grants::id.lt(after));
+                }
+                let rows: Vec<CreditRow> = query.load(conn).await?;
+                let limit = facts.limit(tiers);
+                let grants = rows.into_iter().map(|row| row.grant(&limit)).collect();
+                Ok(Page::from_rows(grants, page, |grant| grant.id.0))
+            })
+            .await
     }
 
     /// Takes back what is left of credits. Those that give nothing more stay as they are.
@@ -228,90 +288,80 @@ impl Store {
                 .await
                 .optional()?
                 .ok_or(Error::CreditNotFound)?;
-            let (facts, before) = quota_settle_in_txn(UserId(user_id), tiers, conn).await?;
-            let drawn = before.share(id).map_or(0, |share| share.drawn);
-            let open = credit_grants::table
-                .find(id.0)
-                .filter(credit_grants::closed_at.is_null());
-            let voided: Option<CreditRow> = diesel::update(open)
-                .set((
-                    credit_grants::voided_at.eq(dsl::now),
-                    credit_grants::closed_at.eq(dsl::now),
-                    credit_grants::drawn_tokens.eq(drawn),
-                ))
-                .returning(CreditRow::as_returning())
-                .get_result(conn)
-                .await
-                .optional()?;
-            let Some(row) = voided else {
-                let row = credit_grants::table.find(id.0);
-                let row: CreditRow = row.select(CreditRow::as_select()).first(conn).await?;
-                return Ok(row.grant(&before));
-            };
-            let details = json!({
-                "user_id": user_id.to_string(),
-                "voided_tokens": row.tokens - drawn,
-                "reason": reason,
-            });
-            let event = AuditEvent::new(AuditAction::CreditsVoided, id.0, origin);
-            audit_insert_in_txn(&event.with_details(details), conn).await?;
-            let facts = facts_in_txn(facts.user_id, facts.period, tiers, conn).await?;
+            let (mut facts, before) = quota_settle_in_txn(UserId(user_id), tiers, conn).await?;
+            let is_open = facts.credits.iter().any(|credit| credit.id == id);
+            if let Some(share) = before.share(id).filter(|_| is_open) {
+                close_in_txn(share, facts.now, true, conn).await?;
+                let details = json!({
+                    "user_id": user_id.to_string(),
+                    "voided_tokens": share.credit.tokens - share.drawn,
+                    "reason": reason,
+                });
+                let event = AuditEvent::new(AuditAction::CreditsVoided, id.0, origin);
+                audit_insert_in_txn(&event.with_details(details), conn).await?;
+                facts.close(share);
+            }
+            let row = credit_grants::table.find(id.0);
+            let row: CreditRow = row.select(CreditRow::as_select()).first(conn).await?;
             Ok(row.grant(&facts.limit(tiers)))
         })
         .await
     }
+}
 
-    /// Users with credits that have expired and are not closed; some of them, if there are many.
-    ///
-    /// # Errors
-    /// `Unavailable`
-    pub async fn credit_expired_users(&self, limit: i64) -> Result<Vec<UserId>> {
-        let mut conn = self.conn().await?;
-        let mut users: Vec<Uuid> = credit_grants::table
-            .filter(credit_grants::closed_at.is_null())
-            .filter(credit_grants::expires_at.le(dsl::now.into_sql::<Timestamptz>().nullable()))
-            .select(credit_grants::user_id)
-            .limit(limit)
-            .load(&mut conn)
-            .await?;
-        users.sort_unstable();
-        users.dedup();
-        Ok(users.into_iter().map(UserId).collect())
+/// Reads that belong together.
+fn one_snapshot(conn: &mut AsyncPgConnection) -> TransactionBuilder<'_, AsyncPgConnection> {
+    conn.build_transaction().read_only().repeatable_read()
+}
+
+/// The grant that a request made, if it made one.
+async fn granted_in_txn(
+    new: &NewCredit,
+    limit: &EffectiveLimit,
+    conn: &mut AsyncPgConnection,
+) -> Result<Option<CreditGrant>> {
+    let row: Option<CreditRow> = credit_grants::table
+        .filter(credit_grants::request_id.eq(new.request_id.0))
+        .select(CreditRow::as_select())
+        .first(conn)
+        .await
+        .optional()?;
+    match row {
+        Some(row) if !row.is(new) => Err(Error::CreditConflict),
+        row => Ok(row.map(|row| row.grant(limit))),
     }
 }
 
-/// Locks the user's month of now, closes the credits that have expired and records the base: what has
-/// been so far stands, whatever changes next. Answers what it read and the limit that follows.
-async fn quota_settle_in_txn(
+/// Locks the user's month of now and writes down how it stands: what has been so far stays as it is,
+/// whatever changes next. Answers the facts as they are by then, and the limit that follows.
+pub(super) async fn quota_settle_in_txn(
     user_id: UserId,
     tiers: &Tiers,
     conn: &mut AsyncPgConnection,
 ) -> Result<(LimitFacts, EffectiveLimit)> {
-    // The update that changes nothing takes the lock of a row that is there.
-    let month: Month = diesel::sql_query(
-        "INSERT INTO quota_balances AS b (user_id, month, model)
-         SELECT id, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), '' FROM users WHERE id = $1
-         ON CONFLICT (user_id, month, model) DO UPDATE SET leased = b.leased
-         RETURNING month",
-    )
-    .bind::<SqlUuid, _>(user_id.0)
-    .get_result(conn)
-    .await
-    .optional()?
-    .ok_or(Error::UserNotFound)?;
-    let period = stored("quota_balances.month", &month.month)?;
-    let mut facts = facts_in_txn(user_id, period, tiers, conn).await?;
+    let month: Option<String> = LockMonth(user_id.0).get_result(conn).await.optional()?;
+    let period = stored("quota_balances.month", &month.ok_or(Error::UserNotFound)?)?;
+    let facts = facts_in_txn(user_id, period, tiers, conn).await?;
     let limit = facts.limit(tiers);
     record_in_txn(&facts, &limit, conn).await?;
-    // What changes next is decided against the base that stands now.
-    facts.recorded_base = Some(limit.base_to_record());
-    Ok((facts, limit))
-}
-
-#[derive(QueryableByName)]
-struct Month {
-    #[diesel(sql_type = Text)]
-    month: String,
+    if let Some(first) = facts.first_open_month() {
+        for (id, drawn) in limit.settling(first) {
+            diesel::update(credit_grants::table.find(id.0))
+                .set((
+                    credit_grants::settled_before.eq(first.to_string()),
+                    credit_grants::drawn_tokens.eq(drawn),
+                ))
+                .execute(conn)
+                .await?;
+        }
+    }
+    let settled = facts.settled(&limit);
+    if settled.override_ != facts.override_ {
+        let expired = quota_overrides::table.find(user_id.0);
+        diesel::delete(expired).execute(conn).await?;
+    }
+    let limit = settled.limit(tiers);
+    Ok((settled, limit))
 }
 
 async fn facts_in_txn(
@@ -330,15 +380,8 @@ pub(super) async fn record_in_txn(
     limit: &EffectiveLimit,
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
-    for (id, drawn) in limit.closing(facts.now) {
-        diesel::update(credit_grants::table.find(id.0))
-            .filter(credit_grants::closed_at.is_null())
-            .set((
-                credit_grants::closed_at.eq(dsl::now),
-                credit_grants::drawn_tokens.eq(drawn),
-            ))
-            .execute(conn)
-            .await?;
+    for share in limit.closing() {
+        close_in_txn(share, facts.now, false, conn).await?;
     }
     let base = limit.base_to_record();
     if facts.recorded_base != Some(base) {
@@ -349,6 +392,99 @@ pub(super) async fn record_in_txn(
             .await?;
     }
     Ok(())
+}
+
+/// Closes a credit that is open: what each month drew from it stays. Needs the lock of the user's month.
+async fn close_in_txn(
+    share: &CreditShare,
+    at: DateTime<Utc>,
+    is_voided: bool,
+    conn: &mut AsyncPgConnection,
+) -> Result<()> {
+    let (months, tokens) = share
+        .draws()
+        .map(|(month, n)| (month.to_string(), n))
+        .unzip();
+    let close = CloseCredit {
+        id: share.credit.id.0,
+        at,
+        voided_at: is_voided.then_some(at),
+        drawn_tokens: share.drawn,
+        months,
+        tokens,
+    };
+    close.execute(conn).await?;
+    Ok(())
+}
+
+/// The update that changes nothing takes the lock of a row that is there.
+struct LockMonth(Uuid);
+
+impl QueryFragment<Pg> for LockMonth {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "INSERT INTO quota_balances AS b (user_id, month, model)
+             SELECT id, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), '' FROM users WHERE id = ",
+        );
+        out.push_bind_param::<SqlUuid, _>(&self.0)?;
+        out.push_sql(
+            " ON CONFLICT (user_id, month, model) DO UPDATE SET leased = b.leased
+             RETURNING month",
+        );
+        Ok(())
+    }
+}
+
+impl QueryId for LockMonth {
+    type QueryId = Self;
+    const HAS_STATIC_QUERY_ID: bool = true;
+}
+
+impl Query for LockMonth {
+    type SqlType = Text;
+}
+
+struct CloseCredit {
+    id: Uuid,
+    at: DateTime<Utc>,
+    voided_at: Option<DateTime<Utc>>,
+    drawn_tokens: i64,
+    /// That are not settled, and what each drew.
+    months: Vec<String>,
+    tokens: Vec<i64>,
+}
+
+impl QueryFragment<Pg> for CloseCredit {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("WITH closed AS (UPDATE credit_grants SET closed_at = ");
+        out.push_bind_param::<Timestamptz, _>(&self.at)?;
+        out.push_sql(", voided_at = ");
+        out.push_bind_param::<Nullable<Timestamptz>, _>(&self.voided_at)?;
+        out.push_sql(", drawn_tokens = ");
+        out.push_bind_param::<BigInt, _>(&self.drawn_tokens)?;
+        out.push_sql(" WHERE closed_at IS NULL AND id = ");
+        out.push_bind_param::<SqlUuid, _>(&self.id)?;
+        out.push_sql(
+            " RETURNING id, user_id)
+             INSERT INTO credit_draws (user_id, month, credit_id, tokens)
+             SELECT closed.user_id, drawn.month, closed.id, drawn.tokens
+             FROM closed, unnest(",
+        );
+        out.push_bind_param::<Array<Text>, _>(&self.months)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Array<BigInt>, _>(&self.tokens)?;
+        out.push_sql(") AS drawn (month, tokens)");
+        Ok(())
+    }
+}
+
+impl QueryId for CloseCredit {
+    type QueryId = Self;
+    const HAS_STATIC_QUERY_ID: bool = true;
+}
+
+impl Query for CloseCredit {
+    type SqlType = ();
 }
 
 #[derive(Queryable, Selectable)]

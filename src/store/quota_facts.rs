@@ -7,7 +7,7 @@ use diesel::{
     pg::Pg,
     prelude::*,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
-    sql_types::{Array, BigInt, Jsonb, Text, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Jsonb, Text, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use serde::Deserialize;
@@ -18,8 +18,8 @@ use super::{Store, errors::stored};
 use crate::{
     error::{Error, Result},
     model::{
-        ClosedCredit, Credit, CreditId, LimitFacts, ModelName, MonthlyOverride, PastMonth, Period,
-        Tiers, UserId,
+        Credit, CreditId, Draw, LimitFacts, ModelName, MonthlyOverride, PastMonth, Period, Tiers,
+        UserId,
     },
 };
 
@@ -60,7 +60,6 @@ pub(super) async fn quota_facts_in_txn(
     let query = FactsQuery {
         users: users.iter().map(|id| id.0).collect(),
         month: period.to_string(),
-        start: period.start(),
         models,
     };
     let rows: Vec<(Uuid, String, i64, Value)> = query.load(conn).await?;
@@ -76,7 +75,6 @@ pub(super) async fn quota_facts_in_txn(
 struct FactsQuery {
     users: Vec<Uuid>,
     month: String,
-    start: DateTime<Utc>,
     /// Whose use is asked for, beside that of all together.
     models: Vec<String>,
 }
@@ -84,6 +82,23 @@ struct FactsQuery {
 /// What no bigint can hold is as much as the largest: more than any limit.
 const TOTAL: &str = "least(m.input_tokens::numeric + m.output_tokens + m.cached_input_tokens \
      + m.cache_write_tokens + m.reasoning_tokens, 9223372036854775807)::bigint";
+
+/// The first month that a credit may be drawn in still: that of its grant, or a later one.
+macro_rules! first_month {
+    () => {
+        "greatest(to_char(c.granted_at AT TIME ZONE 'UTC', 'YYYY-MM') COLLATE \"C\", c.settled_before)"
+    };
+}
+const FIRST_MONTH: &str = first_month!();
+
+/// What [`FoundCredit`] reads.
+const CREDIT: &str = concat!(
+    "'id', c.id, 'tokens', c.tokens, 'priority', c.priority,
+    'granted_at', (extract(epoch FROM c.granted_at) * 1000000)::bigint,
+    'expires_at', (extract(epoch FROM c.expires_at) * 1000000)::bigint,
+    'drawn_tokens', c.drawn_tokens, 'first_month', ",
+    first_month!()
+);
 
 impl QueryFragment<Pg> for FactsQuery {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
@@ -93,14 +108,23 @@ impl QueryFragment<Pg> for FactsQuery {
                 'over', (SELECT jsonb_build_object('monthly_tokens', o.monthly_tokens,
                         'expires_at', (extract(epoch FROM o.expires_at) * 1000000)::bigint)
                     FROM quota_overrides AS o WHERE o.user_id = u.id),
-                'credits', (SELECT jsonb_agg(jsonb_build_object(
-                        'id', c.id, 'tokens', c.tokens, 'priority', c.priority,
-                        'granted_at', (extract(epoch FROM c.granted_at) * 1000000)::bigint,
-                        'expires_at', (extract(epoch FROM c.expires_at) * 1000000)::bigint,
-                        'closed_at', (extract(epoch FROM c.closed_at) * 1000000)::bigint,
-                        'drawn_tokens', c.drawn_tokens))
-                    FROM credit_grants AS c
-                    WHERE c.user_id = u.id AND (c.closed_at IS NULL OR c.closed_at > since.start)),
+                'credits', (SELECT jsonb_agg(jsonb_build_object(",
+        );
+        out.push_sql(CREDIT);
+        out.push_sql(
+            "))
+                    FROM credit_grants AS c WHERE c.user_id = u.id AND c.closed_at IS NULL),
+                'draws', (SELECT jsonb_agg(jsonb_build_object('month', d.month, 'given', d.tokens, ",
+        );
+        out.push_sql(CREDIT);
+        out.push_sql(
+            "))
+                    FROM credit_draws AS d JOIN credit_grants AS c ON c.id = d.credit_id
+                    WHERE d.user_id = u.id AND d.month BETWEEN since.month AND ",
+        );
+        out.push_bind_param::<Text, _>(&self.month)?;
+        out.push_sql(
+            "),
                 'used', (SELECT jsonb_object_agg(m.month, ",
         );
         out.push_sql(TOTAL);
@@ -125,17 +149,18 @@ impl QueryFragment<Pg> for FactsQuery {
         out.push_bind_param::<Text, _>(&self.month)?;
         out.push_sql(" AND m.model = ANY(");
         out.push_bind_param::<Array<Text>, _>(&self.models)?;
-        // From the month on in which the oldest credit that may still give was granted.
+        // From the first month on that a credit may be drawn in still.
         out.push_sql(
             ")))
             FROM users AS u
-            CROSS JOIN LATERAL (SELECT LEAST(date_trunc('month', min(c.granted_at), 'UTC'), ",
+            CROSS JOIN LATERAL (SELECT LEAST(min(",
         );
-        out.push_bind_param::<Timestamptz, _>(&self.start)?;
+        out.push_sql(FIRST_MONTH);
+        out.push_sql("), ");
+        out.push_bind_param::<Text, _>(&self.month)?;
         out.push_sql(
-            ") AS start FROM credit_grants AS c WHERE c.user_id = u.id AND c.closed_at IS NULL) AS oldest
-            CROSS JOIN LATERAL (SELECT oldest.start AS start,
-                to_char(oldest.start AT TIME ZONE 'UTC', 'YYYY-MM') COLLATE \"C\" AS month) AS since
+            ") COLLATE \"C\" AS month
+                FROM credit_grants AS c WHERE c.user_id = u.id AND c.closed_at IS NULL) AS since
             WHERE u.id = ANY(",
         );
         out.push_bind_param::<Array<SqlUuid>, _>(&self.users)?;
@@ -158,6 +183,7 @@ impl Query for FactsQuery {
 struct Found {
     over: Option<FoundOverride>,
     credits: Option<Vec<FoundCredit>>,
+    draws: Option<Vec<FoundDraw>>,
     used: Option<BTreeMap<String, i64>>,
     bases: Option<BTreeMap<String, i64>>,
     models: Option<BTreeMap<String, i64>>,
@@ -176,8 +202,16 @@ struct FoundCredit {
     priority: i32,
     granted_at: i64,
     expires_at: Option<i64>,
-    closed_at: Option<i64>,
-    drawn_tokens: Option<i64>,
+    drawn_tokens: i64,
+    first_month: String,
+}
+
+#[derive(Deserialize)]
+struct FoundDraw {
+    month: String,
+    given: i64,
+    #[serde(flatten)]
+    credit: FoundCredit,
 }
 
 impl Found {
@@ -211,6 +245,7 @@ impl Found {
         let current = months.remove(&period);
         let models = self.models.unwrap_or_default().into_iter();
         let credits = self.credits.unwrap_or_default().into_iter();
+        let draws = self.draws.unwrap_or_default().into_iter();
         Ok(LimitFacts {
             user_id,
             period,
@@ -223,6 +258,7 @@ impl Found {
                 .map(|(model, used)| Ok((stored("monthly_model_usage.model", &model)?, used)))
                 .collect::<Result<_>>()?,
             credits: credits.map(FoundCredit::credit).collect::<Result<_>>()?,
+            draws: draws.map(FoundDraw::draw).collect::<Result<_>>()?,
             past: months.into_values().collect(),
         })
     }
@@ -238,20 +274,24 @@ fn entry(months: &mut BTreeMap<Period, PastMonth>, period: Period) -> &mut PastM
 
 impl FoundCredit {
     fn credit(self) -> Result<Credit> {
-        let closed = match (self.closed_at, self.drawn_tokens) {
-            (Some(at), Some(drawn_tokens)) => Some(ClosedCredit {
-                at: instant(at)?,
-                drawn_tokens,
-            }),
-            _ => None,
-        };
         Ok(Credit {
             id: CreditId(self.id),
             tokens: self.tokens,
             priority: self.priority,
             granted_at: instant(self.granted_at)?,
             expires_at: self.expires_at.map(instant).transpose()?,
-            closed,
+            first_month: stored("credit_grants.settled_before", &self.first_month)?,
+            drawn_tokens: self.drawn_tokens,
+        })
+    }
+}
+
+impl FoundDraw {
+    fn draw(self) -> Result<Draw> {
+        Ok(Draw {
+            period: stored("credit_draws.month", &self.month)?,
+            tokens: self.given,
+            credit: self.credit.credit()?,
         })
     }
 }

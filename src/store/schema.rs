@@ -30,6 +30,15 @@ diesel::table! {
 }
 
 diesel::table! {
+    credit_draws (user_id, month, credit_id) {
+        user_id -> Uuid,
+        month -> Text,
+        credit_id -> Uuid,
+        tokens -> Int8,
+    }
+}
+
+diesel::table! {
     credit_grants (id) {
         id -> Uuid,
         user_id -> Uuid,
@@ -39,11 +48,12 @@ diesel::table! {
         expires_at -> Nullable<Timestamptz>,
         voided_at -> Nullable<Timestamptz>,
         closed_at -> Nullable<Timestamptz>,
-        drawn_tokens -> Nullable<Int8>,
+        drawn_tokens -> Int8,
         reason -> Text,
         request_id -> Uuid,
         actor_kind -> Text,
         actor_id -> Nullable<Uuid>,
+        settled_before -> Nullable<Text>,
     }
 }
 
@@ -189,6 +199,7 @@ diesel::table! {
 }
 
 diesel::joinable!(api_keys -> users (user_id));
+diesel::joinable!(credit_draws -> users (user_id));
 diesel::joinable!(credit_grants -> users (user_id));
 diesel::joinable!(quota_overrides -> users (user_id));
 diesel::joinable!(service_keys -> service_accounts (service_account_id));
@@ -197,6 +208,7 @@ diesel::joinable!(sessions -> users (user_id));
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
     audit_events,
+    credit_draws,
     credit_grants,
     monthly_model_usage,
     quota_balances,

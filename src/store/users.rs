@@ -12,13 +12,14 @@ use super::{
     Store,
     audit::audit_insert_in_txn,
     errors::{on_unique, stored},
+    quota::{quota_settle_in_txn, record_in_txn},
     schema::users,
 };
 use crate::{
     error::{Error, Result},
     model::{
         AuditAction, AuditEvent, Identifier, Origin, Page, PageRequest, Person, Role, TierName,
-        User, UserFilter, UserId, UserStanding,
+        Tiers, User, UserFilter, UserId, UserStanding,
     },
 };
 
@@ -234,7 +235,8 @@ impl Store {
         Ok(found)
     }
 
-    /// Moves a user to another tier. Naming the present one changes nothing.
+    /// Moves a user to another of the `tiers`. Naming the present one changes nothing. What was used
+    /// before under a larger limit stays paid for.
     ///
     /// # Errors
     /// `UserNotFound` · `Unavailable`
@@ -242,10 +244,12 @@ impl Store {
         &self,
         id: UserId,
         tier: &TierName,
+        tiers: &Tiers,
         origin: &Origin,
     ) -> Result<User> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
+            let (mut facts, _) = quota_settle_in_txn(id, tiers, conn).await?;
             let changed: Option<UserRow> = diesel::update(users::table)
                 .filter(users::id.eq(id.0).and(users::tier.ne(tier.as_str())))
                 .set((
@@ -263,6 +267,8 @@ impl Store {
             let event = AuditEvent::new(AuditAction::UserTierSet, id.0, origin)
                 .with_details(json!({"tier": row.tier}));
             audit_insert_in_txn(&event, conn).await?;
+            facts.tier = tier.clone();
+            record_in_txn(&facts, &facts.limit(tiers), conn).await?;
             row.try_into()
         })
         .await

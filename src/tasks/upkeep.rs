@@ -30,10 +30,8 @@ const SWEEP_BATCH: i64 = 5_000;
 /// API keys are listed for a while after their end.
 const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 
-const CREDITS_BATCH: i64 = 1_000;
-
 /// Makes partitions ahead, drops those of old usage records, deletes sessions and API keys long
-/// ended, and notes what expired credits have given.
+/// ended, and writes down what has become of users' months by itself.
 pub struct Upkeep {
     store: Store,
     usage: Usage,
@@ -129,15 +127,10 @@ impl Upkeep {
         sweep("sessions", || store.session_sweep(before, SWEEP_BATCH)).await?;
         let before = now - API_KEY_RETENTION;
         sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
-        let closed = self.close_credits().await;
+        let settled = self.usage.settle(now).await;
         // Last: it gives way to whoever reads for long, and nothing else is to wait for that.
         self.drop_old().await?;
-        closed
-    }
-
-    async fn close_credits(&self) -> Result<()> {
-        while self.usage.close_expired_credits(CREDITS_BATCH).await? > 0 {}
-        Ok(())
+        settled.map(drop)
     }
 
     async fn look(&self) -> Result<()> {

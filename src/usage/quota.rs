@@ -21,6 +21,9 @@ use crate::{
 /// Credits of one user that may still give something: all are read for every decision.
 const MAX_CREDITS: u32 = 200;
 
+/// Users whose months are looked at together.
+const SETTLE_BATCH: i64 = 500;
+
 /// The answer to a wish for tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -158,15 +161,6 @@ impl Usage {
         Some(standing.state(first.period, &user.tier))
     }
 
-    /// Notes how a user stands, before the tier changes: what was used under the limit of now stays
-    /// paid for under a smaller one.
-    ///
-    /// # Errors
-    /// `UserNotFound` · `Unavailable`
-    pub async fn before_tier_change(&self, user_id: UserId) -> Result<()> {
-        self.store.quota_record(user_id, &self.tiers()).await
-    }
-
     /// Gives a user a monthly limit of their own, in place of the tier's and of any before.
     ///
     /// # Errors
@@ -215,6 +209,18 @@ impl Usage {
             .await
     }
 
+    /// The grant that these credits were granted by before, as it stands now; `None`: they were not.
+    ///
+    /// # Errors
+    /// `CreditConflict` when the request made another grant · `UserNotFound` · `Unavailable`
+    pub async fn granted_credits(
+        &self,
+        new: &NewCredit,
+        now: DateTime<Utc>,
+    ) -> Result<Option<CreditGrant>> {
+        self.store.credit_granted(new, &self.tiers(), now).await
+    }
+
     /// Lists what was granted to a user, newest first.
     ///
     /// # Errors
@@ -243,20 +249,30 @@ impl Usage {
         self.store.credit_void(id, reason, &tiers, origin).await
     }
 
-    /// Closes credits that have expired; returns of how many users. Nobody waits for it: they give
-    /// nothing more as it is.
+    /// Writes down what has become of users' months by itself: a new month has begun, credits have expired
+    /// or are used up, an override has expired, other tiers are in force. Returns of how many users. Nobody
+    /// waits for it: only what is used from then on until it is done is judged by what comes after.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn close_expired_credits(&self, limit: i64) -> Result<usize> {
-        let users = self.store.credit_expired_users(limit).await?;
-        let mut closed = Ok(users.len());
-        for user_id in users {
+    pub async fn settle(&self, now: DateTime<Utc>) -> Result<usize> {
+        let tiers = self.tiers();
+        let (mut settled, mut failed, mut after) = (0, None, None);
+        loop {
+            let users = self.store.quota_users(after, SETTLE_BATCH).await?;
+            let Some(last) = users.last() else { break };
+            after = Some(*last);
+            let unsettled = self.store.quota_unsettled(&users, &tiers, now).await;
             // What is wrong with one user's rows keeps none of the others waiting.
-            if let Err(error) = self.store.quota_record(user_id, &self.tiers()).await {
-                closed = Err(error);
+            for user_id in unsettled.unwrap_or(users) {
+                match self.store.quota_settle(user_id, &tiers).await {
+                    Ok(()) => settled += 1,
+                    Err(Error::UserNotFound) => {}
+                    Err(error @ Error::Unavailable(_)) => return Err(error),
+                    Err(error) => failed = Some(error),
+                }
             }
         }
-        closed
+        failed.map_or(Ok(settled), Err)
     }
 }

@@ -121,9 +121,31 @@ async fn sighup_reads_the_tiers_again_and_keeps_the_old_ones_when_they_are_wrong
         service.log()
     );
     assert_eq!(names(&tiers(&channel, &key).await), ["small", "huge"]);
+
+    // What was used under a larger limit stays paid for, and no more than that.
+    let used = "WITH one AS (
+            INSERT INTO users (id, email, username, tier)
+            VALUES (gen_random_uuid(), 'b@example.com', 'bob', 'small') RETURNING id
+        ), credits AS (
+            INSERT INTO credit_grants
+                (id, user_id, tokens, priority, reason, request_id, actor_kind)
+            SELECT gen_random_uuid(), id, 5, 0, '', gen_random_uuid(), 'operator' FROM one
+        ), base AS (
+            INSERT INTO quota_balances (user_id, month, model, base_limit)
+            SELECT id, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), '', 1000 FROM one
+        )
+        INSERT INTO monthly_model_usage
+        SELECT id, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), 'm', 700, 0, 0, 0, 0, 1 FROM one";
+    client.batch_execute(used).await.unwrap();
+    let smaller = renamed.replace("monthly_tokens = 1000", "monthly_tokens = 100");
+    hang_up(&mut service, &smaller, "read the tiers again");
+    let base = "SELECT base_limit FROM quota_balances";
+    let base: i64 = client.query_one(base, &[]).await.unwrap().get(0);
+    assert_eq!(base, 700);
     assert_eq!(service.stop(Signal::SIGTERM).code(), Some(0));
 
     // A start does not wait for the operator, but says it.
+    fs::write(&path, TIERS).unwrap();
     let mut command = home.production(&["serve"]);
     command.env("TOLLKEEPER_USAGE_TIERS_FILE", &path);
     let mut service = home.start(command);

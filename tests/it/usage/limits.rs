@@ -1,9 +1,10 @@
 //! Overrides, credits, and where a limit comes from.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, future::ready, pin::pin};
 
-use chrono::{TimeDelta, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::future::join_all;
+use tokio_postgres::NoTls;
 use tollkeeper::{
     config::{DatabaseSettings, Secret},
     model::{Change, Period, UserId},
@@ -21,6 +22,7 @@ use tollkeeper::{
         },
     },
     store::{Notification, Store},
+    usage::load_tiers,
 };
 use tonic::{Code, Status, transport::Channel};
 use uuid::Uuid;
@@ -30,7 +32,7 @@ use super::{
     quota::{use_tokens, with_tiers},
     tokens, turn_of_the_month,
 };
-use crate::harness::{TestApp, reason, with_bearer};
+use crate::harness::{TestApp, eventually, reason, with_bearer};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quota_says_where_each_number_comes_from() {
@@ -207,6 +209,12 @@ async fn what_was_used_under_a_larger_limit_draws_no_credit() {
     assert_eq!(smaller.base_tokens, 400);
     let numbers = smaller.quota.unwrap();
     assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (450, 50));
+    // What is used since does.
+    use_tokens(&app, &user, 30).await;
+    let since = quota(&app, &user).await;
+    assert_eq!(since.base_tokens, 400);
+    let numbers = since.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (450, 20));
     // The same by an override that goes.
     let other = app.user().tier("small").create().await.id;
     app.admin(&app.service_key)
@@ -221,6 +229,124 @@ async fn what_was_used_under_a_larger_limit_draws_no_credit() {
     // An upgrade holds at once.
     app.set_tier(&other, "large").await;
     assert_eq!(quota(&app, &other).await.quota.unwrap().limit_tokens, 1000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_month_of_a_larger_tier_is_judged_by_it_when_it_is_over() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    grant(&app, credits(&user, 500)).await;
+    app.set_tier(&user, "large").await;
+    let (last, ..) = turn_of_the_month();
+    begin_next_month(&app).await;
+    use_tokens_at(&app, &user, 900, last).await;
+    let numbers = quota(&app, &user).await.quota.unwrap();
+    assert_eq!(numbers.limit_tokens, 1500);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_used_after_an_override_has_expired_draws_credits() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    grant(&app, credits(&user, 50)).await;
+    let request = SetQuotaOverrideRequest {
+        expires_at: Some(at(Utc::now() + TimeDelta::days(1))),
+        ..own_limit(&user, 5000)
+    };
+    app.admin(&app.service_key)
+        .set_quota_override(request)
+        .await
+        .unwrap();
+    use_tokens(&app, &user, 300).await;
+    assert_eq!(settle(&app).await, 0);
+    app.sql("UPDATE quota_overrides SET expires_at = now()")
+        .await;
+    assert_eq!(settle(&app).await, 1);
+    use_tokens(&app, &user, 30).await;
+    let after = quota(&app, &user).await;
+    assert_eq!(
+        (after.base_source(), after.base_tokens),
+        (BaseSource::Kept, 300)
+    );
+    let numbers = after.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (350, 20));
+    // It is gone, and to clear it is no act.
+    clear(&app, &user).await.unwrap();
+    let acts = "SELECT count(*) FROM audit_events WHERE action = 'quota.override_cleared'";
+    assert_eq!(app.count(acts).await, 0);
+    assert_eq!(settle(&app).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_month_and_other_tiers_are_recorded_of_users_with_credits() {
+    let (app, file) = with_tiers().await;
+    let user = app.user().tier("large").create().await.id;
+    grant(&app, credits(&user, 50)).await;
+    begin_next_month(&app).await;
+    assert_eq!(settle(&app).await, 1);
+    let bases = "SELECT base_limit FROM quota_balances ORDER BY month DESC LIMIT 1";
+    assert_eq!(app.count(bases).await, 1000);
+    use_tokens(&app, &user, 800).await;
+    assert_eq!(settle(&app).await, 0);
+
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace("monthly_tokens = 1000", "monthly_tokens = 300");
+    std::fs::write(&file, text).unwrap();
+    let usage = &app.running().usage;
+    usage
+        .replace_tiers(load_tiers(&file).unwrap())
+        .await
+        .unwrap();
+    assert_eq!(settle(&app).await, 1);
+    use_tokens(&app, &user, 30).await;
+    let after = quota(&app, &user).await;
+    assert_eq!(
+        (after.base_source(), after.base_tokens),
+        (BaseSource::Kept, 800)
+    );
+    assert_eq!(after.quota.unwrap().remaining_tokens, 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_reloads_at_once_the_later_one_counts() {
+    let (app, file) = with_tiers().await;
+    let text = std::fs::read_to_string(&file).unwrap();
+    let read = |text: String| {
+        std::fs::write(&file, text).unwrap();
+        load_tiers(&file).unwrap()
+    };
+    // The first has a tier less, so it asks whether anybody is in that, and has to wait.
+    let first = read(text.replace("name = \"open\"", "name = \"wide\""));
+    let second = read(format!("{text}\n[[tier]]\nname = \"more\"\n"));
+    let (client, connection) = tokio_postgres::connect(&app.database_url, NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    client
+        .batch_execute("BEGIN; LOCK TABLE users")
+        .await
+        .unwrap();
+    let usage = app.running().usage.clone();
+    let first = tokio::spawn({
+        let usage = usage.clone();
+        async move { usage.replace_tiers(first).await }
+    });
+    let waiting =
+        "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass";
+    eventually("it asks", async || app.count(waiting).await == 1).await;
+    let mut later = pin!(usage.replace_tiers(second.clone()));
+    let early = tokio::select! {
+        biased;
+        replaced = &mut later => Some(replaced),
+        () = ready(()) => None,
+    };
+    client.batch_execute("COMMIT").await.unwrap();
+    first.await.unwrap().unwrap();
+    match early {
+        Some(replaced) => replaced.unwrap(),
+        None => later.await.unwrap(),
+    }
+    assert_eq!(*usage.tiers(), second);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -327,15 +453,104 @@ async fn an_expired_credit_gives_nothing_more_and_keeps_what_it_gave() {
         );
         let listed = list(&app, &user, 0, "").await.unwrap().credits;
         assert_eq!(listed[0].remaining_tokens, 0);
-        let usage = &app.running().usage;
-        let users = usage.close_expired_credits(10).await.unwrap();
-        assert_eq!(users, usize::from(!closed));
+        assert_eq!(settle(&app).await, usize::from(!closed));
     }
     let drawn = app.count("SELECT drawn_tokens FROM credit_grants").await;
     assert_eq!(drawn, 30);
     use_tokens(&app, &user, 5).await;
     let numbers = quota(&app, &user).await.quota.unwrap();
     assert_eq!((numbers.limit_tokens, numbers.used_tokens), (130, 135));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_credit_pays_for_nothing_that_is_booked_later() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let first = grant(&app, credits(&user, 50)).await;
+    let second = GrantCreditsRequest {
+        priority: 1,
+        ..credits(&user, 40)
+    };
+    grant(&app, second).await;
+    let (last, ..) = turn_of_the_month();
+    begin_next_month(&app).await;
+    use_tokens_at(&app, &user, 130, last).await;
+    void(&app, &first.id).await.unwrap();
+    assert_eq!(quota(&app, &user).await.quota.unwrap().limit_tokens, 140);
+    use_tokens_at(&app, &user, 10, last).await;
+    assert_eq!(quota(&app, &user).await.quota.unwrap().limit_tokens, 130);
+    let drawn = format!(
+        "SELECT drawn_tokens FROM credit_grants WHERE id = '{}'",
+        first.id
+    );
+    assert_eq!(app.count(&drawn).await, 30);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credits_that_are_used_up_make_room_for_others() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    app.sql(&format!(
+        "INSERT INTO credit_grants (id, user_id, tokens, priority, reason, request_id, actor_kind)
+         SELECT gen_random_uuid(), '{user}', 1, 0, '', gen_random_uuid(), 'operator'
+         FROM generate_series(1, 200)"
+    ))
+    .await;
+    let refused = grant_through(&app.channel, &app, credits(&user, 10)).await;
+    assert_eq!(reason(&refused.unwrap_err()), "TOO_MANY_CREDITS");
+    use_tokens(&app, &user, 101).await;
+    grant(&app, credits(&user, 10)).await;
+    let answer = quota(&app, &user).await;
+    let numbers = answer.quota.unwrap();
+    assert_eq!((numbers.limit_tokens, numbers.remaining_tokens), (310, 209));
+    // What was used up is shown as what it gave.
+    assert_eq!(answer.credits.len(), 201);
+    let closed = "SELECT count(*) FROM credit_grants WHERE closed_at IS NOT NULL";
+    assert_eq!(app.count(closed).await, 1);
+    // A larger limit gives nothing back of it, and nothing is lost by it.
+    app.set_tier(&user, "large").await;
+    let numbers = quota(&app, &user).await.quota.unwrap();
+    assert_eq!(
+        (numbers.limit_tokens, numbers.remaining_tokens),
+        (1210, 1109)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn months_that_take_no_more_events_are_read_once() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    grant(&app, credits(&user, 500)).await;
+    app.sql("UPDATE credit_grants SET granted_at = now() - interval '2 years'")
+        .await;
+    // 20 beyond the base in each of 24 months.
+    app.sql(&format!(
+        "WITH months AS (
+             SELECT to_char(now() AT TIME ZONE 'UTC' - n * interval '1 month', 'YYYY-MM') AS month
+             FROM generate_series(1, 24) AS n
+         ), bases AS (
+             INSERT INTO quota_balances (user_id, month, model, base_limit)
+             SELECT '{user}', month, '', 100 FROM months
+         )
+         INSERT INTO monthly_model_usage
+         SELECT '{user}', month, 'gpt', 120, 0, 0, 0, 0, 1 FROM months"
+    ))
+    .await;
+    for settled in [false, true] {
+        let numbers = quota(&app, &user).await.quota.unwrap();
+        assert_eq!(numbers.limit_tokens, 100 + 500 - 24 * 20, "{settled}");
+        assert_eq!(settle(&app).await, usize::from(!settled));
+    }
+    // Nothing is booked for them by now: whatever is there does not count.
+    let now = Period::containing(Utc::now());
+    for (month, limit) in [(now.minus_months(3), 120), (now.minus_months(2), 110)] {
+        app.sql(&format!(
+            "UPDATE monthly_model_usage SET input_tokens = 130 WHERE month = '{month}'"
+        ))
+        .await;
+        let numbers = quota(&app, &user).await.quota.unwrap();
+        assert_eq!(numbers.limit_tokens, limit, "{month}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -411,6 +626,64 @@ async fn a_repeated_grant_counts_once_however_it_races() {
     let voided = void(&app, &grants[0].id).await.unwrap();
     assert_eq!(grant(&app, same()).await, voided);
     assert_eq!(app.count("SELECT count(*) FROM credit_grants").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_is_answered_again_after_it_has_expired() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let now = Utc::now();
+    let request = GrantCreditsRequest {
+        expires_at: Some(at(now + TimeDelta::days(1))),
+        ..credits(&user, 40)
+    };
+    let granted = grant(&app, request.clone()).await;
+    // As if that day had passed.
+    app.sql("UPDATE credit_grants SET expires_at = expires_at - interval '1 day'")
+        .await;
+    let late = GrantCreditsRequest {
+        expires_at: Some(at(now)),
+        ..request
+    };
+    let again = grant(&app, late.clone()).await;
+    assert_eq!((again.id, again.remaining_tokens), (granted.id, 0));
+    let other = GrantCreditsRequest {
+        tokens: 41,
+        ..late.clone()
+    };
+    let refused = grant_through(&app.channel, &app, other).await.unwrap_err();
+    assert_eq!(reason(&refused), "CREDIT_CONFLICT");
+    let new = GrantCreditsRequest {
+        request_id: Uuid::now_v7().to_string(),
+        ..late
+    };
+    let refused = grant_through(&app.channel, &app, new).await.unwrap_err();
+    assert_eq!(reason(&refused), "INVALID_FIELD");
+    assert_eq!(app.count("SELECT count(*) FROM credit_grants").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_credits_is_of_one_moment() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let granting = async {
+        for _ in 0..150 {
+            grant(&app, credits(&user, 7)).await;
+        }
+    };
+    let listing = || async {
+        loop {
+            let listed = list(&app, &user, 2, "").await.unwrap().credits;
+            for credit in listed {
+                assert_eq!(credit.remaining_tokens, 7, "nothing was used");
+            }
+        }
+    };
+    let listing = join_all((0..4).map(|_| listing()));
+    tokio::select! {
+        () = granting => {}
+        _ = listing => {}
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -648,6 +921,30 @@ async fn whatever_changes_a_limit_is_told_to_all_replicas() {
         };
     }
     assert_eq!(heard, BTreeSet::from([id]));
+}
+
+/// What upkeep does; returns how many users' months it changed.
+async fn settle(app: &TestApp) -> usize {
+    app.running().usage.settle(Utc::now()).await.unwrap()
+}
+
+/// Makes this month, with all that was granted and recorded in it, the last one.
+async fn begin_next_month(app: &TestApp) {
+    let (_, _, last, _) = turn_of_the_month();
+    let start = last.start().to_rfc3339();
+    app.sql(&format!("UPDATE quota_balances SET month = '{last}'"))
+        .await;
+    app.sql(&format!("UPDATE credit_grants SET granted_at = '{start}'"))
+        .await;
+}
+
+async fn use_tokens_at(app: &TestApp, user_id: &str, input: i64, when: DateTime<Utc>) {
+    let event = UsageEvent {
+        occurred_at: Some(at(when)),
+        tokens: tokens(input),
+        ..event(user_id)
+    };
+    app.record(&event).await.unwrap();
 }
 
 fn own_limit(user_id: &str, tokens: i64) -> SetQuotaOverrideRequest {
