@@ -577,6 +577,38 @@ async fn voiding_takes_back_what_is_left_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_credit_is_closed_as_of_the_moment_that_its_draws_are_of() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let granted = grant(&app, credits(&user, 50)).await;
+    let (client, connection) = tokio_postgres::connect(&app.database_url, NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let lock = "BEGIN; SELECT FROM quota_balances FOR UPDATE";
+    client.batch_execute(lock).await.unwrap();
+    let voiding = async {
+        let voided = void(&app, &granted.id).await.unwrap();
+        assert_eq!(voided.remaining_tokens, 0);
+    };
+    let using = async {
+        let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        eventually("it waits", async || app.count(waiting).await == 1).await;
+        use_tokens(&app, &user, 130).await;
+        let now = "SELECT clock_timestamp()::text";
+        let used_at: String = client.query_one(now, &[]).await.unwrap().get(0);
+        client.batch_execute("COMMIT").await.unwrap();
+        used_at
+    };
+    let ((), used_at) = tokio::join!(voiding, using);
+    let after = format!(
+        "SELECT count(*) FROM credit_grants
+         WHERE closed_at > '{used_at}' AND voided_at = closed_at AND drawn_tokens = 30"
+    );
+    assert_eq!(app.count(&after).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_repeated_grant_counts_once_however_it_races() {
     let (app, _tiers) = with_tiers().await;
     let replica = app.replica().await;
