@@ -278,6 +278,23 @@ async fn what_is_used_after_an_override_has_expired_draws_credits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn upkeep_settles_months_as_soon_as_a_replica_starts() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    app.admin(&app.service_key)
+        .set_quota_override(own_limit(&user, 5000))
+        .await
+        .unwrap();
+    use_tokens(&app, &user, 300).await;
+    app.sql("UPDATE quota_overrides SET expires_at = now()")
+        .await;
+    let _replica = app.replica().await;
+    let settled = "SELECT count(*) FROM quota_balances WHERE base_limit = 300";
+    eventually("it is settled", async || app.count(settled).await == 1).await;
+    assert_eq!(app.count("SELECT count(*) FROM quota_overrides").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_new_month_and_other_tiers_are_recorded_of_users_with_credits() {
     let (app, file) = with_tiers().await;
     let user = app.user().tier("large").create().await.id;
