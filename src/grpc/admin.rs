@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
-    model::{ScopeSet, UserFilter, UserId},
+    model::{Change, ScopeSet, UserFilter, UserId},
     proto::tollkeeper::admin::v1::{
         ClearQuotaOverrideRequest, ClearQuotaOverrideResponse, CreateServiceAccountRequest,
         CreateServiceAccountResponse, CreateUserRequest, CreateUserResponse,
@@ -126,6 +126,7 @@ impl AdminService for Handler {
         let (id, tier) = fields.finish(id.zip(tier))?;
         let origin = origin_of(&request);
         let user = self.auth.set_tier(id, &tier, &tiers, &origin).await?;
+        self.usage.apply(Change::User(id));
         Ok(Response::new(SetUserTierResponse {
             user: Some(user.into()),
             revision: convert::revision(self.auth.revision().await),

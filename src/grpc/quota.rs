@@ -186,7 +186,7 @@ pub(super) fn answer(standing: &QuotaStanding) -> usage::GetQuotaResponse {
             limit_tokens: *tokens,
             used_tokens: standing.used_of_model(model),
             remaining_tokens: standing.remaining_of_model(model).unwrap_or_default(),
-            held_tokens: 0,
+            held_tokens: standing.held_of(Some(model)),
         });
     usage::GetQuotaResponse {
         user_id: standing.facts.user_id.to_string(),

@@ -67,6 +67,8 @@ pub enum OnOutage {
 pub struct QuotaStanding {
     pub facts: LimitFacts,
     pub limit: EffectiveLimit,
+    /// What servers hold or have ready, of each model and, `None`, of all.
+    pub held: BTreeMap<Option<ModelName>, i64>,
     pub max_request_tokens: Option<i64>,
     pub requests_per_minute: Option<i64>,
 }
@@ -79,15 +81,16 @@ impl QuotaStanding {
             tier: self.facts.tier.clone(),
             limit: self.limit.tokens,
             used: self.facts.used,
-            held: 0,
+            held: self.held_of(None),
             remaining: self.remaining_tokens(),
         }
     }
 
-    pub fn new(facts: LimitFacts, tiers: &Tiers) -> Self {
+    pub fn new(facts: LimitFacts, held: BTreeMap<Option<ModelName>, i64>, tiers: &Tiers) -> Self {
         let limits = tiers.limits_of(&facts.tier);
         Self {
             limit: facts.limit(tiers),
+            held,
             max_request_tokens: limits.max_request_tokens,
             requests_per_minute: limits.requests_per_minute,
             facts,
@@ -96,7 +99,8 @@ impl QuotaStanding {
 
     /// What is left, never below zero; `None` means unlimited.
     pub fn remaining_tokens(&self) -> Option<i64> {
-        left(self.limit.tokens, self.facts.used)
+        let gone = self.facts.used.saturating_add(self.held_of(None));
+        left(self.limit.tokens, gone)
     }
 
     /// What is left by the model's own limit, whatever all models together leave; `None` when it has
@@ -104,8 +108,14 @@ impl QuotaStanding {
     pub fn remaining_of_model(&self, model: &ModelName) -> Option<i64> {
         left(
             self.limit.models.get(model).copied(),
-            self.used_of_model(model),
+            self.used_of_model(model)
+                .saturating_add(self.held_of(Some(model))),
         )
+    }
+
+    /// What servers hold or have ready of a model; `None`: of all together.
+    pub fn held_of(&self, model: Option<&ModelName>) -> i64 {
+        self.held.get(&model.cloned()).copied().unwrap_or(0)
     }
 
     /// What was used of a model that has a limit.

@@ -18,14 +18,18 @@ use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use super::{
-    Store, quota::record_in_txn, quota_facts::quota_facts_in_txn, schema::quota_settlements,
+    Store,
+    errors::stored,
+    quota::record_in_txn,
+    quota_facts::quota_facts_in_txn,
+    schema::{quota_balances, quota_settlements},
 };
 use crate::{
     error::{Error, Result},
     model::{
         Answer, Balance, Carried, EffectiveLimit, Ending, EventId, HoldId, HoldName, Kind,
-        LeaseRow, LimitFacts, MeterName, Operation, Period, ReplicaId, Tiers, Tokens, UserId,
-        operate,
+        LeaseRow, LimitFacts, MeterName, ModelName, Operation, Period, ReplicaId, Tiers, Tokens,
+        UserId, operate,
     },
 };
 
@@ -214,6 +218,33 @@ impl Store {
             .filter(quota_settlements::hold_id.eq_any(holds));
         diesel::delete(of_replica).execute(&mut conn).await?;
         Ok(())
+    }
+
+    /// What replicas may admit of a user's month, of each model and, `None`, of all.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn leased(
+        &self,
+        user_id: UserId,
+        period: Period,
+    ) -> Result<BTreeMap<Option<ModelName>, Tokens>> {
+        let mut conn = self.conn().await?;
+        let rows: Vec<(String, i64)> = quota_balances::table
+            .filter(quota_balances::user_id.eq(user_id.0))
+            .filter(quota_balances::month.eq(period.to_string()))
+            .filter(quota_balances::leased.gt(0))
+            .select((quota_balances::model, quota_balances::leased))
+            .load(&mut conn)
+            .await?;
+        let leased = |(model, leased): (String, i64)| {
+            let model = match model.as_str() {
+                "" => None,
+                name => Some(stored("quota_balances.model", name)?),
+            };
+            Ok((model, leased))
+        };
+        rows.into_iter().map(leased).collect()
     }
 
     /// Releases a hold of any replica, unless the event that its commit books is there. Answers whether

@@ -69,7 +69,18 @@ impl Usage {
         let tiers = self.tiers();
         let period = Period::containing(now);
         let facts = self.store.quota_facts(user_id, period, &tiers).await?;
-        Ok(QuotaStanding::new(facts, &tiers))
+        let mut held = self.store.leased(user_id, period).await?;
+        // What this replica has ready is nobody's yet.
+        for (model, tokens) in &mut held {
+            let meter = MeterName {
+                user_id,
+                period,
+                model: model.clone(),
+            };
+            let ready = self.keeper.standing(&meter).map_or(0, |here| here.ready());
+            *tokens = (*tokens - ready).max(0);
+        }
+        Ok(QuotaStanding::new(facts, held, &tiers))
     }
 
     /// Says whether a user may use more tokens now, of what this replica may hand out. Consumes
@@ -177,6 +188,7 @@ impl Usage {
         store
             .quota_override_set(user_id, new, reason, &self.tiers(), origin)
             .await?;
+        self.keeper.limits_changed(user_id);
         self.quota(user_id, now).await
     }
 
@@ -195,6 +207,7 @@ impl Usage {
         store
             .quota_override_clear(user_id, reason, &self.tiers(), origin)
             .await?;
+        self.keeper.limits_changed(user_id);
         self.quota(user_id, now).await
     }
 
@@ -246,7 +259,9 @@ impl Usage {
         origin: &Origin,
     ) -> Result<CreditGrant> {
         let tiers = self.tiers();
-        self.store.credit_void(id, reason, &tiers, origin).await
+        let voided = self.store.credit_void(id, reason, &tiers, origin).await?;
+        self.keeper.limits_changed(voided.user_id);
+        Ok(voided)
     }
 
     /// Writes down what has become of users' months by itself: a new month has begun, credits have expired

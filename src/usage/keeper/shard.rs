@@ -56,6 +56,11 @@ pub struct Standing {
 }
 
 impl Standing {
+    /// Of what is leased here, what is not held.
+    pub fn ready(&self) -> Tokens {
+        self.free + self.spent
+    }
+
     /// As people are told of it.
     pub fn state(&self, period: Period, tier: &TierName) -> QuotaState {
         let remaining = self.obtainable();

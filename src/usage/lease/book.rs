@@ -193,7 +193,7 @@ impl Book {
             if meter.holds >= self.bounds.holds_per_meter {
                 return Reserved::Refused(Refusal::TooManyHolds);
             }
-            let free = meter.free();
+            let free = meter.available();
             if free >= tokens {
                 continue;
             }

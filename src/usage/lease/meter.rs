@@ -130,6 +130,11 @@ impl Meter {
         free
     }
 
+    /// Of what is free, what may be held: nothing that is about to be given back.
+    pub(super) fn available(&self) -> Tokens {
+        if self.recalled { 0 } else { self.free() }
+    }
+
     pub(super) fn hold(&mut self, tokens: Tokens, now: Boot) {
         debug_assert!(tokens <= self.free());
         self.held += tokens;
