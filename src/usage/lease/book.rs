@@ -336,6 +336,12 @@ impl Book {
         };
         debug_assert!(hold.commits > 0);
         hold.commits -= 1;
+        if hold.state == State::Over {
+            if hold.commits == 0 {
+                self.holds.remove(id);
+            }
+            return Ended::Now;
+        }
         match outcome {
             Outcome::Booked { actual, .. } => {
                 self.end(id, actual);
@@ -361,6 +367,9 @@ impl Book {
         let Some(hold) = self.holds.get_mut(id) else {
             return Ended::Unknown;
         };
+        if hold.state == State::Over {
+            return Ended::Unknown;
+        }
         if hold.commits > 0 {
             return Ended::Later;
         }
@@ -399,6 +408,7 @@ impl Book {
             return Ended::Unknown;
         };
         match kind {
+            _ if hold.state == State::Over => return Ended::Unknown,
             // The commit under way here, or one before it whose answer was lost, may be what made the
             // record; it will say for certain how much.
             Kind::Committed(_) if hold.commits > 0 => return Ended::Later,
@@ -587,21 +597,31 @@ impl Book {
     }
 
     /// A hold is over; `actual` of it is booked.
+    ///
+    /// Kept while more of its commits are under way: the one that made the record may be answered
+    /// after one that found it, and must not count as late.
     fn end(&mut self, id: HoldId, actual: Tokens) {
-        let Some(hold) = self.holds.remove(id) else {
+        let Some(hold) = self.holds.get_mut(id) else {
             return;
         };
-        if hold.is_open {
+        let (tokens, request) = (hold.tokens, hold.request);
+        let meters = std::mem::replace(&mut hold.meters, [NONE; 2]);
+        if std::mem::take(&mut hold.is_open) {
             self.open_holds -= 1;
         }
-        for index in hold.meters.into_iter().filter(|index| *index != NONE) {
+        if hold.commits > 0 {
+            hold.state = State::Over;
+        } else {
+            self.holds.remove(id);
+        }
+        for index in meters.into_iter().filter(|index| *index != NONE) {
             let meter = self.meters[index as usize].as_mut();
             meter
                 .expect("a meter with holds is kept")
-                .end_hold(hold.tokens, actual);
+                .end_hold(tokens, actual);
         }
-        if self.by_request.get(&hold.request) == Some(&id) {
-            self.by_request.remove(&hold.request);
+        if self.by_request.get(&request) == Some(&id) {
+            self.by_request.remove(&request);
         }
     }
 

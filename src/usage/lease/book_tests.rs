@@ -104,6 +104,23 @@ fn a_tombstone_frees_nothing_while_a_commit_is_under_way() {
 }
 
 #[test]
+fn a_commit_repeated_while_it_is_under_way_is_spent_once() {
+    let mut book = leased(100);
+    let hold = held(book.reserve(&ask(1, &[meter()], 60), &STANDING));
+    book.begin_commit(hold.id);
+    book.begin_commit(hold.id);
+    // The one that found the record is answered before the one that made it.
+    for new in [false, true] {
+        let outcome = Outcome::Booked { actual: 25, new };
+        assert_eq!(book.end_commit(hold.id, &[meter()], outcome), Ended::Now);
+        let sight = book.sight(meter()).expect("leased");
+        assert_eq!((sight.free, sight.held, sight.spent), (75, 0, 25));
+        book.check();
+    }
+    assert_eq!((book.holds(), book.release(hold.id)), (0, Ended::Unknown));
+}
+
+#[test]
 fn open_holds_stay_within_the_allowance_of_one_outage() {
     let mut book = Book::new(Bounds::default(), Pace::default());
     let now = STANDING.now;

@@ -38,6 +38,8 @@ pub(super) enum State {
     Limbo(Ending),
     /// Over, as Postgres knows; only commits here may still charge it.
     Buried,
+    /// Charged and gone, but for commits that are still under way.
+    Over,
 }
 
 /// No meter.
