@@ -3,7 +3,10 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use super::*;
-use crate::{model::Period, usage::lease::ModelKey};
+use crate::{
+    model::{Balance, Carried, LeaseRow, Period, operate},
+    usage::lease::ModelKey,
+};
 
 const STANDING: Standing = Standing {
     now: Boot(1_000),
@@ -141,6 +144,37 @@ fn open_holds_stay_within_the_allowance_of_one_outage() {
     book.outage_ended();
     held(book.reserve_open(&ask(4, &[], 100), user(), 100, now));
     book.check();
+}
+
+#[test]
+fn a_chunk_larger_than_what_is_left_is_not_asked_for_again_and_again() {
+    const LIMIT: Tokens = 1_000;
+    let mut book = Book::new(Bounds::default(), Pace::default());
+    let (mut row, mut operations) = (None, 0);
+    let meters = [meter()];
+    assert!(matches!(
+        book.reserve(&ask(0, &meters, 1), &STANDING),
+        Reserved::Short(_)
+    ));
+    while let [(key, operation)] = book.operations(STANDING.now, 10)[..] {
+        let balance = Balance {
+            limit: Some(LIMIT),
+            committed: 0,
+            leased: row.map_or(0, |row: LeaseRow| row.granted),
+        };
+        let Carried::Out { lease, answer, .. } = operate(&balance, row, &operation, 2) else {
+            panic!("{operation:?}");
+        };
+        row = Some(lease);
+        book.answered(key, operation.number, &answer, STANDING.now);
+        operations += 1;
+        assert!(operations < 100, "it never ends");
+    }
+    // What is left stays for others until somebody asks here.
+    assert_eq!(
+        (operations, book.sight(meter()).expect("leased").free),
+        (1, LIMIT / 4)
+    );
 }
 
 #[test]

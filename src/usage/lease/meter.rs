@@ -241,6 +241,11 @@ impl Meter {
             // There is little left: asking for more again and again would only keep Postgres busy.
             self.exact_until = self.exact_until.max(now.plus(pace.exact_for_ms));
             self.chunk = pace.first_chunk;
+        } else if gained > operation.need && gained < operation.want {
+            // Not all that was wanted: a chunk of more than there is would always run low, and take
+            // what is left little by little, without anybody asking.
+            self.chunk = gained - operation.need;
+            self.grown_at = now;
         } else if gained > operation.need {
             if now.since(self.grown_at) < pace.grow_within_ms {
                 self.chunk = self.chunk.saturating_mul(2).min(pace.max_chunk);
