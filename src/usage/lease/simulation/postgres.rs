@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Flaw, MARGIN_MS, TTL_MS};
+use super::{FORGET_MS, Flaw, MARGIN_MS, TTL_MS};
 use crate::{
     model::{Period, UserId},
     usage::lease::{
@@ -35,8 +35,8 @@ pub(super) struct Transaction {
     pub(super) key: MeterKey,
     pub(super) operation: Operation,
     /// As the snapshot of the statement that waits for the lock has it.
-    committed: Option<Tokens>,
-    carried: Option<Carried>,
+    seen: Tokens,
+    pub(super) carried: Option<Carried>,
 }
 
 impl Transaction {
@@ -55,6 +55,8 @@ pub(super) struct Postgres {
     pub(super) committed: BTreeMap<MeterKey, Tokens>,
     pub(super) leased: BTreeMap<MeterKey, Tokens>,
     pub(super) leases: BTreeMap<(MeterKey, Name), LeaseRow>,
+    /// When an operation was last carried out.
+    operated: BTreeMap<(MeterKey, Name), u64>,
     pub(super) settlements: BTreeMap<(Name, HoldId), Kind>,
     pub(super) records: BTreeMap<(Period, RequestKey), Record>,
     /// Every hold that Postgres was ever told to be over.
@@ -114,7 +116,7 @@ impl Postgres {
             name,
             key,
             operation,
-            committed: None,
+            seen: self.committed_of(key),
             carried: None,
         })
     }
@@ -122,16 +124,17 @@ impl Postgres {
     /// Second and third: locks the balance, then reads and decides. `false`: somebody has the lock.
     pub(super) fn decide(&mut self, transaction: &mut Transaction) -> bool {
         let Transaction { name, key, .. } = *transaction;
-        let seen = *transaction
-            .committed
-            .get_or_insert_with(|| self.committed_of(key));
         if !self.locked.insert(key) {
             return false;
         }
         let stale = self.has(Flaw::OneSnapshot);
         let balance = Balance {
             limit: self.limits.get(&(key.user, key.model)).copied(),
-            committed: if stale { seen } else { self.committed_of(key) },
+            committed: if stale {
+                transaction.seen
+            } else {
+                self.committed_of(key)
+            },
             leased: self.leased.get(&key).copied().unwrap_or(0),
         };
         let mut lease = self.leases.get(&(key, name)).copied();
@@ -151,12 +154,13 @@ impl Postgres {
     }
 
     /// Writes and commits.
-    pub(super) fn commit(&mut self, transaction: &Transaction) {
+    pub(super) fn commit(&mut self, transaction: &Transaction, now: u64) {
         let Transaction {
             name, key, carried, ..
         } = *transaction;
         if let Some(Carried::Out { lease, leased, .. }) = carried {
             self.leases.insert((key, name), lease);
+            self.operated.insert((key, name), now);
             *self.covered.entry((key, name)).or_default() -= transaction.operation.spent;
             self.leased.insert(key, leased);
         }
@@ -216,13 +220,13 @@ impl Postgres {
         booked
     }
 
-    /// Inserts a settlement unless there is one, or nobody to read it; says what is there.
-    pub(super) fn settle(&mut self, owner: Name, hold: HoldId, kind: Kind) -> Option<Kind> {
-        self.replicas.get(&owner)?;
+    /// Inserts a settlement unless there is one, whether or not there is anybody to read it; says
+    /// what is there.
+    pub(super) fn settle(&mut self, owner: Name, hold: HoldId, kind: Kind) -> Kind {
         if matches!(kind, Kind::Ended(_)) {
             self.buried.insert((owner, hold));
         }
-        Some(*self.settlements.entry((owner, hold)).or_insert(kind))
+        *self.settlements.entry((owner, hold)).or_insert(kind)
     }
 
     /// A release on a foreign replica; refused, and rolled back, when the record is there.
@@ -236,6 +240,12 @@ impl Postgres {
         if !self.records.contains_key(&(period, request)) {
             self.settle(owner, hold, Kind::Ended(Ending::Released));
         }
+    }
+
+    /// What others than this replica have of a meter.
+    pub(super) fn elsewhere(&self, name: Name, key: MeterKey) -> Tokens {
+        let here = self.leases.get(&(key, name)).map_or(0, |row| row.granted);
+        self.leased.get(&key).copied().unwrap_or(0) - here
     }
 
     /// Whether a commit of the hold could still be in time after its end: the owner is there, and no
@@ -252,8 +262,8 @@ impl Postgres {
         all.map(|((_, hold), kind)| (*hold, *kind)).collect()
     }
 
-    /// Takes back what replicas had that are over.
-    pub(super) fn reap(&mut self, now: u64) {
+    /// Takes back what replicas had that are over; says how many are gone.
+    pub(super) fn reap(&mut self, now: u64) -> usize {
         let hasty = self.has(Flaw::NoQuarantine);
         for (name, (row, dead)) in &mut self.replicas {
             let over = row.is_over(now, MARGIN_MS) || (hasty && row.expires_at <= now);
@@ -279,13 +289,38 @@ impl Postgres {
             }
             stays
         });
+        let mut gone = 0;
         for name in dead {
             if !self.leases.keys().any(|(_, owner)| *owner == name) {
+                gone += 1;
                 self.replicas.remove(&name);
                 self.covered.retain(|(_, owner), _| *owner != name);
                 self.settlements.retain(|(owner, _), _| *owner != name);
             }
         }
+        gone
+    }
+
+    /// Forgets leases that have been empty for long, and settlements that nobody will read.
+    pub(super) fn sweep(&mut self, now: u64) {
+        let Self {
+            leases,
+            operated,
+            leased,
+            locked,
+            covered,
+            replicas,
+            settlements,
+            ..
+        } = self;
+        leases.retain(|place, lease| {
+            let at = operated.get(place).copied().unwrap_or(now);
+            lease.granted != 0 || locked.contains(&place.0) || now - at < FORGET_MS
+        });
+        operated.retain(|place, _| leases.contains_key(place));
+        leased.retain(|key, _| leases.range((*key, 0)..=(*key, Name::MAX)).next().is_some());
+        covered.retain(|place, tokens| *tokens != 0 || leases.contains_key(place));
+        settlements.retain(|(owner, _), _| replicas.contains_key(owner));
     }
 
     pub(super) fn committed_of(&self, key: MeterKey) -> Tokens {
@@ -302,12 +337,15 @@ impl Postgres {
             *sums.entry(*key).or_default() += lease.granted;
         }
         for (key, leased) in &self.leased {
-            let sum = sums.get(key).copied().unwrap_or(0);
+            let sum = sums.remove(key).unwrap_or(0);
             if *leased != sum {
                 return Err(format!("leased {leased}, sum of leases {sum}"));
             }
         }
-        Ok(())
+        match sums.values().find(|sum| **sum != 0) {
+            None => Ok(()),
+            Some(sum) => Err(format!("nothing leased, sum of leases {sum}")),
+        }
     }
 
     /// Sums against records.

@@ -9,82 +9,30 @@ mod watch;
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap},
+    collections::{BTreeMap, BTreeSet, BinaryHeap},
 };
 
 use uuid::Uuid;
 
 use super::{
-    Dice, Flaw, HEARTBEAT_MS, HOLD_MS, MONTH_MS, RECALL_MS, TICK_MS, TIMEOUT_MS, period_at,
+    Dice, Flaw, HEARTBEAT_MS, HOLD_MS, MONTH_MS, RECALL_MS, TICK_MS, TIMEOUT_MS,
+    counts::Counts,
+    period_at,
     postgres::{Booked, Name, Postgres, Record, Transaction},
     replica::Replica,
 };
 use crate::{
     model::{Period, UserId},
     usage::lease::{
-        Answer, Ask, Begun, Boot, Ended, Ending, Heartbeat, HoldId, Kind, MeterKey, Mode, ModelKey,
-        Operation, Outcome, Refusal, RequestKey, Reserved, Standing, Tokens,
+        Answer, Answered, Ask, Begun, Boot, Carried, Ended, Ending, Heartbeat, Held, HoldId, Kind,
+        MeterKey, Mode, ModelKey, Operation, Outcome, Refusal, RequestKey, Reserved, Sight,
+        Standing, Tokens,
     },
 };
 
 const REPLICAS: usize = 3;
 /// A model without a limit of its own, and one with.
 const MODELS: [ModelKey; 2] = [ModelKey(1), ModelKey(2)];
-
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Counts {
-    pub(super) held: u64,
-    pub(super) denied: u64,
-    pub(super) refused: u64,
-    pub(super) booked: u64,
-    pub(super) foreign: u64,
-    pub(super) replayed: u64,
-    pub(super) conflicts: u64,
-    pub(super) late: u64,
-    pub(super) released: u64,
-    pub(super) extended: u64,
-    pub(super) tombstones: u64,
-    pub(super) crashes: u64,
-    pub(super) rejoined: u64,
-    pub(super) spent_to_the_last: u64,
-    /// Steps at which nothing was left of a meter.
-    pub(super) full: u64,
-}
-
-impl Counts {
-    fn all(&mut self) -> [&mut u64; 15] {
-        [
-            &mut self.held,
-            &mut self.denied,
-            &mut self.refused,
-            &mut self.booked,
-            &mut self.foreign,
-            &mut self.replayed,
-            &mut self.conflicts,
-            &mut self.late,
-            &mut self.released,
-            &mut self.extended,
-            &mut self.tombstones,
-            &mut self.crashes,
-            &mut self.rejoined,
-            &mut self.spent_to_the_last,
-            &mut self.full,
-        ]
-    }
-
-    pub(super) fn add(&mut self, other: &Self) {
-        let mut other = *other;
-        for (sum, more) in self.all().into_iter().zip(other.all()) {
-            *sum += *more;
-        }
-    }
-
-    /// A simulation in which nothing happens finds nothing.
-    pub(super) fn check_that_much_happened(&mut self) {
-        let all = *self;
-        assert!(self.all().into_iter().all(|count| *count > 0), "{all:?}");
-    }
-}
 
 /// A hold as its client knows it, and what became of it.
 struct Handle {
@@ -105,7 +53,7 @@ struct Handle {
 /// What a seed lets happen beside faults.
 #[derive(Clone, Copy)]
 struct Manners {
-    /// No late commits, no overruns, no changes of limits: the sum must hold exactly.
+    /// No late commits, no overruns, no limits that shrink: the sum must hold exactly.
     strict: bool,
     late: bool,
     overrun: bool,
@@ -116,6 +64,12 @@ struct Manners {
     long_holds_percent: u64,
     /// Of messages each way.
     lost_percent: u64,
+    /// Of wishes that are sent to another replica too.
+    twice_percent: u64,
+    /// Of holds that are used up.
+    all_percent: u64,
+    /// The longest time between two wishes.
+    pause_ms: u64,
 }
 
 impl Handle {
@@ -164,7 +118,8 @@ struct Call {
 enum Reply {
     Alive(bool),
     Settlements(Vec<(HoldId, Kind)>),
-    Operation(Option<Answer>),
+    /// With what others have.
+    Operation(Option<(Answer, Tokens)>),
     Booked(Booked),
     Tombstones(Vec<(HoldId, Kind)>),
     Nothing,
@@ -183,6 +138,27 @@ struct Wish {
     tries: u32,
     /// Whether its client goes on to settle what it gets.
     goes_on: bool,
+    /// Postgres has told that it has too little: others are asked.
+    told: bool,
+}
+
+/// A wish that was short, at a replica.
+struct Waiting {
+    replica: usize,
+    wish: Wish,
+    short: [Option<MeterKey>; 2],
+    /// What was sent from here on tells.
+    since: u64,
+    looks_at: u64,
+}
+
+/// What an operation brought to those who wait for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Brought {
+    Some,
+    Little,
+    /// And nobody else has any.
+    NothingAnywhere,
 }
 
 #[derive(Clone, Copy)]
@@ -199,6 +175,8 @@ enum Event {
     Timeout(u64),
     Wish(Wish),
     Admit(Wish, Standing),
+    /// A wish that waits looks again.
+    Look(u64),
     Step {
         handle: usize,
         step: Step,
@@ -234,7 +212,22 @@ pub(super) struct World {
     live: Vec<usize>,
     /// What each request really used, so that its repeats say the same.
     actuals: BTreeMap<RequestKey, Tokens>,
-    outcomes: BTreeMap<u64, Option<usize>>,
+    waiting: BTreeMap<u64, Waiting>,
+    /// Of wishes, the holds they got.
+    outcomes: BTreeMap<u64, usize>,
+    requests: BTreeSet<RequestKey>,
+    /// When a meter was recalled.
+    recalled: BTreeMap<(usize, MeterKey), u64>,
+    /// Requests that were booked, in the month of their reservation, and what they charge.
+    distinct: BTreeSet<(Period, RequestKey)>,
+    charged: BTreeMap<MeterKey, Tokens>,
+    /// What clients were told to be booked.
+    acknowledged: Vec<(usize, Tokens)>,
+    /// Transactions that wait for a lock.
+    blocked: Vec<(Call, Transaction)>,
+    /// Of what is seen while something happens, not between.
+    wrong: Option<String>,
+    month: Period,
     users: Vec<UserId>,
     ceilings: BTreeMap<(UserId, ModelKey), Tokens>,
     /// What was charged without a live hold.
@@ -248,23 +241,27 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(seed: u64, flaw: Option<Flaw>) -> Self {
         let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9).wrapping_add(1));
-        let users: Vec<UserId> = (1..3)
+        let users: Vec<UserId> = (1..2 + dice.between(0, 2))
+            .map(u128::from)
             .map(|n| UserId(Uuid::from_u128(n << 64 | n)))
             .collect();
-        let strict = dice.percent(80);
+        let strict = dice.percent(60);
         let manners = Manners {
             strict,
-            late: !strict && dice.percent(60),
-            overrun: !strict && dice.percent(40),
-            slow_percent: [4, 15, 30][dice.between(0, 3) as usize],
-            long_percent: [3, 30][dice.between(0, 2) as usize],
-            lost_percent: [2, 15][dice.between(0, 2) as usize],
-            long_holds_percent: [5, 40][dice.between(0, 2) as usize],
+            late: !strict && dice.percent(80),
+            overrun: !strict && dice.percent(50),
+            slow_percent: [2, 6, 20][dice.between(0, 3) as usize],
+            long_percent: [3, 25][dice.between(0, 2) as usize],
+            lost_percent: [1, 3, 10][dice.between(0, 3) as usize],
+            long_holds_percent: [5, 30][dice.between(0, 2) as usize],
+            twice_percent: [10, 35][dice.between(0, 2) as usize],
+            all_percent: [0, 30, 80][dice.between(0, 3) as usize],
+            pause_ms: [14, 20, 32][dice.between(0, 3) as usize],
         };
         let mut postgres = Postgres::default();
         postgres.flaw = flaw;
         for user in &users {
-            let limit = dice.tokens(40, 800);
+            let limit = dice.tokens(40, 400);
             let all = [(ModelKey::TOTAL, limit), (MODELS[1], limit * 2 / 5)];
             for (model, limit) in all {
                 postgres.limits.insert((*user, model), limit);
@@ -290,7 +287,16 @@ impl World {
             by_hold: BTreeMap::new(),
             live: Vec::new(),
             actuals: BTreeMap::new(),
+            waiting: BTreeMap::new(),
             outcomes: BTreeMap::new(),
+            requests: BTreeSet::new(),
+            recalled: BTreeMap::new(),
+            charged: BTreeMap::new(),
+            acknowledged: Vec::new(),
+            blocked: Vec::new(),
+            distinct: BTreeSet::new(),
+            wrong: None,
+            month: period_at(1_000),
             users,
             excess: BTreeMap::new(),
             calm: false,
@@ -303,12 +309,18 @@ impl World {
             world.start(replica);
         }
         world.push(50, None, Event::Reap);
-        world.push(400, None, Event::Fault);
-        if !strict && world.dice.percent(60) {
-            world.push(300, None, Event::Change);
-        }
-        world.push(30, None, Event::Arrival);
+        world.stir();
         world
+    }
+
+    /// Lets begin what the storm is made of.
+    fn stir(&mut self) {
+        self.push(50, None, Event::Fault);
+        if self.dice.percent(60) {
+            self.push(100, None, Event::Change);
+        }
+        // Not before the first heartbeats are answered.
+        self.push(10, None, Event::Arrival);
     }
 
     /// Everything that may go wrong, for so many steps.
@@ -332,6 +344,7 @@ impl World {
             started: self.now,
             tries: 0,
             goes_on: true,
+            told: false,
         }
     }
 
@@ -363,23 +376,24 @@ impl World {
             let (to, event) = self.events.remove(&order).expect("queued");
             self.now = self.now.max(at);
             let Some((index, process)) = to else {
-                self.happen(event);
-                return self.check(None);
+                let touched = self.happen(event);
+                return self.check(touched);
             };
             let replica = &self.replicas[index];
             if !replica.up || (process != 0 && process != replica.process) {
-                if let Event::Step { .. } | Event::Wish(_) = event {
-                    self.elsewhere(event);
-                }
+                self.elsewhere(event);
                 continue;
             }
             if replica.paused_until > self.now {
                 self.push_at(replica.paused_until, to, event);
                 continue;
             }
-            if let Event::Timeout(call) = event
-                && !replica.pending.contains_key(&call)
-            {
+            let in_vain = match &event {
+                Event::Timeout(call) => !replica.pending.contains_key(call),
+                Event::Look(wish) => !self.waiting.contains_key(wish),
+                _ => false,
+            };
+            if in_vain {
                 continue;
             }
             self.happen_at(index, event);
@@ -407,6 +421,11 @@ impl World {
                     },
                 );
             }
+            Event::Look(wish) => {
+                if let Some(waiting) = self.waiting.remove(&wish) {
+                    self.elsewhere(Event::Wish(waiting.wish));
+                }
+            }
             Event::Wish(wish) if wish.tries == 0 && wish.goes_on => {
                 let tries = 1;
                 self.push(50, Some((other, 0)), Event::Wish(Wish { tries, ..wish }));
@@ -417,6 +436,11 @@ impl World {
 
     fn period(&self, at: u64) -> Period {
         self.calm_month.unwrap_or_else(|| period_at(at))
+    }
+
+    fn any_user(&mut self) -> UserId {
+        let all = self.users.len() as u64;
+        self.users[self.dice.between(0, all) as usize]
     }
 
     fn any_replica(&mut self) -> usize {
@@ -436,6 +460,15 @@ fn meters(user: UserId, period: Period, model: ModelKey) -> Vec<MeterKey> {
         all.push(key(model));
     }
     all
+}
+
+/// What a record counts for.
+fn sums(record: &Record, period: Period) -> [MeterKey; 2] {
+    [ModelKey::TOTAL, record.model].map(|model| MeterKey {
+        user: record.user,
+        period,
+        model,
+    })
 }
 
 fn model_limit(model: ModelKey) -> ModelKey {

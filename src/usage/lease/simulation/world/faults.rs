@@ -12,26 +12,18 @@ impl World {
         self.push(TICK_MS, to, Event::Tick);
     }
 
-    pub(super) fn happen(&mut self, event: Event) {
+    /// What happens to no replica in particular; says to which it did after all.
+    pub(super) fn happen(&mut self, event: Event) -> Option<usize> {
         match event {
             Event::Arrive(call) => self.arrive(call),
-            Event::Decide(call, mut transaction) => {
-                if self.postgres.decide(&mut transaction) {
-                    let long = self.dice.percent(self.manners.long_percent) && !self.calm;
-                    let takes = self.dice.between(0, if long { 600 } else { 3 });
-                    self.push(takes, None, Event::Commit(call, transaction));
-                } else {
-                    let wait = self.dice.between(1, 4);
-                    self.push(wait, None, Event::Decide(call, transaction));
-                }
-            }
-            Event::Commit(call, transaction) => {
-                self.postgres.commit(&transaction);
-                self.reply(call, Reply::Operation(transaction.answer()));
-            }
+            Event::Decide(call, transaction) => self.decide(call, transaction),
+            Event::Commit(call, transaction) => self.end(call, &transaction),
             Event::Reap => {
-                self.postgres.reap(self.now);
-                self.push(150, None, Event::Reap);
+                self.counts.reaped += self.postgres.reap(self.now) as u64;
+                if self.calm || self.dice.percent(10) {
+                    self.postgres.sweep(self.now);
+                }
+                self.push(120, None, Event::Reap);
             }
             Event::Fault if !self.calm => self.fault(),
             Event::Restart => {
@@ -39,46 +31,70 @@ impl World {
                     self.start(replica);
                 }
             }
-            Event::Change if !self.calm => {
-                let user = self.users[self.dice.between(0, 2) as usize];
-                let model = [ModelKey::TOTAL, MODELS[1]][self.dice.between(0, 2) as usize];
-                let limit = self.dice.tokens(0, 4_000);
-                self.postgres.limits.insert((user, model), limit);
-                let ceiling = self.ceilings.get_mut(&(user, model)).expect("limited");
-                *ceiling = limit.max(*ceiling);
-                let delay = self.dice.between(200, 2_000);
-                self.push(delay, None, Event::Change);
-            }
-            Event::Arrival if !self.calm => {
-                let user = self.users[self.dice.between(0, 2) as usize];
-                let model = MODELS[self.dice.between(0, 2) as usize];
-                let limit = self.postgres.limits[&(user, model_limit(model))];
-                let tokens = self.dice.tokens(1, (limit / 3).max(2));
-                let mut wish = self.wish(user, model, tokens);
-                if self.dice.percent(20) {
-                    wish.mode = Mode::BestEffort;
-                }
-                wish.ttl = if self.dice.percent(self.manners.long_holds_percent) {
-                    self.dice.between(HOLD_MS, 4 * HOLD_MS)
-                } else {
-                    self.dice.between(100, HOLD_MS)
-                };
-                let replica = self.any_replica();
-                self.push(0, Some((replica, 0)), Event::Wish(wish));
-                if self.dice.percent(12) {
-                    let (replica, delay) = (self.any_replica(), self.dice.between(0, 400));
-                    self.push(delay, Some((replica, 0)), Event::Wish(wish));
-                }
-                let delay = self.dice.between(2, 60);
-                self.push(delay, None, Event::Arrival);
-            }
+            Event::Change if !self.calm => self.change(),
+            Event::Arrival if !self.calm => return self.arrival(),
             _ => {}
         }
+        None
     }
 
-    pub(super) fn fault(&mut self) {
+    /// A tier changes: where all must hold exactly only upwards.
+    fn change(&mut self) {
+        let user = self.any_user();
+        let model = [ModelKey::TOTAL, MODELS[1]][self.dice.between(0, 2) as usize];
+        let limit = self.postgres.limits.get_mut(&(user, model));
+        let limit = limit.expect("limited");
+        *limit = match self.manners.strict {
+            true => *limit + self.dice.tokens(1, *limit / 8 + 2),
+            false => self.dice.tokens(0, 800),
+        };
+        let ceiling = self.ceilings.get_mut(&(user, model)).expect("limited");
+        *ceiling = (*limit).max(*ceiling);
+        self.counts.limits_changed += 1;
+        let delay = self.dice.between(100, 800);
+        self.push(delay, None, Event::Change);
+    }
+
+    fn arrival(&mut self) -> Option<usize> {
+        let user = self.any_user();
+        let model = MODELS[self.dice.between(0, 2) as usize];
+        let limit = self.postgres.limits[&(user, model_limit(model))];
+        let part = [24, 24, 20, 10, 6, 3][self.dice.between(0, 6) as usize];
+        let tokens = self.dice.tokens(1, (limit / part).max(2));
+        let mut wish = self.wish(user, model, tokens);
+        if self.dice.percent(20) {
+            wish.mode = Mode::BestEffort;
+        }
+        wish.ttl = if self.dice.percent(self.manners.long_holds_percent) {
+            self.dice.between(HOLD_MS, 3 * HOLD_MS)
+        } else {
+            self.dice.between(50, HOLD_MS)
+        };
+        if self.dice.percent(self.manners.twice_percent) {
+            let twin = self.wish(user, model, tokens);
+            let twin = Wish {
+                id: twin.id,
+                ..wish
+            };
+            let (replica, delay) = (self.any_replica(), self.dice.between(0, 150));
+            self.push(delay, Some((replica, 0)), Event::Wish(twin));
+        }
+        let delay = self.dice.between(1, self.manners.pause_ms);
+        self.push(delay, None, Event::Arrival);
         let index = self.any_replica();
-        let lasts = self.dice.between(50, 4_000);
+        let replica = &self.replicas[index];
+        if replica.up && replica.paused_until <= self.now {
+            self.happen_at(index, Event::Wish(wish));
+            return Some(index);
+        }
+        self.push(0, Some((index, 0)), Event::Wish(wish));
+        None
+    }
+
+    fn fault(&mut self) {
+        let index = self.any_replica();
+        let most = [200, 1_500][self.dice.between(0, 2) as usize];
+        let lasts = self.dice.between(20, most);
         let now = self.now;
         match self.dice.between(0, 10) {
             0..=2 if self.replicas[index].up => {
@@ -86,11 +102,17 @@ impl World {
                 self.counts.crashes += 1;
                 self.push(lasts, None, Event::Restart);
             }
-            3..=5 => self.replicas[index].paused_until = now + lasts,
-            6..=8 => self.replicas[index].cut_until = now + lasts,
+            3..=5 => {
+                self.replicas[index].paused_until = now + lasts;
+                self.counts.pauses += 1;
+            }
+            6..=8 => {
+                self.replicas[index].cut_until = now + lasts;
+                self.counts.cuts += 1;
+            }
             _ => {}
         }
-        let delay = self.dice.between(300, 2_500);
+        let delay = self.dice.between(100, 1_200);
         self.push(delay, None, Event::Fault);
     }
 }

@@ -32,13 +32,18 @@ impl World {
                 let standing = self.replicas[index].registration.standing(now);
                 if self.dice.percent(3) && !self.calm {
                     // The thread is stopped after it read the clock.
-                    let delay = self.dice.between(0, 2_500);
+                    let delay = self.dice.between(0, 1_000);
                     self.push(delay, to, Event::Admit(wish, standing));
                 } else {
                     self.admit(index, wish, &standing);
                 }
             }
             Event::Admit(wish, standing) => self.admit(index, wish, &standing),
+            Event::Look(wish) => {
+                let standing = self.replicas[index].registration.standing(now);
+                let waiting = self.waiting.remove(&wish).expect("still waits");
+                self.admit(index, waiting.wish, &standing);
+            }
             Event::Step { handle, step, .. } => self.settle(index, handle, step),
             Event::Recall(key) => {
                 self.replicas[index].book.recall(key, now);
@@ -86,7 +91,11 @@ impl World {
                     heartbeat.sent = now;
                 }
                 replica.registration.answered(&heartbeat);
-                self.send(index, Statement::Settlements);
+                // Mostly where there are any: one that finds none does nothing.
+                let any = !self.postgres.settlements_of(name).is_empty();
+                if any || self.dice.percent(5) {
+                    self.send(index, Statement::Settlements);
+                }
             }
             (Statement::Heartbeat(_), Reply::Alive(false)) => {
                 self.names += 1;
@@ -100,9 +109,18 @@ impl World {
                 self.settled(index, all);
             }
             (Statement::Operation(key, operation), Reply::Operation(Some(answer))) => {
-                replica.book.answered(key, operation.number, &answer, now);
+                let (answer, elsewhere) = answer;
+                let answered = replica.book.answered(key, operation.number, &answer, now);
                 // Whatever came up meanwhile: a recall does not wait for the next tick.
                 self.send_operations(index);
+                if let Some(Answered { gained, short }) = answered {
+                    let brought = match gained {
+                        _ if short && elsewhere <= 0 => Brought::NothingAnywhere,
+                        0 => Brought::Little,
+                        _ => Brought::Some,
+                    };
+                    self.told(index, call.id, key, brought);
+                }
             }
             (Statement::Tombstones(_), Reply::Tombstones(all)) => {
                 self.settled(index, all);
@@ -129,7 +147,11 @@ impl World {
                         // The record is of another handle: this one's tokens leave unused.
                         self.cover(handle, actual);
                     }
-                } else if self.flaw == Some(Flaw::SettlementApart) && booked == Booked::Now {
+                }
+                if booked != Booked::Conflict {
+                    self.acknowledge(handle, actual);
+                }
+                if !own && self.flaw == Some(Flaw::SettlementApart) && booked == Booked::Now {
                     self.send(index, Statement::Settle(handle, actual));
                 }
             }
