@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Where limits only grow, in a long run.
+const MAX_LIMIT: Tokens = 5_000;
+
 impl World {
     pub(super) fn start(&mut self, replica: usize) {
         self.names += 1;
@@ -44,9 +47,11 @@ impl World {
         let model = [ModelKey::TOTAL, MODELS[1]][self.dice.between(0, 2) as usize];
         let limit = self.postgres.limits.get_mut(&(user, model));
         let limit = limit.expect("limited");
-        *limit = match self.manners.strict {
-            true => *limit + self.dice.tokens(1, *limit / 8 + 2),
-            false => self.dice.tokens(0, 800),
+        *limit = if self.manners.strict {
+            let more = self.dice.tokens(1, *limit / 8 + 2);
+            (*limit).max((*limit + more).min(MAX_LIMIT))
+        } else {
+            self.dice.tokens(0, 800)
         };
         let ceiling = self.ceilings.get_mut(&(user, model)).expect("limited");
         *ceiling = (*limit).max(*ceiling);

@@ -153,7 +153,7 @@ impl World {
         for handle in self.live.iter().map(|handle| &self.handles[*handle]) {
             if handle.owner == replica.name
                 && now < handle.expires
-                && !row.is_some_and(|(row, _)| handle.expires <= row.holds_until)
+                && row.is_none_or(|(row, _)| row.holds_until < handle.expires)
             {
                 let until = handle.expires;
                 return Err(format!("unknown at {now}: a hold until {until}, {row:?}"));
