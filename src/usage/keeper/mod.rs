@@ -286,7 +286,7 @@ impl Keeper {
     /// What limits a user has changed: what is free of it goes back, and is asked for anew.
     pub fn limits_changed(&self, user: UserId) {
         let now = boot();
-        self.0.shard_of(user).lock().recall_user(user, now);
+        self.0.shard_of(user).lock().outdate(Some(user), now);
         self.0.due.notify_one();
     }
 
@@ -294,7 +294,7 @@ impl Keeper {
     pub fn all_limits_changed(&self) {
         let now = boot();
         for shard in &self.0.shards {
-            shard.lock().recall_all(now);
+            shard.lock().outdate(None, now);
         }
         self.0.due.notify_one();
     }

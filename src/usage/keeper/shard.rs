@@ -214,10 +214,11 @@ impl Shard {
         }
     }
 
-    /// As [`Self::recall_all`], of one user.
-    pub(super) fn recall_user(&mut self, user: UserId, now: Boot) {
-        for key in self.seen.keys().filter(|key| key.user == user) {
-            self.book.recall(*key, now);
+    /// Limits have changed: of one user, or of everybody.
+    pub(super) fn outdate(&mut self, user: Option<UserId>, now: Boot) {
+        let of_user = |key: &&MeterKey| user.is_none_or(|user| key.user == user);
+        for key in self.seen.keys().filter(of_user) {
+            self.book.outdate(*key, now);
         }
     }
 

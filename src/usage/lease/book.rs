@@ -423,10 +423,19 @@ impl Book {
 
     /// Somebody else needs what is free here.
     pub fn recall(&mut self, key: MeterKey, now: Boot) {
+        self.with_lease(key, |meter, pace| meter.recall(pace, now));
+    }
+
+    /// The limit has changed: what is free goes back, and is asked for anew.
+    pub fn outdate(&mut self, key: MeterKey, now: Boot) {
+        self.with_lease(key, |meter, pace| meter.outdate(pace, now));
+    }
+
+    fn with_lease(&mut self, key: MeterKey, change: impl FnOnce(&mut Meter, &Pace)) {
         if let Some(index) = self.by_key.get(&key).copied()
             && let Some(meter) = &mut self.meters[index as usize]
         {
-            meter.recall(&self.pace, now);
+            change(meter, &self.pace);
             self.make_due(index);
         }
     }

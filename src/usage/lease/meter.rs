@@ -89,6 +89,8 @@ pub(super) struct Meter {
     need: Tokens,
     wanted: Tokens,
     recalled: bool,
+    /// The limit has changed since: what is free goes back first.
+    is_outdated: bool,
     exact_until: Boot,
     chunk: Tokens,
     grown_at: Boot,
@@ -117,6 +119,7 @@ impl Meter {
             need: 0,
             wanted: 0,
             recalled: false,
+            is_outdated: false,
             exact_until: Boot(0),
             chunk: pace.first_chunk,
             grown_at: Boot(0),
@@ -130,9 +133,9 @@ impl Meter {
         free
     }
 
-    /// Of what is free, what may be held: nothing that is about to be given back.
+    /// Of what is free, what may be held.
     pub(super) fn available(&self) -> Tokens {
-        if self.recalled { 0 } else { self.free() }
+        if self.is_outdated { 0 } else { self.free() }
     }
 
     pub(super) fn hold(&mut self, tokens: Tokens, now: Boot) {
@@ -166,6 +169,12 @@ impl Meter {
     /// Whether to ask before there is nothing left.
     pub(super) fn runs_low(&self, now: Boot) -> bool {
         self.flight.is_none() && now >= self.exact_until && self.free() < self.chunk / 4
+    }
+
+    /// What it may admit has changed: nothing is held of what it has, until it has asked anew.
+    pub(super) fn outdate(&mut self, pace: &Pace, now: Boot) {
+        self.recall(pace, now);
+        self.is_outdated = true;
     }
 
     /// Asked to give back: all that is free, and no more than needed for a while.
@@ -211,7 +220,7 @@ impl Meter {
             need,
             want: (self.wanted - left).max(need).saturating_add(extra),
         };
-        self.recalled = false;
+        (self.recalled, self.is_outdated) = (false, false);
         (self.need, self.wanted) = (0, 0);
         if operation.spent == 0 && operation.give_back == 0 && operation.want == 0 {
             return None;
