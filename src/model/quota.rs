@@ -76,13 +76,15 @@ pub struct QuotaStanding {
 impl QuotaStanding {
     /// As people are told of it.
     pub fn state(&self) -> QuotaState {
+        let remaining = self.remaining_tokens();
         QuotaState {
             period: self.facts.period,
             tier: self.facts.tier.clone(),
             limit: self.limit.tokens,
             used: self.facts.used,
-            held: self.held_of(None),
-            remaining: self.remaining_tokens(),
+            // More may be leased than a limit that was lowered leaves.
+            held: self.held_of(None).min(remaining.unwrap_or(i64::MAX)),
+            remaining,
         }
     }
 
@@ -99,8 +101,7 @@ impl QuotaStanding {
 
     /// What is left, never below zero; `None` means unlimited.
     pub fn remaining_tokens(&self) -> Option<i64> {
-        let gone = self.facts.used.saturating_add(self.held_of(None));
-        left(self.limit.tokens, gone)
+        left(self.limit.tokens, self.facts.used)
     }
 
     /// What is left by the model's own limit, whatever all models together leave; `None` when it has
@@ -108,8 +109,7 @@ impl QuotaStanding {
     pub fn remaining_of_model(&self, model: &ModelName) -> Option<i64> {
         left(
             self.limit.models.get(model).copied(),
-            self.used_of_model(model)
-                .saturating_add(self.held_of(Some(model))),
+            self.used_of_model(model),
         )
     }
 
@@ -132,9 +132,9 @@ pub struct QuotaState {
     /// `None`: unlimited.
     pub limit: Option<i64>,
     pub used: i64,
-    /// Held by reservations, and kept ready for the next ones.
+    /// Of what remains, held by reservations or kept ready for them by other replicas.
     pub held: i64,
-    /// Never below zero; `None`: unlimited.
+    /// Not used yet, never below zero; `None`: unlimited.
     pub remaining: Option<i64>,
 }
 

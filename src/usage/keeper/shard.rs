@@ -63,10 +63,10 @@ impl Standing {
 
     /// As people are told of it.
     pub fn state(&self, period: Period, tier: &TierName) -> QuotaState {
-        let remaining = self.obtainable();
         let used = self.committed.saturating_add(self.spent);
-        let held = match (self.limit, remaining) {
-            (Some(limit), Some(remaining)) => limit - used - remaining,
+        let remaining = self.limit.map(|limit| limit.saturating_sub(used).max(0));
+        let held = match (remaining, self.obtainable()) {
+            (Some(remaining), Some(obtainable)) => remaining - obtainable,
             _ => self.held + self.elsewhere,
         };
         QuotaState {

