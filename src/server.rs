@@ -11,7 +11,7 @@ use tokio::{
     net::TcpListener,
     sync::watch,
     task::{JoinError, JoinSet},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{error, info, warn};
@@ -293,12 +293,18 @@ impl Server {
         health::end_watches(reporter).await;
         auth.end_watches();
         usage.end_streams();
+        let until = Instant::now() + settings.drain_deadline;
         if !workers.drain(settings.drain_deadline).await {
             warn!("calls were still in flight at the deadline");
             cut.send_replace(true);
             workers.drain(LAST_WORDS).await;
         }
-        if timeout(LAST_WORDS, usage.close()).await.is_err() {
+        let mut patience = LAST_WORDS;
+        if usage.accepted_commits() > 0 {
+            // Nowhere else are they: the database may be back in time.
+            patience = patience.max(until.saturating_duration_since(Instant::now()));
+        }
+        if timeout(patience, usage.close()).await.is_err() {
             warn!("usage that was not acknowledged was given up");
         }
         // Only now: calls in flight still depend on the change feed.

@@ -99,6 +99,27 @@ impl Collector for Rooms {
             "Statements that booked them, those that failed too",
             ledger.batches.get(),
         )?;
+        out.counters(
+            "reservations",
+            "Answers to those who asked to reserve, or looked: held, admitted beyond the limit while the database was away, denied, too many a minute, too large or too many at a time",
+            "outcome",
+            &[
+                ("held", ledger.held.get()),
+                ("beyond_limit", ledger.beyond_limit.get()),
+                ("denied", ledger.denied.get()),
+                ("rate_limited", ledger.rate_limited.get()),
+                ("oversized", ledger.oversized.get()),
+            ],
+        )?;
+        out.counters(
+            "reservation_commits",
+            "Commits of reservations: those taken while the database was away, and those that came after the reservation had expired",
+            "kind",
+            &[
+                ("accepted", ledger.accepted.get()),
+                ("late", ledger.late.get()),
+            ],
+        )?;
         let (waiting, writing) = self.usage.backlog();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         out.gauges(
@@ -106,6 +127,11 @@ impl Collector for Rooms {
             "Usage events that wait to be booked, and those that are being booked",
             "state",
             &[("waiting", count(waiting)), ("writing", count(writing))],
+        )?;
+        out.gauge(
+            "reservation_commits_waiting",
+            "Commits taken while the database was away that are not booked yet",
+            count(self.usage.accepted_commits()),
         )?;
         let is = |state| u64::from(trust == state);
         out.gauges(

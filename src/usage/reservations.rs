@@ -61,6 +61,12 @@ impl Usage {
     /// `AccountDisabled` · `RequestTooLarge` · `RateLimited` · `QuotaExceeded` ·
     /// `TooManyReservations` · `Unavailable`
     pub async fn reserve(&self, user: &UserStanding, request: &QuotaRequest) -> Result<Reserved> {
+        let reserved = self.try_reserve(user, request).await;
+        self.counters.count_reserved(&reserved);
+        reserved
+    }
+
+    async fn try_reserve(&self, user: &UserStanding, request: &QuotaRequest) -> Result<Reserved> {
         let tiers = self.tiers();
         let limits = tiers.limits_of(&user.tier);
         let wish = self.wish(user, limits, request)?;
@@ -74,7 +80,12 @@ impl Usage {
         let limits = tiers.limits_of(&user.tier);
         let wish = self.wish(user, limits, request).ok()?;
         let reservation = self.keeper.reserve_at_once(&wish)?;
-        self.reserved(user, limits, request, reservation).ok()
+        let reserved = self.reserved(user, limits, request, reservation);
+        // What is refused here is asked, and counted, again.
+        if reserved.is_ok() {
+            self.counters.count_reserved(&reserved);
+        }
+        reserved.ok()
     }
 
     fn wish<'a>(
@@ -164,10 +175,10 @@ impl Usage {
     }
 
     /// Holds the tokens of a reservation for `lifetime` from now on; answers its new handle and when
-    /// it expires. Another replica than the owner holds them anew.
+    /// it expires. Another replica than the owner holds them anew. `user` looks its user up.
     ///
     /// # Errors
-    /// `ReservationInvalid` · `ReservationEnded` · those of [`Usage::reserve`]
+    /// `ReservationInvalid` · `ReservationEnded` · those of `user` and of [`Usage::reserve`]
     pub async fn extend(
         &self,
         text: &str,
@@ -175,6 +186,11 @@ impl Usage {
         lifetime: Duration,
     ) -> Result<(String, DateTime<Utc>)> {
         let handle = self.handle(text)?;
+        // Whoever is disabled meanwhile gets no further, here as elsewhere.
+        let user = user(handle.user_id).await?;
+        if !user.is_active {
+            return Err(Error::AccountDisabled);
+        }
         if self.keeper.is_owner(handle.hold.owner) {
             let expires_at = self.keeper.extend(handle.hold, lifetime).await?;
             let handle = Handle {
@@ -183,14 +199,14 @@ impl Usage {
             };
             return Ok((handle.sign(&self.handle_key), expires_at));
         }
-        self.take_over(handle, user, lifetime).await
+        self.take_over(handle, &user, lifetime).await
     }
 
     /// Holds here what another replica holds, and has that one released.
     async fn take_over(
         &self,
         handle: Handle,
-        user: impl AsyncFnOnce(UserId) -> Result<UserStanding>,
+        user: &UserStanding,
         lifetime: Duration,
     ) -> Result<(String, DateTime<Utc>)> {
         if handle.expires_at <= self.keeper.now().ok_or_else(silence)? {
@@ -203,7 +219,6 @@ impl Usage {
         if is_booked.await? {
             return Err(Error::ReservationEnded);
         }
-        let user = user(handle.user_id).await?;
         let wish = Wish {
             user_id: user.id,
             tier: &user.tier,
@@ -218,21 +233,26 @@ impl Usage {
             Reservation::Held(holding) => holding,
             refused => {
                 let tiers = self.tiers();
-                return Err(denial(&user, tiers.limits_of(&user.tier), refused));
+                return Err(denial(user, tiers.limits_of(&user.tier), refused));
             }
         };
         let anew = HoldName {
             owner: holding.owner,
             hold: holding.held.id,
         };
+        let mut expires_at = holding.expires_at;
+        if holding.held.replay {
+            // The request was reserved here, too, for as long as that said.
+            expires_at = self.keeper.extend(anew, lifetime).await?;
+        }
         let released = self.release_elsewhere(&handle).await;
-        if released.is_err() {
+        if released.is_err() && !holding.held.replay {
             self.keeper.release(anew);
         }
         released?;
         let handle = Handle {
             hold: anew,
-            expires_at: holding.expires_at,
+            expires_at,
             ..handle
         };
         Ok((handle.sign(&self.handle_key), handle.expires_at))
@@ -283,6 +303,7 @@ impl Usage {
         }
         let event_id = handle.event_id();
         let is_own = self.keeper.is_owner(handle.hold.owner);
+        let is_late = self.keeper.now().is_some_and(|now| handle.expires_at < now);
         let booking = Booking {
             origin: BookingOrigin::Commit {
                 settles: (!is_own).then_some(handle.hold),
@@ -298,14 +319,15 @@ impl Usage {
             },
         };
         let unsettled = Unsettled::begin(&self.spool, &self.keeper, booking.clone(), handle.hold);
-        if handle.may_wait && self.keeper.is_fenced() {
-            return Ok((unsettled.accept()?, event_id));
-        }
-        let booked = self.book(booking).await;
-        let outcome = match booked {
-            Err(Error::Unavailable(_)) if handle.may_wait => unsettled.accept()?,
-            booked => Committed::Booked(unsettled.settle(booked)?),
+        let outcome = if handle.may_wait && self.keeper.is_fenced() {
+            unsettled.accept()?
+        } else {
+            match self.book(booking).await {
+                Err(Error::Unavailable(_)) if handle.may_wait => unsettled.accept()?,
+                booked => Committed::Booked(unsettled.settle(booked)?),
+            }
         };
+        self.counters.count_committed(outcome, is_late);
         Ok((outcome, event_id))
     }
 }

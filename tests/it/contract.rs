@@ -21,8 +21,8 @@ use crate::{
     harness::{Raw, TestApp, reason},
 };
 
-/// Fields that no value makes wrong, and why.
-const ANY_VALUE: [(&str, &str, &str); 8] = [
+/// Fields that no value makes wrong, or not in this way, and why.
+const ANY_VALUE: [(&str, &str, &str); 11] = [
     (
         "admin.v1.AdminService/SetQuotaOverride",
         "unlimited",
@@ -54,6 +54,21 @@ const ANY_VALUE: [(&str, &str, &str); 8] = [
         "auth.v1.AuthService/BatchValidateTokens",
         "min_freshness.from_database",
         "has no fields",
+    ),
+    (
+        "usage.v1.UsageService/ExtendReservation",
+        "reservation",
+        "RESERVATION_INVALID",
+    ),
+    (
+        "usage.v1.UsageService/CommitReservation",
+        "reservation",
+        "RESERVATION_INVALID",
+    ),
+    (
+        "usage.v1.UsageService/ReleaseReservation",
+        "reservation",
+        "RESERVATION_INVALID",
     ),
 ];
 

@@ -6,11 +6,18 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
 };
-use tollkeeper::{grpc::health, proto::tollkeeper::auth::v1::LoginRequest, server::ServerError};
+use tollkeeper::{
+    grpc::health,
+    proto::tollkeeper::{auth::v1::LoginRequest, usage::v1::ReserveQuotaRequest},
+    server::ServerError,
+};
 
 use crate::{
     harness::{TestApp, eventually, validate_through},
-    usage::event,
+    usage::{
+        event,
+        reservations::{Client, wish},
+    },
 };
 
 const OK_CALLS: &str = r#"tollkeeper_grpc_requests_total{service="tollkeeper.auth.v1.AuthService",method="ValidateToken",code="Ok"}"#;
@@ -106,6 +113,52 @@ async fn events_are_counted_by_what_became_of_them() {
         states.iter().all(|name| value(&series, name) == 0.0)
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reservations_are_counted_by_what_became_of_them() {
+    let app = TestApp::spawn().await;
+    let client = Client::of(&app);
+    let user = app.user().create().await.id;
+    let late = ReserveQuotaRequest {
+        lifetime: Some(prost_types::Duration {
+            seconds: 1,
+            nanos: 0,
+        }),
+        ..wish(&user, 1)
+    };
+    let late = client.reserve(late).await.unwrap();
+    client.reserve(wish(&user, 8_001)).await.unwrap_err();
+    for _ in 0..13 {
+        client.hold(&user, 7_500).await;
+    }
+    client.reserve(wish(&user, 8_000)).await.unwrap_err();
+    let expired = late.expires_at.unwrap();
+    eventually("it has expired", async || {
+        chrono::Utc::now().timestamp() > expired.seconds + 1
+    })
+    .await;
+    client.commit(&late.reservation, 1).await.unwrap();
+    let mut held = 14.0;
+    while client.reserve(wish(&user, 1)).await.is_ok() {
+        held += 1.0;
+    }
+    let series = scrape(app.ops_address).await;
+    for (outcome, answers) in [
+        ("held", held),
+        ("beyond_limit", 0.0),
+        ("denied", 1.0),
+        ("rate_limited", 1.0),
+        ("oversized", 1.0),
+    ] {
+        let name = format!(r#"reservations_total{{outcome="{outcome}"}}"#);
+        assert_eq!(value(&series, &name), answers, "{outcome}");
+    }
+    for (kind, commits) in [("accepted", 0.0), ("late", 1.0)] {
+        let name = format!(r#"reservation_commits_total{{kind="{kind}"}}"#);
+        assert_eq!(value(&series, &name), commits, "{kind}");
+    }
+    assert_eq!(value(&series, "reservation_commits_waiting"), 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -521,7 +521,8 @@ impl Inner {
     fn admit_open(&self, wish: &Wish<'_>) -> Reservation {
         let silence = Reservation::Refused(Refusal::Fenced);
         let tiers = self.tiers();
-        let OnOutage::Open { open_tokens } = tiers.limits_of(wish.tier).on_outage else {
+        let limits = tiers.limits_of(wish.tier);
+        let OnOutage::Open { open_tokens } = limits.on_outage else {
             return silence;
         };
         let index = self.index_of(wish.user_id);
@@ -543,6 +544,13 @@ impl Inner {
             .reserve_open(&ask, wish.user_id, open_tokens, now);
         match reserved {
             Reserved::Held(mut held) => {
+                // Whether there are too many was asked before; it counts as one of them.
+                let rate = limits.requests_per_minute.filter(|_| wish.is_request);
+                if let Some(rate) = rate.filter(|_| !held.replay)
+                    && let Ok(state) = shard.request(wish.user_id, rate, now)
+                {
+                    shard.remember_request(wish.user_id, state);
+                }
                 held.id = outward(index, held.id);
                 Reservation::Held(Holding {
                     owner: shard.owner,

@@ -17,8 +17,10 @@ use tollkeeper::proto::tollkeeper::{
         ValidateTokenResponse,
     },
     usage::v1::{
-        CheckQuotaRequest, CheckQuotaResponse, ListUsageRecordsRequest, ListUsageRecordsResponse,
-        RecordUsageRequest, RecordUsageResponse, TokenCounts, UsageEvent,
+        CheckQuotaRequest, CheckQuotaResponse, CommitReservationRequest, CommitReservationResponse,
+        ExtendReservationRequest, ExtendReservationResponse, ListUsageRecordsRequest,
+        ListUsageRecordsResponse, RecordUsageRequest, RecordUsageResponse, ReserveQuotaRequest,
+        ReserveQuotaResponse, TokenCounts, UsageEvent,
     },
 };
 use tonic::{Code, Status};
@@ -26,9 +28,10 @@ use tonic::{Code, Status};
 use super::{
     ask, violations,
     wrong::{
-        CHECK, CREATE_KEY, CREATE_SERVICE, CREATE_USER, CREDITS, DAY, DIMENSIONS, DISABLE, GRANT,
-        KEYS, LOGIN, OVERRIDE, RECORD, RECORDS, REGISTER, ROTATE, SERVICES, USERS, VALIDATE, ago,
-        create_api_key, create_user, event, grant_credits, register, set_override,
+        CHECK, COMMIT, CREATE_KEY, CREATE_SERVICE, CREATE_USER, CREDITS, DAY, DIMENSIONS, DISABLE,
+        EXTEND, GRANT, KEYS, LOGIN, OVERRIDE, RECORD, RECORDS, REGISTER, RESERVE, ROTATE, SERVICES,
+        USERS, VALIDATE, ago, create_api_key, create_user, event, grant_credits, register, reserve,
+        set_override,
     },
 };
 use crate::harness::{PASSWORD, TestApp, TestUser, reason};
@@ -192,18 +195,116 @@ async fn an_event_is_at_most_35_days_old_and_5_minutes_ahead() {
 async fn an_event_has_at_most_16_labels_of_64_and_256_bytes() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
+    for (labels, fits) in sets_of_labels() {
+        let answer = record(&app, &user, |e| e.labels = labels.clone()).await;
+        decide(answer, fits, "event.labels");
+        let held = hold(&app, &user, |_| {}).await.unwrap();
+        let answer = commit(&app, held, |c| c.labels = labels).await;
+        decide(answer, fits, "labels");
+    }
+}
+
+/// And whether they fit.
+fn sets_of_labels() -> [(HashMap<String, String>, bool); 4] {
     let full = |count: u8| -> HashMap<String, String> {
         let key = |n| char::from(b'a' + n).to_string().repeat(64);
         (0..count).map(|n| (key(n), "é".repeat(128))).collect()
     };
-    for (labels, fits) in [
+    [
         (full(16), true),
         (full(17), false),
         (HashMap::from([("k".repeat(65), String::new())]), false),
         (HashMap::from([("k".to_owned(), "v".repeat(257))]), false),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reservation_is_of_1_to_a_trillion_tokens() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (tokens, fits) in [
+        (0, false),
+        (1, true),
+        (1_000_000_000_000, true),
+        (1_000_000_000_001, false),
     ] {
-        let answer = record(&app, &user, |e| e.labels = labels).await;
-        decide(answer, fits, "event.labels");
+        let answer = hold(&app, &user, |r| r.tokens = tokens).await;
+        if fits && tokens > 1 {
+            // Of the form that it must have, and more than the tier gives.
+            assert_eq!(reason(&answer.unwrap_err()), "REQUEST_TOO_LARGE");
+        } else {
+            decide(answer, fits, "tokens");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_request_and_the_model_of_a_reservation_have_1_to_128_characters() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for (length, fits) in [(0, false), (1, true), (128, true), (129, false)] {
+        let answer = hold(&app, &user, |r| r.request_id = "~".repeat(length)).await;
+        decide(answer, fits, "request_id");
+        let answer = hold(&app, &user, |r| r.model = "!".repeat(length)).await;
+        decide(answer, fits, "model");
+    }
+    // Of the longest ones, what names the reservation is as long as it can be.
+    let longest = |r: &mut ReserveQuotaRequest| {
+        r.request_id = "r".repeat(128);
+        r.model = "m".repeat(128);
+    };
+    let held = hold(&app, &user, longest).await.unwrap();
+    assert!(held.reservation.is_ascii() && held.reservation.len() <= 1024);
+    commit(&app, held, |_| {}).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reservation_lasts_1_second_to_1_hour_and_2_minutes_by_default() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let kept = hold(&app, &user, |_| {}).await.unwrap();
+    let seconds_left = |at: Option<prost_types::Timestamp>| at.unwrap().seconds - ago(0).seconds;
+    let left = seconds_left(kept.expires_at);
+    assert!((110..=121).contains(&left), "{left}");
+    for (seconds, nanos, fits) in [
+        (0, 999_999_999, false),
+        (1, 0, true),
+        (3600, 0, true),
+        (3600, 1, false),
+    ] {
+        let lifetime = Some(prost_types::Duration { seconds, nanos });
+        let answer = hold(&app, &user, |r| r.lifetime = lifetime).await;
+        decide(answer, fits, "lifetime");
+        let request = ExtendReservationRequest {
+            reservation: kept.reservation.clone(),
+            lifetime,
+        };
+        let answer: Result<ExtendReservationResponse, _> = ask(&app, EXTEND, request).await;
+        decide(answer, fits, "lifetime");
+    }
+    let request = ExtendReservationRequest {
+        reservation: kept.reservation,
+        lifetime: None,
+    };
+    let extended: ExtendReservationResponse = ask(&app, EXTEND, request).await.unwrap();
+    // Never shorter than it was.
+    let left = seconds_left(extended.expires_at);
+    assert!((3580..=3601).contains(&left), "{left}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_counts_at_most_a_trillion_tokens_of_a_dimension() {
+    let app = TestApp::spawn().await;
+    for (name, set) in DIMENSIONS {
+        for (count, fits) in [(1_000_000_000_000, true), (1_000_000_000_001, false)] {
+            // So much uses up whatever anybody has.
+            let user = app.user().create().await;
+            let held = hold(&app, &user, |_| {}).await.unwrap();
+            let mut tokens = TokenCounts::default();
+            *set(&mut tokens) = count;
+            let answer = commit(&app, held, |c| c.tokens = Some(tokens)).await;
+            decide(answer, fits, &format!("tokens.{name}"));
+        }
     }
 }
 
@@ -518,6 +619,35 @@ async fn record(
     let mut event = event(user);
     change(&mut event);
     ask(app, RECORD, RecordUsageRequest { event: Some(event) }).await
+}
+
+/// Holds a token, or what `change` says.
+async fn hold(
+    app: &TestApp,
+    user: &TestUser,
+    change: impl FnOnce(&mut ReserveQuotaRequest),
+) -> Result<ReserveQuotaResponse, Status> {
+    let mut request = reserve(user);
+    change(&mut request);
+    ask(app, RESERVE, request).await
+}
+
+/// Books a token, or what `change` says.
+async fn commit(
+    app: &TestApp,
+    held: ReserveQuotaResponse,
+    change: impl FnOnce(&mut CommitReservationRequest),
+) -> Result<CommitReservationResponse, Status> {
+    let mut request = CommitReservationRequest {
+        reservation: held.reservation,
+        tokens: Some(TokenCounts {
+            input: 1,
+            ..TokenCounts::default()
+        }),
+        ..CommitReservationRequest::default()
+    };
+    change(&mut request);
+    ask(app, COMMIT, request).await
 }
 
 fn decide<T: std::fmt::Debug>(answer: Result<T, Status>, fits: bool, field: &str) {

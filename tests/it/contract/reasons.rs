@@ -52,6 +52,7 @@ async fn every_reason_of_the_contract_is_given_with_a_code_that_it_names() {
     errors.push(expired().await);
     errors.push(too_many_keys().await);
     errors.extend(of_credits(&app).await);
+    errors.extend(usage::reservations::refused_reservations().await);
     errors.push(crate::watch::dropped_reader().await);
     errors.push(too_late().await);
     errors.push(overloaded().await);

@@ -20,9 +20,10 @@ use tollkeeper::proto::tollkeeper::{
         ValidateTokenRequest, min_freshness::AtLeast,
     },
     usage::v1::{
-        BatchRecordUsageRequest, CheckQuotaRequest, ExportUsageRequest, GetMonthlyUsageRequest,
-        GetQuotaRequest, ListUsageRecordsRequest, QueryUsageRequest, RecordUsageRequest,
-        StreamUsageRequest, TokenCounts, UsageEvent,
+        BatchRecordUsageRequest, CheckQuotaRequest, CommitReservationRequest, ExportUsageRequest,
+        ExtendReservationRequest, GetMonthlyUsageRequest, GetQuotaRequest, ListUsageRecordsRequest,
+        QueryUsageRequest, RecordUsageRequest, ReserveQuotaRequest, StreamUsageRequest,
+        TokenCounts, UsageEvent,
         query_usage_request::{GroupBy, Interval},
     },
 };
@@ -53,6 +54,9 @@ pub(super) const RECORD: &str = "usage.v1.UsageService/RecordUsage";
 pub(super) const RECORD_BATCH: &str = "usage.v1.UsageService/BatchRecordUsage";
 pub(super) const RECORD_STREAM: &str = "usage.v1.UsageService/StreamUsage";
 pub(super) const CHECK: &str = "usage.v1.UsageService/CheckQuota";
+pub(super) const RESERVE: &str = "usage.v1.UsageService/ReserveQuota";
+pub(super) const EXTEND: &str = "usage.v1.UsageService/ExtendReservation";
+pub(super) const COMMIT: &str = "usage.v1.UsageService/CommitReservation";
 pub(super) const QUOTA: &str = "usage.v1.UsageService/GetQuota";
 pub(super) const MONTH: &str = "usage.v1.UsageService/GetMonthlyUsage";
 pub(super) const RECORDS: &str = "usage.v1.UsageService/ListUsageRecords";
@@ -125,6 +129,7 @@ pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
     let mut table = Table::default();
     auth(&mut table);
     usage(&mut table, user);
+    reservations(&mut table, user);
     admin(&mut table, user);
     limits(&mut table, user);
     table.0
@@ -302,11 +307,7 @@ fn usage(t: &mut Table, user: &TestUser) {
     }
     for (name, set) in DIMENSIONS {
         for count in [-1, i64::MIN, i64::MAX, 1_000_000_000_001] {
-            let mut tokens = TokenCounts {
-                input: 1,
-                output: 1,
-                ..TokenCounts::default()
-            };
+            let mut tokens = some_tokens();
             *set(&mut tokens) = count;
             let message = record(UsageEvent {
                 tokens: Some(tokens),
@@ -402,6 +403,82 @@ fn usage(t: &mut Table, user: &TestUser) {
         }
     });
     reads(t, user);
+}
+
+fn reservations(t: &mut Table, user: &TestUser) {
+    t.texts(RESERVE, "user_id", IDS, |user_id| ReserveQuotaRequest {
+        user_id,
+        ..reserve(user)
+    });
+    let long = "x".repeat(129);
+    let names = &["", "a name", "größe", "nul\u{0}nul", &long];
+    t.texts(RESERVE, "request_id", names, |request_id| {
+        ReserveQuotaRequest {
+            request_id,
+            ..reserve(user)
+        }
+    });
+    t.texts(RESERVE, "model", names, |model| ReserveQuotaRequest {
+        model,
+        ..reserve(user)
+    });
+    for tokens in [0, -1, i64::MIN, i64::MAX, 1_000_000_000_001] {
+        let message = ReserveQuotaRequest {
+            tokens,
+            ..reserve(user)
+        };
+        t.row(RESERVE, "tokens", &tokens.to_string(), message);
+    }
+    for mode in [-1, 4, i32::MAX] {
+        let message = ReserveQuotaRequest {
+            mode,
+            ..reserve(user)
+        };
+        t.row(RESERVE, "mode", &mode.to_string(), message);
+    }
+    let lifetime = |seconds, nanos| prost_types::Duration { seconds, nanos };
+    for (value, lifetime) in [
+        ("zero", lifetime(0, 0)),
+        ("below a second", lifetime(0, 999_999_999)),
+        ("above an hour", lifetime(3600, 1)),
+        ("negative", lifetime(-5, 0)),
+        ("longest", lifetime(i64::MAX, 999_999_999)),
+    ] {
+        let message = ReserveQuotaRequest {
+            lifetime: Some(lifetime),
+            ..reserve(user)
+        };
+        t.row(RESERVE, "lifetime", value, message);
+        let message = ExtendReservationRequest {
+            reservation: "any".to_owned(),
+            lifetime: Some(lifetime),
+        };
+        t.row(EXTEND, "lifetime", value, message);
+    }
+    let commit = |tokens| CommitReservationRequest {
+        reservation: "any".to_owned(),
+        tokens,
+        ..CommitReservationRequest::default()
+    };
+    for (value, tokens) in [("none", None), ("zero", Some(TokenCounts::default()))] {
+        t.row(COMMIT, "tokens", value, commit(tokens));
+    }
+    for (name, set) in DIMENSIONS {
+        for count in [-1, i64::MIN, i64::MAX, 1_000_000_000_001] {
+            let mut tokens = some_tokens();
+            *set(&mut tokens) = count;
+            let field = format!("tokens.{name}");
+            t.row(COMMIT, &field, &count.to_string(), commit(Some(tokens)));
+        }
+    }
+    for labels in wrong_labels() {
+        let value = labels.keys().next().cloned().unwrap_or_default();
+        let message = CommitReservationRequest {
+            labels,
+            ..commit(Some(some_tokens()))
+        };
+        t.row(COMMIT, "labels", &value, message);
+    }
 }
 
 /// The filters of the reads, and what is asked of usage over time.
@@ -974,6 +1051,23 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         tokens: -1,
         ..CheckQuotaRequest::default()
     };
+    let reserve = ReserveQuotaRequest {
+        user_id: bad(),
+        request_id: String::new(),
+        model: String::new(),
+        tokens: 0,
+        mode: 9,
+        lifetime: Some(prost_types::Duration::default()),
+    };
+    let commit = CommitReservationRequest {
+        reservation: bad(),
+        tokens: Some(TokenCounts {
+            input: -1,
+            output: -1,
+            ..TokenCounts::default()
+        }),
+        labels: HashMap::from([(String::new(), String::new())]),
+    };
     let rotate = RotateServiceKeyRequest {
         service_account_id: bad(),
         overlap: Some(prost_types::Duration {
@@ -1026,6 +1120,23 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         ),
         (RECORD_STREAM, &["offset", "events"], encode(&stream)),
         (CHECK, &["user_id", "tokens"], encode(&check)),
+        (
+            RESERVE,
+            &[
+                "user_id",
+                "request_id",
+                "model",
+                "tokens",
+                "mode",
+                "lifetime",
+            ],
+            encode(&reserve),
+        ),
+        (
+            COMMIT,
+            &["tokens.input", "tokens.output", "labels"],
+            encode(&commit),
+        ),
         (MONTH, &["user_id", "month"], encode(&month)),
         (
             RECORDS,
@@ -1196,6 +1307,25 @@ pub(super) fn event(user: &TestUser) -> UsageEvent {
 pub(super) fn ago(secs: i64) -> Timestamp {
     let seconds = chrono::Utc::now().timestamp() - secs;
     Timestamp { seconds, nanos: 0 }
+}
+
+/// Quota that is held.
+pub(super) fn reserve(user: &TestUser) -> ReserveQuotaRequest {
+    ReserveQuotaRequest {
+        user_id: user.id.clone(),
+        request_id: Uuid::now_v7().to_string(),
+        model: "a-model".to_owned(),
+        tokens: 1,
+        ..ReserveQuotaRequest::default()
+    }
+}
+
+fn some_tokens() -> TokenCounts {
+    TokenCounts {
+        input: 1,
+        output: 1,
+        ..TokenCounts::default()
+    }
 }
 
 type Set = fn(&mut TokenCounts) -> &mut i64;

@@ -287,7 +287,7 @@ async fn a_commit_turns_what_was_held_into_use() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_is_not_heard_of_admits_nothing_until_it_is() {
     let (app, _tiers) = with_tiers().await;
-    let user = app.user().tier("large").create().await.id;
+    let user = app.user().tier("open").create().await.id;
     let settings = KeeperSettings {
         ttl: Duration::from_secs(2),
         recall_bound: Duration::from_millis(200),
@@ -295,18 +295,18 @@ async fn a_replica_that_is_not_heard_of_admits_nothing_until_it_is() {
     };
     let replica = Replica::start_with(&app, settings).await;
     eventually("it has a lease", async || {
-        matches!(replica.ask(&user, "large", 1).await, Reservation::Held(_))
+        matches!(replica.ask(&user, "open", 1).await, Reservation::Held(_))
     })
     .await;
     let blocker = Blocker::lock(&app, "replicas").await;
     // From its lease, for a while.
     eventually("it is fenced", async || {
-        replica.ask(&user, "large", 1).await == Reservation::Refused(Refusal::Fenced)
+        replica.ask(&user, "open", 1).await == Reservation::Refused(Refusal::Fenced)
     })
     .await;
     blocker.release().await;
     eventually("it is heard of", async || {
-        matches!(replica.ask(&user, "large", 1).await, Reservation::Held(_))
+        matches!(replica.ask(&user, "open", 1).await, Reservation::Held(_))
     })
     .await;
 }

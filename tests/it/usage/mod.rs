@@ -13,7 +13,7 @@ mod query;
 mod quota;
 mod record;
 mod replay;
-mod reservations;
+pub(crate) mod reservations;
 mod retention;
 mod stream;
 

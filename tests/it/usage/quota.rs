@@ -232,12 +232,17 @@ async fn the_tiers_are_listed_as_configured() {
 
 /// A server with [`TIERS`], and their file: a replica reads it again.
 pub(super) async fn with_tiers() -> (TestApp, tempfile::TempPath) {
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(TIERS.as_bytes()).unwrap();
-    let file = file.into_temp_path();
+    let file = tiers_file();
     let path = file.to_path_buf();
     let app = TestApp::spawn_with(|settings| settings.usage.tiers_file = path).await;
     (app, file)
+}
+
+/// [`TIERS`], on disk while it is kept.
+pub(super) fn tiers_file() -> tempfile::TempPath {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(TIERS.as_bytes()).unwrap();
+    file.into_temp_path()
 }
 
 pub(super) async fn use_tokens(app: &TestApp, user_id: &str, input: i64) {

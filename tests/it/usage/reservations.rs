@@ -1,5 +1,13 @@
 //! Quota held for requests, through one server and through two.
 
+mod ends;
+mod limits;
+mod outage;
+mod races;
+mod refused;
+
+pub(crate) use refused::refused_reservations;
+
 use std::time::Duration;
 
 use tollkeeper::proto::tollkeeper::usage::v1::{
@@ -17,27 +25,27 @@ use crate::harness::{RunningServer, TestApp, eventually, reason, with_bearer};
 
 /// A server as its clients see it.
 #[derive(Clone)]
-pub(super) struct Client {
+pub(crate) struct Client {
     channel: Channel,
     key: String,
 }
 
 impl Client {
-    pub(super) fn of(app: &TestApp) -> Self {
+    pub(crate) fn of(app: &TestApp) -> Self {
         Self {
             channel: app.channel.clone(),
             key: app.service_key.clone(),
         }
     }
 
-    pub(super) fn of_replica(app: &TestApp, replica: &RunningServer) -> Self {
+    pub(crate) fn of_replica(app: &TestApp, replica: &RunningServer) -> Self {
         Self {
             channel: replica.channel(),
             key: app.service_key.clone(),
         }
     }
 
-    pub(super) async fn reserve(
+    pub(crate) async fn reserve(
         &self,
         request: ReserveQuotaRequest,
     ) -> Result<ReserveQuotaResponse, Status> {
@@ -47,13 +55,13 @@ impl Client {
     }
 
     /// Holds tokens for a request of its own; answers the reservation.
-    pub(super) async fn hold(&self, user: &str, tokens: i64) -> String {
+    pub(crate) async fn hold(&self, user: &str, tokens: i64) -> String {
         let reserved = self.reserve(wish(user, tokens)).await.unwrap();
         assert_eq!(reserved.tokens, tokens);
         reserved.reservation
     }
 
-    pub(super) async fn commit(
+    pub(crate) async fn commit(
         &self,
         reservation: &str,
         tokens: i64,
@@ -71,7 +79,7 @@ impl Client {
         Ok(committed.into_inner())
     }
 
-    pub(super) async fn release(&self, reservation: &str) -> Result<(), Status> {
+    pub(crate) async fn release(&self, reservation: &str) -> Result<(), Status> {
         let request = ReleaseReservationRequest {
             reservation: reservation.to_owned(),
         };
@@ -87,7 +95,7 @@ impl Client {
     ) -> Result<ExtendReservationResponse, Status> {
         let request = ExtendReservationRequest {
             reservation: reservation.to_owned(),
-            lifetime: Some(prost_types::Duration { seconds, nanos: 0 }),
+            lifetime: lasting(seconds),
         };
         let request = with_bearer(request, &self.key);
         let extended = self.client().extend_reservation(request).await?;
@@ -99,8 +107,13 @@ impl Client {
     }
 }
 
+/// For so many seconds.
+fn lasting(seconds: i64) -> Option<prost_types::Duration> {
+    Some(prost_types::Duration { seconds, nanos: 0 })
+}
+
 /// Of a request that nobody else makes.
-pub(super) fn wish(user: &str, tokens: i64) -> ReserveQuotaRequest {
+pub(crate) fn wish(user: &str, tokens: i64) -> ReserveQuotaRequest {
     ReserveQuotaRequest {
         user_id: user.to_owned(),
         request_id: Uuid::now_v7().to_string(),
@@ -287,10 +300,7 @@ async fn a_reservation_is_extended_by_its_owner_and_taken_over_by_others() {
     let (here, there) = (Client::of(&app), Client::of_replica(&app, &replica));
     let user = app.user().tier("small").create().await.id;
     let brief = ReserveQuotaRequest {
-        lifetime: Some(prost_types::Duration {
-            seconds: 1,
-            nanos: 0,
-        }),
+        lifetime: lasting(1),
         ..wish(&user, 40)
     };
     let held = here.reserve(brief).await.unwrap();
