@@ -160,6 +160,35 @@ def tour(service, key, admin_identifier, admin_password):
         expect("what is used", answer.quota.used_tokens, sum(spent.values()))
         notes.append(f"{answer.quota.remaining_tokens} of {answer.quota.limit_tokens} left")
 
+    with step("hold tokens for a request") as notes:
+        held = service.call(
+            "usage.v1.UsageService/ReserveQuota",
+            key,
+            user_id=user.id,
+            request_id=str(uuid.uuid4()),
+            model=USAGE[0][0],
+            tokens=4000,
+        )
+        expect("what is held", held.tokens, 4000)
+        notes.append(f"{held.tokens} tokens until {held.expires_at.ToDatetime():%H:%M:%S} UTC")
+
+    with step("book what it used") as notes:
+        used = {"input": 900, "output": 1200}
+        for outcome in "OUTCOME_RECORDED", "OUTCOME_DUPLICATE":
+            # A retry, as after a lost answer.
+            answer = service.call(
+                "usage.v1.UsageService/CommitReservation",
+                key,
+                reservation=held.reservation,
+                tokens=used,
+            )
+            outcomes = answer.DESCRIPTOR.fields_by_name["outcome"].enum_type.values_by_number
+            expect("the outcome", outcomes[answer.outcome].name, outcome)
+        usage = service.call("usage.v1.UsageService/GetMonthlyUsage", first.access_token)
+        total = sum(spent.values()) + sum(used.values())
+        expect("the total", usage.totals.total_tokens, total)
+        notes.append(f"{sum(used.values())} tokens, sent twice")
+
     with step("log in as administrator"):
         admin = service.call(
             "auth.v1.AuthService/Login", identifier=admin_identifier, password=admin_password
