@@ -1,0 +1,306 @@
+//! Who admits from leases, until when, and what becomes of the leases of the dead. `docs/quota.md` says
+//! why each statement is as it is.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    pg::Pg,
+    prelude::*,
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    sql_types::{BigInt, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use uuid::Uuid;
+
+use super::{Store, leases::Meters, prepared::prepared};
+use crate::{
+    error::{Error, Result},
+    model::ReplicaId,
+};
+
+/// What a heartbeat brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heard {
+    /// The time of the database.
+    pub now: DateTime<Utc>,
+    /// Replicas that live, this one among them.
+    pub replicas: u32,
+}
+
+/// A lease without tokens is forgotten after so long: no statement is as old, so none that comes late
+/// can be taken for a new one.
+const FORGET_AFTER: Duration = Duration::from_mins(30);
+
+impl Store {
+    /// Makes a replica known. Repeated, it changes nothing.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn replica_register(&self, id: ReplicaId, ttl: Duration) -> Result<()> {
+        let mut conn = self.conn().await?;
+        let register = Register {
+            id: id.0,
+            ttl_ms: millis(ttl),
+        };
+        register.execute(&mut conn).await?;
+        Ok(())
+    }
+
+    /// The replica lives for `ttl` more, and none of its holds ends later than in `holds`. Takes nothing
+    /// back that an earlier heartbeat promised. `None`: it is dead, its leases are others'.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn replica_heartbeat(
+        &self,
+        id: ReplicaId,
+        ttl: Duration,
+        holds: Duration,
+    ) -> Result<Option<Heard>> {
+        let mut conn = self.conn().await?;
+        let beat = Beat {
+            id: id.0,
+            ttl_ms: millis(ttl),
+            holds_ms: millis(holds),
+        };
+        let heard: Option<(DateTime<Utc>, i64)> = beat.get_result(&mut conn).await.optional()?;
+        Ok(heard.map(|(now, replicas)| Heard {
+            now,
+            replicas: u32::try_from(replicas).unwrap_or(u32::MAX).max(1),
+        }))
+    }
+
+    /// Takes the leases of replicas away that are over since `margin`, and those that whoever began it
+    /// left; at most `batch` at a time. Answers the replicas that are gone.
+    ///
+    /// # Errors
+    /// `Unavailable`: what was done stays, the next call goes on
+    pub async fn replica_reap(&self, margin: Duration, batch: i64) -> Result<usize> {
+        let mut conn = self.conn().await?;
+        let margin_ms = millis(margin);
+        let dead: Vec<Uuid> = conn
+            .transaction::<_, Error, _>(async |conn| {
+                Condemn { margin_ms }.execute(conn).await?;
+                Ok(Dead.load(conn).await?)
+            })
+            .await?;
+        for replica in &dead {
+            while reap_batch(*replica, batch, &mut conn).await? > 0 {}
+            Bury(*replica).execute(&mut conn).await?;
+        }
+        Ok(dead.len())
+    }
+
+    /// Forgets leases that have been empty for long, and settlements of replicas that are gone.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn lease_sweep(&self) -> Result<()> {
+        let mut conn = self.conn().await?;
+        let before_ms = millis(FORGET_AFTER);
+        ForgetLeases { before_ms }.execute(&mut conn).await?;
+        ForgetSettlements.execute(&mut conn).await?;
+        Ok(())
+    }
+}
+
+/// Takes some of a dead replica's leases away; answers how many there were.
+async fn reap_batch(replica: Uuid, batch: i64, conn: &mut AsyncPgConnection) -> Result<usize> {
+    conn.transaction::<_, Error, _>(async |conn| {
+        let rows: Vec<(Uuid, String, String)> = LeasesOf { replica, batch }.load(conn).await?;
+        let meters = Meters::from_rows(rows);
+        meters.lock(conn).await?;
+        // Another reaper may have had the locks before.
+        TakeAway(replica, &meters).execute(conn).await?;
+        Ok(meters.len())
+    })
+    .await
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+prepared! {
+    Register => () = Self;
+    Beat => (Timestamptz, BigInt) = Self;
+    Condemn => () = Self;
+    Dead => SqlUuid = Self;
+    LeasesOf => (SqlUuid, Text, Text) = Self;
+    TakeAway<'a> => () = TakeAway<'static>;
+    Bury => () = Self;
+    ForgetLeases => () = Self;
+    ForgetSettlements => () = Self;
+}
+
+const MILLISECONDS: &str = " * interval '1 millisecond'";
+
+struct Register {
+    id: Uuid,
+    ttl_ms: i64,
+}
+
+impl QueryFragment<Pg> for Register {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("INSERT INTO replicas (id, expires_at, holds_until) VALUES (");
+        out.push_bind_param::<SqlUuid, _>(&self.id)?;
+        out.push_sql(", now() + ");
+        out.push_bind_param::<BigInt, _>(&self.ttl_ms)?;
+        out.push_sql(MILLISECONDS);
+        out.push_sql(", now()) ON CONFLICT (id) DO NOTHING");
+        Ok(())
+    }
+}
+
+/// The greatest of what was promised: a heartbeat that was held up must not take back what a later one
+/// said.
+struct Beat {
+    id: Uuid,
+    ttl_ms: i64,
+    holds_ms: i64,
+}
+
+impl QueryFragment<Pg> for Beat {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("UPDATE replicas SET expires_at = greatest(expires_at, now() + ");
+        out.push_bind_param::<BigInt, _>(&self.ttl_ms)?;
+        out.push_sql(MILLISECONDS);
+        out.push_sql("), holds_until = greatest(holds_until, now() + ");
+        out.push_bind_param::<BigInt, _>(&self.holds_ms)?;
+        out.push_sql(MILLISECONDS);
+        out.push_sql(") WHERE id = ");
+        out.push_bind_param::<SqlUuid, _>(&self.id)?;
+        out.push_sql(
+            " AND NOT is_dead
+             RETURNING now(),
+                 (SELECT count(*) FROM replicas WHERE NOT is_dead AND expires_at > now())",
+        );
+        Ok(())
+    }
+}
+
+/// From here on no heartbeat revives them and no operation of theirs is carried out. Waits for none
+/// that is under way: those replicas live.
+struct Condemn {
+    margin_ms: i64,
+}
+
+impl QueryFragment<Pg> for Condemn {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "WITH over AS (
+                 SELECT id FROM replicas
+                 WHERE NOT is_dead AND greatest(expires_at, holds_until) + ",
+        );
+        out.push_bind_param::<BigInt, _>(&self.margin_ms)?;
+        out.push_sql(MILLISECONDS);
+        out.push_sql(
+            " <= now()
+                 FOR UPDATE SKIP LOCKED
+             )
+             UPDATE replicas AS r SET is_dead = true FROM over WHERE r.id = over.id",
+        );
+        Ok(())
+    }
+}
+
+struct Dead;
+
+impl QueryFragment<Pg> for Dead {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("SELECT id FROM replicas WHERE is_dead ORDER BY id");
+        Ok(())
+    }
+}
+
+struct LeasesOf {
+    replica: Uuid,
+    batch: i64,
+}
+
+impl QueryFragment<Pg> for LeasesOf {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("SELECT user_id, month, model FROM quota_leases WHERE replica_id = ");
+        out.push_bind_param::<SqlUuid, _>(&self.replica)?;
+        out.push_sql(" LIMIT ");
+        out.push_bind_param::<BigInt, _>(&self.batch)
+    }
+}
+
+struct TakeAway<'a>(Uuid, &'a Meters);
+
+impl QueryFragment<Pg> for TakeAway<'_> {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("WITH gone AS (DELETE FROM quota_leases AS l USING unnest(");
+        self.1.bind(&mut out)?;
+        out.push_sql(
+            ") AS k (user_id, month, model)
+                 WHERE (l.user_id, l.month, l.model) = (k.user_id, k.month, k.model)
+                     AND l.replica_id = ",
+        );
+        out.push_bind_param::<SqlUuid, _>(&self.0)?;
+        out.push_sql(
+            " RETURNING l.user_id, l.month, l.model, l.granted
+             )
+             UPDATE quota_balances AS b SET leased = b.leased - gone.granted
+             FROM gone
+             WHERE (b.user_id, b.month, b.model) = (gone.user_id, gone.month, gone.model)",
+        );
+        Ok(())
+    }
+}
+
+/// A dead replica without leases, with what was told to it.
+struct Bury(Uuid);
+
+impl QueryFragment<Pg> for Bury {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("WITH gone AS (DELETE FROM replicas AS r WHERE r.id = ");
+        out.push_bind_param::<SqlUuid, _>(&self.0)?;
+        out.push_sql(
+            " AND r.is_dead
+                 AND NOT EXISTS (SELECT FROM quota_leases AS l WHERE l.replica_id = r.id)
+                 RETURNING r.id
+             )
+             DELETE FROM quota_settlements AS s USING gone WHERE s.replica_id = gone.id",
+        );
+        Ok(())
+    }
+}
+
+/// None that an operation has locked.
+struct ForgetLeases {
+    before_ms: i64,
+}
+
+impl QueryFragment<Pg> for ForgetLeases {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "WITH empty AS (
+                 SELECT ctid FROM quota_leases
+                 WHERE granted = 0 AND operated_at < now() - ",
+        );
+        out.push_bind_param::<BigInt, _>(&self.before_ms)?;
+        out.push_sql(MILLISECONDS);
+        out.push_sql(
+            " FOR UPDATE SKIP LOCKED
+             )
+             DELETE FROM quota_leases AS l USING empty WHERE l.ctid = empty.ctid",
+        );
+        Ok(())
+    }
+}
+
+/// What came after its owner had been reaped.
+struct ForgetSettlements;
+
+impl QueryFragment<Pg> for ForgetSettlements {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "DELETE FROM quota_settlements AS s
+             WHERE NOT EXISTS (SELECT FROM replicas AS r WHERE r.id = s.replica_id)",
+        );
+        Ok(())
+    }
+}
