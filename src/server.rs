@@ -304,7 +304,9 @@ impl Server {
             // Nowhere else are they: the database may be back in time.
             patience = patience.max(until.saturating_duration_since(Instant::now()));
         }
-        if timeout(patience, usage.close()).await.is_err() {
+        let closed = timeout(patience, usage.close());
+        let (closed, ()) = tokio::join!(closed, usage.give_back());
+        if closed.is_err() {
             warn!("usage that was not acknowledged was given up");
         }
         // Only now: calls in flight still depend on the change feed.

@@ -68,7 +68,7 @@ const EXPORT_RETRY: Duration = Duration::from_secs(5);
 const KEEPER_CONNECTIONS: usize = 4;
 
 /// At the end; what is not given back by then comes back when this replica counts as dead.
-const GIVE_BACK: Duration = Duration::from_millis(500);
+const GIVE_BACK: Duration = Duration::from_secs(2);
 
 /// Exports at a time: each holds a batch of records for as long as its reader likes.
 const MAX_EXPORTS: usize = 64;
@@ -145,11 +145,16 @@ impl Usage {
         }
     }
 
-    /// Books nothing more; returns once everything that was taken is durable or has failed, and what
-    /// is held ready has been given back. [`Usage::keep`] must still run.
+    /// Gives back what is held ready, when nobody reserves any more; within some seconds, and at once
+    /// when the database is silent. [`Usage::keep`] must still run.
+    pub async fn give_back(&self) {
+        self.keeper.give_back(GIVE_BACK).await;
+    }
+
+    /// Books nothing more; returns once everything that was taken is durable or has failed.
+    /// [`Usage::keep`] must still run.
     pub async fn close(&self) {
-        let given_back = self.keeper.give_back(GIVE_BACK);
-        tokio::join!(self.spool.emptied(), given_back);
+        self.spool.emptied().await;
         self.writers.close().await;
     }
 

@@ -74,7 +74,9 @@ impl Keeper {
             if free == 0 && is_told {
                 return;
             }
-            if Instant::now() >= until {
+            // While the database is silent nothing can be given to it.
+            let is_hopeless = self.is_fenced();
+            if is_hopeless || Instant::now() >= until {
                 warn!(
                     free,
                     "tokens were not given back for certain: others may wait for the quarantine"

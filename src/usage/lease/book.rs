@@ -445,8 +445,8 @@ impl Book {
         !self.due.is_empty() || !self.limbo.is_empty()
     }
 
-    /// Whether Postgres knows of everything: no operation and no tombstone is to be sent, or on its
-    /// way. Looks at all there is.
+    /// Whether Postgres knows of everything: no operation, tombstone or commit is to be sent, or on
+    /// its way. Looks at all there is.
     pub fn is_told(&mut self) -> bool {
         let is_flying = |meter: &Meter| meter.flight.is_some();
         if self.is_due() || self.meters.iter().flatten().any(is_flying) {
@@ -454,7 +454,7 @@ impl Book {
         }
         (0..self.holds.slots()).all(|slot| {
             let hold = self.holds.at(slot);
-            hold.is_none_or(|(_, hold)| !matches!(hold.state, State::Limbo(_)))
+            hold.is_none_or(|(_, hold)| hold.commits == 0 && !matches!(hold.state, State::Limbo(_)))
         })
     }
 

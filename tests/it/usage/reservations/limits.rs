@@ -1,6 +1,6 @@
 //! Limits that change while tokens are held, and those of single models.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
 use tollkeeper::{
     proto::tollkeeper::{
@@ -8,7 +8,9 @@ use tollkeeper::{
             ClearQuotaOverrideRequest, GrantCreditsRequest, SetQuotaOverrideRequest,
             VoidCreditsRequest, set_quota_override_request::Limit,
         },
-        usage::v1::{ReserveQuotaRequest, commit_reservation_response::Outcome},
+        usage::v1::{
+            ReserveQuotaRequest, commit_reservation_response::Outcome, reserve_quota_request::Mode,
+        },
     },
     usage::load_tiers,
 };
@@ -18,7 +20,7 @@ use uuid::Uuid;
 use super::{Client, used, wish};
 use crate::{
     harness::{RunningServer, TestApp, eventually, reason},
-    usage::quota::tiers_file,
+    usage::quota::with_tiers,
 };
 
 /// Two servers of a database.
@@ -30,14 +32,7 @@ struct Both {
 
 impl Both {
     async fn start() -> Self {
-        let tiers = tiers_file();
-        let path = tiers.to_path_buf();
-        let app = TestApp::spawn_with(|settings| {
-            settings.usage.tiers_file = path;
-            // Many are denied here, after so long.
-            settings.quota.recall_bound = Duration::from_secs(1);
-        })
-        .await;
+        let (app, tiers) = with_tiers().await;
         let replica = app.replica().await;
         Self {
             app,
@@ -55,13 +50,19 @@ impl Both {
 
     /// Waits until no server gives a user anything any more.
     async fn give_nothing(&self, user: &str) {
-        for client in self.clients() {
+        let [here, there] = self.clients();
+        let denies = async |client: Client| {
             eventually("it is denied", async || {
-                let denied = client.reserve(wish(user, 1)).await;
+                let look = ReserveQuotaRequest {
+                    mode: Mode::LookOnly.into(),
+                    ..wish(user, 1)
+                };
+                let denied = client.reserve(look).await;
                 denied.is_err_and(|status| reason(&status) == "QUOTA_EXCEEDED")
             })
             .await;
-        }
+        };
+        tokio::join!(denies(here), denies(there));
     }
 }
 

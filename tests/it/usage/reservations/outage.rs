@@ -20,8 +20,8 @@ async fn behind_proxy() -> (TestApp, Proxy, tempfile::TempPath) {
     let path = tiers.to_path_buf();
     let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
         settings.usage.tiers_file = path;
-        settings.quota.replica_ttl = Duration::from_secs(1);
-        settings.quota.recall_bound = Duration::from_millis(500);
+        settings.quota.replica_ttl = Duration::from_secs(2);
+        settings.quota.recall_bound = Duration::from_secs(1);
         settings.database.statement_timeout = Duration::from_secs(2);
         settings.database.acquire_timeout = Duration::from_millis(500);
         settings.auth.staleness_bound = Duration::from_millis(500);
