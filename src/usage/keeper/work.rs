@@ -166,11 +166,15 @@ impl Inner {
                     self.is_in_use.store(meters > 0, Ordering::Relaxed);
                 }
             }
-            while let Some(sent) = self.send(id).await {
-                if let Err(error) = sent {
-                    warn!(%error, "leases could not be changed, to be tried again");
-                    sleep(RETRY).await;
-                }
+            let Some(sent) = self.send(id).await else {
+                continue;
+            };
+            // There may be more. Through the select: a server that always has something to send would
+            // never look at what has expired.
+            self.due.notify_one();
+            if let Err(error) = sent {
+                warn!(%error, "leases could not be changed, to be tried again");
+                sleep(RETRY).await;
             }
         }
     }
