@@ -140,7 +140,11 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
     let keys = KeyRing::from_folder(Path::new(fixture.key_dir()), SigningAlgorithm::EdDsa)?;
     let server = Server::bind(&settings, keys, &MasterKey::new(&[7; 32])).await?;
     let (auth, usage) = (server.auth().clone(), server.usage().clone());
-    let feed = tokio::spawn(tasks::change_feed(server.store().clone(), auth.clone()));
+    let feed = tokio::spawn(tasks::change_feed(
+        server.store().clone(),
+        auth.clone(),
+        usage.clone(),
+    ));
     let patience = Instant::now() + Duration::from_secs(10);
     while auth.freshness().trust(BootTime::now()) != Trust::Live {
         ensure!(Instant::now() < patience, "the change feed does not start");

@@ -218,7 +218,7 @@ async fn a_model_has_a_limit_beside_the_total_on_all_servers() {
         let info = denied.get_details_error_info().unwrap();
         assert_eq!(info.reason, "QUOTA_EXCEEDED");
         assert_eq!(info.metadata["model"], "gpt-5");
-        assert_eq!(info.metadata["remaining_tokens"], "0");
+        assert_eq!(info.metadata["held_tokens"], "200");
     }
     // Another one is limited by the total alone, which all of them draw from.
     there.reserve(of_model("gpt-x", 700)).await.unwrap();

@@ -50,7 +50,7 @@ async fn a_request_that_is_repeated_while_it_is_under_way_holds_once() {
     assert!(all.iter().all(|one| one.tokens == 30));
     let quota = client.reserve(wish(&user, 10)).await.unwrap().quota;
     let quota = quota.unwrap();
-    assert_eq!((quota.held_tokens, quota.remaining_tokens), (40, 60));
+    assert_eq!((quota.held_tokens, quota.remaining_tokens), (40, 100));
     let commits = join_all(all.iter().map(|one| client.commit(&one.reservation, 30))).await;
     let recorded = commits.into_iter().map(|one| one.unwrap().outcome());
     assert_eq!(recorded.filter(|one| *one == Outcome::Recorded).count(), 1);
