@@ -425,7 +425,7 @@ pub(super) async fn settle(load: &Load, clients: JoinSet<()>, url: &str, what: &
 
 /// A key for what the load needs.
 pub(super) fn service_key(home: &Home) -> String {
-    let scopes = ["usage.write", "usage.read", "admin"].map(|scope| ["--scope", scope]);
+    let scopes = ["usage.write", "usage.read", "quota", "admin"].map(|scope| ["--scope", scope]);
     let args = [
         &["services", "create", "--name", "load"][..],
         &scopes.concat(),

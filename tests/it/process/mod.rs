@@ -9,6 +9,8 @@ mod ledger_load;
 mod logs;
 mod own_postgres;
 mod production;
+mod quota_chaos;
+mod quota_load;
 mod replicas;
 mod stop;
 mod tiers;
