@@ -266,6 +266,7 @@ impl Server {
             usage.clone(),
         ));
         background.spawn(usage.clone().keep());
+        background.spawn(usage.clone().notice());
         background.spawn(tasks::api_key_uses(auth.clone()));
 
         if timeout(FIRST_WORDS, usage.ready()).await.is_err() {
@@ -311,6 +312,7 @@ impl Server {
         }
         // Only now: calls in flight still depend on the change feed.
         background.shutdown().await;
+        usage.last_notices().await;
         tasks::last_api_key_uses(&auth).await;
         store.close();
         info!("stopped");

@@ -11,6 +11,7 @@ mod ids;
 mod lease;
 mod limit;
 mod names;
+mod notice;
 mod page;
 mod period;
 mod quota;
@@ -40,6 +41,7 @@ pub use limit::{
 pub use names::{
     ApiKeyName, Email, FullName, Identifier, ModelName, RequestId, ServiceName, TierName, Username,
 };
+pub use notice::QuotaNotice;
 pub use page::{Cursor, Page, PageRequest};
 pub use period::Period;
 pub use quota::{

@@ -11,6 +11,7 @@ mod errors;
 mod leases;
 mod ledger;
 mod migrations;
+mod outbox;
 mod partitions;
 mod prepared;
 mod quota;

@@ -38,6 +38,20 @@ impl Store {
         let facts = quota_facts_in_txn(&[user_id], period, tiers, &mut conn).await?;
         facts.into_iter().next().ok_or(Error::UserNotFound)
     }
+
+    /// As [`Store::quota_facts`] of many; users who do not exist are left out.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn quota_facts_of(
+        &self,
+        users: &[UserId],
+        period: Period,
+        tiers: &Tiers,
+    ) -> Result<Vec<LimitFacts>> {
+        let mut conn = self.conn().await?;
+        quota_facts_in_txn(users, period, tiers, &mut conn).await
+    }
 }
 
 /// What the limits of users in a month follow from; users who do not exist are left out.

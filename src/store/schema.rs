@@ -72,6 +72,19 @@ diesel::table! {
 }
 
 diesel::table! {
+    outbox (id) {
+        id -> Uuid,
+        kind -> Text,
+        payload -> Jsonb,
+        created_at -> Timestamptz,
+        available_at -> Timestamptz,
+        attempts -> Int4,
+        last_error -> Nullable<Text>,
+        delivered_at -> Nullable<Timestamptz>,
+    }
+}
+
+diesel::table! {
     quota_balances (user_id, month, model) {
         user_id -> Uuid,
         month -> Text,
@@ -90,6 +103,14 @@ diesel::table! {
         granted -> Int8,
         operation -> Int8,
         operated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    quota_notices (month, user_id, threshold) {
+        month -> Text,
+        user_id -> Uuid,
+        threshold -> Int4,
     }
 }
 
@@ -211,8 +232,10 @@ diesel::allow_tables_to_appear_in_same_query!(
     credit_draws,
     credit_grants,
     monthly_model_usage,
+    outbox,
     quota_balances,
     quota_leases,
+    quota_notices,
     quota_overrides,
     quota_settlements,
     replicas,

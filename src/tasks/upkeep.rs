@@ -27,6 +27,9 @@ const MONTHS_AHEAD: u32 = 3;
 const SESSION_RETENTION: TimeDelta = TimeDelta::days(30);
 const SWEEP_BATCH: i64 = 5_000;
 
+/// Of months that are over for as long nothing is noticed any more.
+const NOTICE_MONTHS: u32 = 2;
+
 /// API keys are listed for a while after their end.
 const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 
@@ -127,6 +130,10 @@ impl Upkeep {
         sweep("sessions", || store.session_sweep(before, SWEEP_BATCH)).await?;
         let before = now - API_KEY_RETENTION;
         sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
+        let before = Period::containing(now).minus_months(NOTICE_MONTHS);
+        sweep("notices", || store.quota_notices_sweep(before, SWEEP_BATCH)).await?;
+        // By another task, and later: these are many.
+        self.usage.notice_all();
         let settled = self.usage.settle(now).await;
         // Last: it gives way to whoever reads for long, and nothing else is to wait for that.
         self.drop_old().await?;

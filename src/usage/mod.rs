@@ -9,6 +9,7 @@ mod handle;
 mod keeper;
 pub mod lease;
 mod ledger;
+mod notices;
 mod query;
 mod quota;
 mod reservations;
@@ -22,6 +23,7 @@ use std::{
 };
 
 use aws_lc_rs::hmac;
+use chrono::Utc;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 
 pub use counters::Counters;
@@ -34,13 +36,14 @@ pub use reservations::{Committed, QuotaRequest, Reserved};
 pub use tiers::{TiersError, load_tiers};
 pub use writer::WhenFull;
 
+use notices::Marks;
 use spool::Spool;
 use writer::Writers;
 
 use crate::{
     config::{QuotaSettings, UsageSettings},
     error::{Error, Result},
-    model::{Change, TierName, Tiers, UsageFilter, UserId},
+    model::{Change, Period, TierName, Tiers, UsageFilter, UserId},
     store::Store,
 };
 
@@ -54,6 +57,7 @@ pub struct Usage {
     writers: Writers,
     keeper: Keeper,
     spool: Spool,
+    marks: Marks,
     /// Signs handles of reservations.
     handle_key: hmac::Key,
     counters: Arc<Counters>,
@@ -88,14 +92,16 @@ impl Usage {
         threads: usize,
     ) -> Result<Self> {
         let counters = Arc::<Counters>::default();
+        let marks = Marks::default();
         let tiers = Arc::new(RwLock::new(Arc::new(tiers)));
         let leases = store.with_ledger_connections(KEEPER_CONNECTIONS)?;
         Ok(Self {
             keeper: Keeper::new(leases, tiers.clone(), quota.into()),
             tiers,
             replacing: Arc::default(),
-            writers: Writers::new(&store, settings, threads, counters.clone())?,
+            writers: Writers::new(&store, settings, threads, counters.clone(), marks.clone())?,
             spool: Spool::default(),
+            marks,
             handle_key,
             counters,
             closing: watch::Sender::new(false),
@@ -139,8 +145,15 @@ impl Usage {
     /// What limits users may have changed.
     pub fn apply(&self, change: Change) {
         match change {
-            Change::User(id) | Change::Quota(id) => self.keeper.limits_changed(id),
-            Change::All => self.keeper.all_limits_changed(),
+            Change::User(id) | Change::Quota(id) => {
+                self.keeper.limits_changed(id);
+                let now = Period::containing(Utc::now());
+                self.marks.add([(now, id)].into_iter());
+            }
+            Change::All => {
+                self.keeper.all_limits_changed();
+                self.marks.add_all();
+            }
             Change::NewApiKey | Change::Services => {}
         }
     }
@@ -208,6 +221,7 @@ impl Usage {
         }
         *self.tiers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(tiers);
         self.keeper.all_limits_changed();
+        self.marks.add_all();
         Ok(())
     }
 

@@ -23,7 +23,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::counters::Counters;
+use super::{counters::Counters, notices::Marks};
 use crate::{
     config::UsageSettings,
     error::{Error, Result},
@@ -69,6 +69,8 @@ struct Shared {
     /// Where large batches run: the threads that serve have other things to do.
     runtime: Handle,
     counters: Arc<Counters>,
+    /// Whose usage was booked.
+    marks: Marks,
     /// One per event that waits or is being written.
     places: Arc<Semaphore>,
     /// Those of them that callers who wait may take: the others must not be left without.
@@ -92,11 +94,13 @@ impl Writers {
         settings: &UsageSettings,
         threads: usize,
         counters: Arc<Counters>,
+        marks: Marks,
     ) -> Result<Self> {
         Ok(Self(Arc::new(Shared {
             connections: Connections::new(store, settings, threads)?,
             runtime: Handle::current(),
             counters,
+            marks,
             places: Arc::new(Semaphore::new(settings.queue_events)),
             patient_places: Arc::new(Semaphore::new((settings.queue_events / 2).max(MOST_EVENTS))),
             queue: Mutex::new(Queue::new(settings)),
@@ -262,6 +266,10 @@ async fn commit(shared: &Shared, batch: &[Submission]) -> Vec<Booked> {
         match insert(&store, &events[range.clone()]).await {
             Ok(inserts) => {
                 some_are_booked = true;
+                let new = events[range.clone()].iter().zip(&inserts);
+                let new = new.filter(|(_, insert)| **insert == UsageInsert::Recorded);
+                let marked = new.map(|(one, _)| (one.event.period(), one.event.user_id));
+                shared.marks.add(marked);
                 for (place, insert) in booked[range].iter_mut().zip(inserts) {
                     shared.counters.count(insert);
                     *place = Some(Ok(insert));

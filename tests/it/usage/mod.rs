@@ -9,6 +9,7 @@ mod leases;
 mod limits;
 mod list;
 mod month;
+mod notices;
 mod query;
 mod quota;
 mod record;

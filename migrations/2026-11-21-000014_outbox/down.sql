@@ -1,0 +1,2 @@
+DROP TABLE quota_notices;
+DROP TABLE outbox;
