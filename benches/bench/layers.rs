@@ -155,10 +155,10 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
         tonic_health::server::HealthReporter::new(),
     );
     let max_bytes = settings.server.max_request_bytes;
-    let routes = routes(auth.clone(), usage, health, false, max_bytes)?;
+    let routes = routes(auth.clone(), usage.clone(), health, false, max_bytes)?;
     let (_, cut) = watch::channel(false);
     let metrics = CallMetrics::new(&rules);
-    let memory = MemoryLayer::new(auth.clone(), &rules, &metrics);
+    let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
     let access = AccessLayer::new(auth, rules).layer(routes.clone());
     let call = CallLayer::new(metrics, Duration::from_secs(30), cut).layer(access.clone());
     let row = |part, title, stack, logs| Row {

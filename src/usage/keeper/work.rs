@@ -258,6 +258,8 @@ impl Inner {
                                 shard.book.recall(key, boot());
                                 drop(shard);
                                 self.due.notify_one();
+                                // What others have settled is read with a heartbeat.
+                                self.beat.notify_one();
                             }
                             Err(error) => break error,
                         }
