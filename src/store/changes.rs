@@ -4,8 +4,6 @@
 //! Postgres delivers notifications in the order of their commits. So a heartbeat that comes back
 //! proves that every change committed before it was sent has been delivered.
 
-use std::{future::poll_fn, time::Duration};
-
 use diesel::{
     pg::Pg,
     prelude::*,
@@ -13,11 +11,9 @@ use diesel::{
     sql_types::BigInt,
 };
 use diesel_async::RunQueryDsl;
-use tokio::{sync::mpsc, task::JoinSet, time::timeout};
-use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
 use uuid::Uuid;
 
-use super::Store;
+use super::{Store, listening::Listening};
 use crate::{
     error::{Error, Result},
     model::{Change, Revision, UserId},
@@ -40,10 +36,7 @@ pub enum Notification {
 /// A connection of its own, outside the pool, that hears of every change from now on.
 pub struct ChangeListener {
     id: Uuid,
-    client: Client,
-    notifications: mpsc::UnboundedReceiver<String>,
-    /// Reads the connection; ends with the listener.
-    _reader: JoinSet<()>,
+    listening: Listening,
 }
 
 impl Store {
@@ -52,10 +45,10 @@ impl Store {
     /// # Errors
     /// `Unavailable`
     pub async fn changes(&self) -> Result<ChangeListener> {
-        let connect = ChangeListener::connect(&self.url, self.connect_timeout);
-        timeout(self.connect_timeout, connect)
-            .await
-            .map_err(|elapsed| Error::Unavailable(elapsed.into()))?
+        Ok(ChangeListener {
+            id: Uuid::now_v7(),
+            listening: self.listen("tollkeeper changes", CHANNEL).await?,
+        })
     }
 }
 
@@ -100,7 +93,7 @@ impl ChangeListener {
     /// `Unavailable` when the connection is lost: changes may have been missed.
     pub async fn next(&mut self) -> Result<Notification> {
         loop {
-            let payload = self.notifications.recv().await.ok_or_else(lost)?;
+            let payload = self.listening.next().await?;
             if let Some(notification) = parse(&payload, self.id) {
                 return Ok(notification);
             }
@@ -118,41 +111,8 @@ impl ChangeListener {
             "SELECT pg_notify('{CHANNEL}', 'beat {} {number} ' || {POSITION})",
             self.id
         );
-        let sent = self.client.batch_execute(&statement).await;
+        let sent = self.listening.client.batch_execute(&statement).await;
         sent.map_err(|error| Error::Unavailable(error.into()))
-    }
-
-    async fn connect(url: &str, connect_timeout: Duration) -> Result<Self> {
-        let unavailable = |error: tokio_postgres::Error| Error::Unavailable(error.into());
-        let mut config: Config = url.parse().map_err(unavailable)?;
-        config
-            .application_name("tollkeeper changes")
-            .connect_timeout(connect_timeout);
-        let (client, mut connection) = config.connect(NoTls).await.map_err(unavailable)?;
-        // Unbounded, but read at once: the reader of the other end does no I/O between messages.
-        let (sender, notifications) = mpsc::unbounded_channel();
-        let mut reader = JoinSet::new();
-        reader.spawn(async move {
-            while let Some(Ok(message)) = poll_fn(|cx| connection.poll_message(cx)).await {
-                if let AsyncMessage::Notification(notification) = message
-                    && sender.send(notification.payload().to_owned()).is_err()
-                {
-                    break;
-                }
-            }
-        });
-        // A connection hears nothing while a statement of its own runs, and heartbeats have nothing to
-        // keep: they need not wait for a disk that stalls.
-        client
-            .batch_execute(&format!("SET synchronous_commit = off; LISTEN {CHANNEL}"))
-            .await
-            .map_err(unavailable)?;
-        Ok(Self {
-            id: Uuid::now_v7(),
-            client,
-            notifications,
-            _reader: reader,
-        })
     }
 }
 
@@ -179,10 +139,6 @@ fn parse(payload: &str, listener: Uuid) -> Option<Notification> {
         ("all", None, None) => Some(Notification::Changed(Change::All)),
         _ => None,
     }
-}
-
-fn lost() -> Error {
-    Error::Unavailable("the listening connection was lost".into())
 }
 
 #[cfg(test)]

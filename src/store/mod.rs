@@ -10,6 +10,7 @@ mod conn;
 mod errors;
 mod leases;
 mod ledger;
+mod listening;
 mod migrations;
 mod outbox;
 mod partitions;

@@ -1,8 +1,6 @@
 //! How replicas ask each other for what is free, on a channel of its own: it happens close to a limit
 //! only, and never in a transaction that books.
 
-use std::{future::poll_fn, time::Duration};
-
 use diesel::{
     pg::Pg,
     prelude::*,
@@ -10,12 +8,10 @@ use diesel::{
     sql_types::{Array, Text},
 };
 use diesel_async::RunQueryDsl;
-use tokio::{sync::mpsc, task::JoinSet, time::timeout};
-use tokio_postgres::{AsyncMessage, Config, NoTls};
 
-use super::Store;
+use super::{Store, listening::Listening};
 use crate::{
-    error::{Error, Result},
+    error::Result,
     model::{MeterName, ReplicaId},
 };
 
@@ -24,9 +20,7 @@ const CHANNEL: &str = "tollkeeper_recalls";
 /// A connection of its own that hears what other replicas need.
 pub struct RecallListener {
     replica: ReplicaId,
-    payloads: mpsc::UnboundedReceiver<String>,
-    /// Reads the connection; ends with the listener.
-    _reader: JoinSet<()>,
+    listening: Listening,
 }
 
 impl Store {
@@ -46,10 +40,10 @@ impl Store {
     /// # Errors
     /// `Unavailable`
     pub async fn recalls(&self, replica: ReplicaId) -> Result<RecallListener> {
-        let connect = RecallListener::connect(&self.url, replica, self.connect_timeout);
-        timeout(self.connect_timeout, connect)
-            .await
-            .map_err(|elapsed| Error::Unavailable(elapsed.into()))?
+        Ok(RecallListener {
+            replica,
+            listening: self.listen("tollkeeper recalls", CHANNEL).await?,
+        })
     }
 }
 
@@ -60,49 +54,13 @@ impl RecallListener {
     /// `Unavailable` when the connection is lost.
     pub async fn next(&mut self) -> Result<MeterName> {
         loop {
-            let payload = self.payloads.recv().await;
-            let payload = payload
-                .ok_or_else(|| Error::Unavailable("the listening connection was lost".into()))?;
+            let payload = self.listening.next().await?;
             if let Some((from, meter)) = parse(&payload)
                 && from != self.replica
             {
                 return Ok(meter);
             }
         }
-    }
-
-    async fn connect(url: &str, replica: ReplicaId, connect_timeout: Duration) -> Result<Self> {
-        let unavailable = |error: tokio_postgres::Error| Error::Unavailable(error.into());
-        let mut config: Config = url.parse().map_err(unavailable)?;
-        config
-            .application_name("tollkeeper recalls")
-            .connect_timeout(connect_timeout);
-        let (client, mut connection) = config.connect(NoTls).await.map_err(unavailable)?;
-        let (sender, payloads) = mpsc::unbounded_channel();
-        let mut reader = JoinSet::new();
-        reader.spawn(async move {
-            while let Some(Ok(message)) = poll_fn(|cx| connection.poll_message(cx)).await {
-                if let AsyncMessage::Notification(notification) = message
-                    && sender.send(notification.payload().to_owned()).is_err()
-                {
-                    break;
-                }
-            }
-        });
-        client
-            .batch_execute(&format!("LISTEN {CHANNEL}"))
-            .await
-            .map_err(unavailable)?;
-        // The connection ends with the client.
-        reader.spawn(async move {
-            let _client = client;
-            std::future::pending().await
-        });
-        Ok(Self {
-            replica,
-            payloads,
-            _reader: reader,
-        })
     }
 }
 

@@ -1,0 +1,71 @@
+//! A connection that hears what is told on a channel.
+
+use std::future::poll_fn;
+
+use tokio::{sync::mpsc, task::JoinSet, time::timeout};
+use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
+
+use super::Store;
+use crate::error::{Error, Result};
+
+/// A connection of its own, outside the pool.
+pub(super) struct Listening {
+    pub(super) client: Client,
+    payloads: mpsc::UnboundedReceiver<String>,
+    /// Reads the connection; ends with this.
+    _reader: JoinSet<()>,
+}
+
+impl Store {
+    /// Connects and listens. What is told before this returns may have been missed.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub(super) async fn listen(&self, name: &str, channel: &str) -> Result<Listening> {
+        timeout(self.connect_timeout, self.try_listen(name, channel))
+            .await
+            .map_err(|elapsed| Error::Unavailable(elapsed.into()))?
+    }
+
+    async fn try_listen(&self, name: &str, channel: &str) -> Result<Listening> {
+        let unavailable = |error: tokio_postgres::Error| Error::Unavailable(error.into());
+        let mut config: Config = self.url.parse().map_err(unavailable)?;
+        config
+            .application_name(name)
+            .connect_timeout(self.connect_timeout);
+        let (client, mut connection) = config.connect(NoTls).await.map_err(unavailable)?;
+        // Unbounded, but read at once: the reader of the other end does no I/O between messages.
+        let (sender, payloads) = mpsc::unbounded_channel();
+        let mut reader = JoinSet::new();
+        reader.spawn(async move {
+            while let Some(Ok(message)) = poll_fn(|cx| connection.poll_message(cx)).await {
+                if let AsyncMessage::Notification(notification) = message
+                    && sender.send(notification.payload().to_owned()).is_err()
+                {
+                    break;
+                }
+            }
+        });
+        // What it tells itself has nothing to keep: it need not wait for a disk that stalls.
+        client
+            .batch_execute(&format!("SET synchronous_commit = off; LISTEN {channel}"))
+            .await
+            .map_err(unavailable)?;
+        Ok(Listening {
+            client,
+            payloads,
+            _reader: reader,
+        })
+    }
+}
+
+impl Listening {
+    /// What is told next. Cancel-safe.
+    ///
+    /// # Errors
+    /// `Unavailable` when the connection is lost: something may have been missed.
+    pub(super) async fn next(&mut self) -> Result<String> {
+        let payload = self.payloads.recv().await;
+        payload.ok_or_else(|| Error::Unavailable("the listening connection was lost".into()))
+    }
+}
