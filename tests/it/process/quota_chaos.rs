@@ -39,7 +39,7 @@ use super::{
     quota_load::{Chance, Load, METERED, UNMETERED},
 };
 use crate::{
-    harness::{eventually, with_bearer},
+    harness::{eventually, reason, with_bearer},
     usage::{WRONG_MODELS, WRONG_MONTHS},
 };
 
@@ -447,6 +447,9 @@ async fn what_lies_idle_elsewhere_is_had_within_the_recall_bound() {
     const BOUND: Duration = Duration::from_secs(1);
     let home = Home::with_database();
     let key = service_key(&home);
+    // Without a limit of requests a minute.
+    let tiers = "default = \"one\"\n[[tier]]\nname = \"one\"\n";
+    fs::write(home.path().join("tiers.toml"), tiers).unwrap();
     let (_here, first) = serve(&home, "1s").await;
     let (_there, second) = serve(&home, "1s").await;
     let channels = [first, second];
@@ -486,7 +489,10 @@ async fn what_lies_idle_elsewhere_is_had_within_the_recall_bound() {
         held = loop {
             match reserve_all(asker, Mode::AllOrNothing).await {
                 Ok(reservation) => break reservation,
-                Err(_) => refusals += 1,
+                Err(status) => {
+                    assert_eq!(reason(&status), "QUOTA_EXCEEDED", "{status:?}");
+                    refusals += 1;
+                }
             }
             assert!(begun.elapsed() < RECOVERY, "it cannot be had");
         };
