@@ -13,6 +13,7 @@ mod load;
 mod login;
 mod memory;
 mod process;
+mod quota;
 mod report;
 mod revocation;
 mod serve_echo;
@@ -99,6 +100,25 @@ enum Command {
         /// [default: 10000,1000000,20000000, which take 15 GB of disk; quick 1000,20000]
         #[arg(long, value_delimiter = ',', value_name = "N,…")]
         existing: Vec<u64>,
+    },
+    /// Deciding about quota, beside an echo and beside a database asked for each decision
+    Quota {
+        #[command(flatten)]
+        options: Options,
+        /// Calls under way at once [default: 8,32,128]
+        #[arg(long, value_delimiter = ',', value_name = "N,…")]
+        in_flight: Vec<usize>,
+        /// Users whose quota it is [default: 100000, quick 2000]
+        #[arg(long)]
+        users: Option<usize>,
+    },
+    /// Checks quota as one would write it first, until standard input ends
+    #[command(hide = true)]
+    NaiveQuota {
+        #[arg(long, value_enum)]
+        shape: quota::Shape,
+        #[arg(long)]
+        url: String,
     },
     /// Books usage as one would write it first, until standard input ends
     #[command(hide = true)]
@@ -236,6 +256,22 @@ fn main() -> anyhow::Result<()> {
             shape,
             database_url,
         } => ledger::serve_naively(shape, &database_url),
+        Command::Quota {
+            options,
+            in_flight,
+            users,
+        } => quota::run(&quota::Plan {
+            in_flight: match (in_flight.is_empty(), options.quick) {
+                (true, true) => vec![32],
+                (true, false) => vec![8, 32, 128],
+                (false, _) => in_flight,
+            },
+            users: users
+                .unwrap_or(if options.quick { 2_000 } else { 100_000 })
+                .max(1),
+            options,
+        }),
+        Command::NaiveQuota { shape, url } => quota::serve_naively(shape, &url),
         Command::Burn => {
             process::burn();
             Ok(())
