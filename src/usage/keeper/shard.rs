@@ -26,6 +26,7 @@ pub(super) struct Shard {
     rates: HashMap<UserId, Gcra>,
     /// Replicas that share a rate.
     replicas: u32,
+    forgot_at: Boot,
 }
 
 /// A meter as the operation that was answered last left it.
@@ -97,6 +98,7 @@ impl Shard {
             seen: HashMap::new(),
             rates: HashMap::new(),
             replicas: 1,
+            forgot_at: Boot(0),
         }
     }
 
@@ -207,8 +209,9 @@ impl Shard {
     /// Looks after a part of the book, and forgets what the book has forgotten.
     pub(super) fn sweep(&mut self, now: Boot, budget: usize) {
         self.book.sweep(now, budget);
-        self.rates.retain(|_, state| !state.is_fresh(nanos(now)));
-        if self.seen.len() > 64 {
+        if now.since(self.forgot_at) >= FORGET_EVERY_MS {
+            self.forgot_at = now;
+            self.rates.retain(|_, state| !state.is_fresh(nanos(now)));
             let book = &self.book;
             self.seen.retain(|key, _| book.sight(*key).is_some());
         }
@@ -222,19 +225,23 @@ impl Shard {
         }
     }
 
-    /// Asks for all that is free to be given back; answers how much that is.
+    /// Asks for all that is not held to be given back; answers how much that is.
     pub(super) fn recall_all(&mut self, now: Boot) -> Tokens {
-        let mut free = 0;
+        let mut all = 0;
         for key in self.seen.keys() {
-            let here = self.book.sight(*key).map_or(0, |sight| sight.free);
+            let sight = self.book.sight(*key).unwrap_or_default();
+            let here = sight.free + sight.spent;
             if here > 0 {
                 self.book.recall(*key, now);
-                free += here;
+                all += here;
             }
         }
-        free
+        all
     }
 }
+
+/// Between looks at all that may be forgotten.
+const FORGET_EVERY_MS: u64 = 5_000;
 
 const MINUTE: Duration = Duration::from_mins(1);
 

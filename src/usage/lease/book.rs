@@ -551,7 +551,7 @@ impl Book {
                 self.by_key.remove(&meter.key);
                 self.meters[self.next_meter] = None;
                 self.empty.push(index);
-            } else if meter.spent > 0 || (idle && meter.free() > 0) {
+            } else if meter.is_to_flush(&self.pace, now) || (idle && meter.free() > 0) {
                 self.make_due(index);
             }
         }

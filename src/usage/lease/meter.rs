@@ -54,6 +54,9 @@ pub struct Pace {
     pub idle_after_ms: u64,
     /// After a recall only what is needed is asked for, this long.
     pub exact_for_ms: u64,
+    /// What is spent leaves the lease this long after the last operation, if nothing else is asked for:
+    /// an operation for each commit would cost Postgres as much as the commit.
+    pub flush_after_ms: u64,
 }
 
 impl Default for Pace {
@@ -64,6 +67,7 @@ impl Default for Pace {
             grow_within_ms: 10_000,
             idle_after_ms: 10_000,
             exact_for_ms: 2_000,
+            flush_after_ms: 5_000,
         }
     }
 }
@@ -95,6 +99,7 @@ pub(super) struct Meter {
     chunk: Tokens,
     grown_at: Boot,
     used_at: Boot,
+    operated_at: Boot,
 }
 
 /// The operation under way.
@@ -124,6 +129,7 @@ impl Meter {
             chunk: pace.first_chunk,
             grown_at: Boot(0),
             used_at: now,
+            operated_at: now,
         }
     }
 
@@ -188,6 +194,11 @@ impl Meter {
         now.since(self.used_at) >= pace.idle_after_ms
     }
 
+    /// Whether what is spent is to leave.
+    pub(super) fn is_to_flush(&self, pace: &Pace, now: Boot) -> bool {
+        self.spent > 0 && now.since(self.operated_at) >= pace.flush_after_ms
+    }
+
     /// Nothing that Postgres or a client knows would be forgotten with it.
     pub(super) fn is_empty(&self) -> bool {
         self.granted == 0 && self.flight.is_none() && self.holds == 0
@@ -246,6 +257,7 @@ impl Meter {
         let gained = granted - (self.granted - operation.spent - operation.give_back);
         debug_assert!(gained >= 0, "{self:?} {operation:?} {granted}");
         self.granted = granted;
+        self.operated_at = now;
         if operation.want > operation.need && gained <= operation.need {
             // There is little left: asking for more again and again would only keep Postgres busy.
             self.exact_until = self.exact_until.max(now.plus(pace.exact_for_ms));

@@ -88,6 +88,7 @@ fn new_book() -> Book {
         grow_within_ms: 500,
         idle_after_ms: 700,
         exact_for_ms: 300,
+        flush_after_ms: 0,
     };
     let bounds = Bounds {
         holds_per_meter: 50,
