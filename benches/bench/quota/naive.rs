@@ -184,7 +184,6 @@ impl UnaryService<CheckQuotaRequest> for Naive {
                     remaining_tokens: LIMIT - used_tokens,
                     ..Quota::default()
                 }),
-                ..CheckQuotaResponse::default()
             }))
         })
     }
