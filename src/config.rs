@@ -6,12 +6,14 @@
 
 mod layers;
 mod validate;
+mod webhook;
 
 use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 pub use layers::{Loaded, Origin, SettingsError, load};
+pub use webhook::WebhookSettings;
 
 /// All settings, checked: see [`load`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,6 +29,7 @@ pub struct Settings {
     pub password: PasswordSettings,
     pub usage: UsageSettings,
     pub quota: QuotaSettings,
+    pub webhook: WebhookSettings,
     pub log: LogSettings,
     pub ops: OpsSettings,
 }
@@ -259,6 +262,7 @@ impl Default for Settings {
             password: PasswordSettings::default(),
             usage: UsageSettings::default(),
             quota: QuotaSettings::default(),
+            webhook: WebhookSettings::default(),
             log: LogSettings::default(),
             ops: OpsSettings::default(),
         }

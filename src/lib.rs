@@ -38,3 +38,4 @@ pub mod store;
 pub mod tasks;
 pub mod telemetry;
 pub mod usage;
+pub mod webhook;

@@ -30,8 +30,9 @@ use crate::{
     ops,
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
-    tasks::{self, Upkeep},
+    tasks::{self, Delivery, Upkeep},
     usage::{TiersError, Usage, load_tiers},
+    webhook::Webhook,
 };
 
 /// How long the first call waits for the database to be heard of.
@@ -80,6 +81,7 @@ pub struct Server {
     auth: Auth,
     usage: Usage,
     upkeep: Upkeep,
+    delivery: Delivery,
     store: Store,
 }
 
@@ -95,6 +97,7 @@ impl Server {
     ) -> Result<Self, ServerError> {
         let rules = Rules::from_descriptor_set(DESCRIPTOR_SET)?;
         let tiers = load_tiers(&settings.usage.tiers_file)?;
+        let webhook = Webhook::new(&settings.webhook).map_err(Error::internal)?;
         let address = settings.server.listen;
         let listener = TcpListener::bind(address)
             .await
@@ -141,6 +144,7 @@ impl Server {
             usage.clone(),
             settings.usage.retention_months,
         );
+        let delivery = Delivery::new(store.clone(), webhook);
         Ok(Self {
             settings: settings.server.clone(),
             listener,
@@ -149,6 +153,7 @@ impl Server {
             auth,
             usage,
             upkeep,
+            delivery,
             store,
         })
     }
@@ -192,6 +197,7 @@ impl Server {
             auth,
             usage,
             upkeep,
+            delivery,
             store,
         } = self;
         let reporter = HealthReporter::new();
@@ -240,6 +246,7 @@ impl Server {
                 usage: usage.clone(),
                 store: store.clone(),
                 upkeep: upkeep.status(),
+                delivery: delivery.status(),
                 connections: workers.loads(),
             }));
             let readiness = readiness_known;
@@ -260,6 +267,7 @@ impl Server {
         ));
         let mut background = JoinSet::new();
         background.spawn(upkeep.run());
+        background.spawn(delivery.run());
         background.spawn(tasks::change_feed(
             store.clone(),
             auth.clone(),

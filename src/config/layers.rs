@@ -11,7 +11,12 @@ use toml::{Table, Value};
 use super::{Settings, validate};
 
 /// Keys whose values are never printed.
-const SECRET_KEYS: [&str; 3] = ["database.url", "auth.jwt_secret", "auth.master_key"];
+const SECRET_KEYS: [&str; 4] = [
+    "database.url",
+    "auth.jwt_secret",
+    "auth.master_key",
+    "webhook.secret",
+];
 
 /// Settings and where each came from.
 #[derive(Clone)]

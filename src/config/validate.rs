@@ -73,6 +73,9 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
             return Err((key, "must be 1 to 255 bytes".to_owned()));
         }
     }
+    if let Err(message) = settings.webhook.target() {
+        return Err(("webhook.url", message.to_owned()));
+    }
     if !matches!(settings.usage.retention_months, 0 | 3..=1200) {
         let message = "must be 0 (keep all) or 3 to 1200, for events may come 35 days late";
         return Err(("usage.retention_months", message.to_owned()));
@@ -99,6 +102,11 @@ pub(super) fn secrets(settings: &Settings) -> Result<(), Refusal> {
     let hs256 = *algorithm == SigningAlgorithm::Hs256;
     strength("auth.master_key", master_key, production)?;
     strength("auth.jwt_secret", jwt_secret, production && hs256)?;
+    if !settings.webhook.url.is_empty()
+        && let Err(message) = settings.webhook.key()
+    {
+        return refused("webhook.secret", message);
+    }
     if hs256 && !jwt_secret.is_set() {
         let message = "must be set when auth.algorithm is HS256";
         return refused("auth.jwt_secret", message);
@@ -200,6 +208,10 @@ mod tests {
             "auth.master_key"
         );
         assert_eq!(refused(|s| s.auth.key_dir = "".into()), "auth.key_dir");
+        assert_eq!(
+            refused(|s| s.webhook.url = "http://notices.internal".to_owned()),
+            "webhook.secret"
+        );
         assert_eq!(
             refused(|s| s.auth.algorithm = SigningAlgorithm::Hs256),
             "auth.jwt_secret"

@@ -12,7 +12,7 @@ use prometheus_client::{
 use crate::{
     auth::{Auth, BootTime, Trust},
     store::Store,
-    tasks::UpkeepStatus,
+    tasks::{DeliveryStatus, UpkeepStatus},
     usage::Usage,
 };
 
@@ -22,6 +22,7 @@ pub struct Rooms {
     pub usage: Usage,
     pub store: Store,
     pub upkeep: Arc<UpkeepStatus>,
+    pub delivery: Arc<DeliveryStatus>,
     /// Open connections of each thread that serves.
     pub connections: Box<dyn Fn() -> Vec<usize> + Send + Sync>,
 }
@@ -152,6 +153,7 @@ impl Collector for Rooms {
                 .map_or(f64::INFINITY, |silence| silence.as_secs_f64()),
         )?;
         self.encode_upkeep(&mut out)?;
+        self.encode_delivery(&mut out)?;
         out.gauges(
             "pool_connections",
             "Connections to the database",
@@ -217,6 +219,31 @@ impl Rooms {
             "partitions_dropped",
             "Months of usage records dropped by retention",
             upkeep.dropped.get(),
+        )
+    }
+}
+
+impl Rooms {
+    fn encode_delivery(&self, out: &mut Out<'_, '_>) -> fmt::Result {
+        let delivery = &self.delivery;
+        out.gauge(
+            "outbox_pending",
+            "Events of all replicas that are not delivered; 10,000 stand for more",
+            delivery.pending(),
+        )?;
+        out.seconds(
+            "outbox_oldest_seconds",
+            "Age of the oldest event that is not delivered, 0 without one",
+            delivery.oldest().as_secs_f64(),
+        )?;
+        out.counters(
+            "webhook_attempts",
+            "Attempts to post an event by what became of them",
+            "result",
+            &[
+                ("delivered", delivery.delivered.get()),
+                ("failed", delivery.failed.get()),
+            ],
         )
     }
 }

@@ -54,6 +54,7 @@ pub use changes::{ChangeListener, Notification};
 pub use leases::Operated;
 pub use ledger::UsageInsert;
 pub use migrations::{MigrationStatus, Migrator};
+pub use outbox::OutboxEvent;
 pub use recalls::RecallListener;
 pub use replicas::Heard;
 pub use service_accounts::{NewServiceAccount, ServiceStanding};

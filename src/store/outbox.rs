@@ -1,8 +1,11 @@
 //! What others are to be told: written once, delivered at least once.
 
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
 use diesel::{
     prelude::*,
-    sql_types::{Array, BigInt, Integer, Jsonb, Text, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Integer, Jsonb, Nullable, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 use serde_json::Value;
@@ -33,6 +36,52 @@ const USERS: &str = "
     WHERE id > $2
         AND EXISTS (SELECT FROM monthly_model_usage WHERE user_id = users.id AND month = $1)
     ORDER BY id LIMIT $3";
+
+/// Skips what others claim at this moment; what they have claimed is not due.
+const CLAIM: &str = "
+    UPDATE outbox SET attempts = attempts + 1, available_at = now() + $2 * interval '1 ms'
+    WHERE id IN (
+        SELECT id FROM outbox
+        WHERE kind = $1 AND delivered_at IS NULL AND available_at <= now()
+        ORDER BY available_at LIMIT $3
+        FOR UPDATE SKIP LOCKED
+    )
+    RETURNING id, payload, attempts";
+
+/// Unless somebody else has claimed it since, or delivered it.
+const FAILED: &str = "
+    UPDATE outbox SET last_error = $3, available_at = now() + $4 * interval '1 ms'
+    WHERE id = $1 AND attempts = $2 AND delivered_at IS NULL";
+
+/// Beyond so many it is not counted how many more there are.
+const MOST_PENDING: i64 = 10_000;
+
+const PENDING: &str = "
+    SELECT (SELECT count(*) FROM (
+            SELECT FROM outbox WHERE delivered_at IS NULL LIMIT $1) AS counted) AS pending,
+        (extract(epoch FROM now() - (
+            SELECT min(created_at) FROM outbox WHERE delivered_at IS NULL)) * 1000)::bigint AS oldest";
+
+/// An event that is this replica's to deliver, for a while.
+#[derive(Clone, Debug, QueryableByName)]
+pub struct OutboxEvent {
+    /// The same at every attempt.
+    #[diesel(sql_type = SqlUuid)]
+    pub id: Uuid,
+    #[diesel(sql_type = Jsonb)]
+    pub payload: Value,
+    /// Counts this one.
+    #[diesel(sql_type = Integer)]
+    pub attempts: i32,
+}
+
+#[derive(QueryableByName)]
+struct PendingRow {
+    #[diesel(sql_type = BigInt)]
+    pending: i64,
+    #[diesel(sql_type = Nullable<BigInt>)]
+    oldest: Option<i64>,
+}
 
 #[derive(QueryableByName)]
 struct IdRow {
@@ -66,6 +115,94 @@ impl Store {
             .execute(&mut conn)
             .await?;
         Ok(inserted)
+    }
+
+    /// Claims events of a kind that are due, at most `limit`, for so long: who has not delivered them
+    /// by then has lost them to the next.
+    ///
+    /// # Errors
+    /// `Unavailable`: some may be claimed
+    pub async fn outbox_claim(
+        &self,
+        kind: &str,
+        claim: Duration,
+        limit: usize,
+    ) -> Result<Vec<OutboxEvent>> {
+        let mut conn = self.conn().await?;
+        let claimed = diesel::sql_query(CLAIM)
+            .bind::<Text, _>(kind)
+            .bind::<BigInt, _>(millis(claim))
+            .bind::<BigInt, _>(i64::try_from(limit).unwrap_or(i64::MAX))
+            .load(&mut conn)
+            .await?;
+        Ok(claimed)
+    }
+
+    /// Says that an event is delivered.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn outbox_delivered(&self, id: Uuid) -> Result<()> {
+        let mut conn = self.conn().await?;
+        let delivered = "UPDATE outbox SET delivered_at = now(), last_error = NULL WHERE id = $1";
+        diesel::sql_query(delivered)
+            .bind::<SqlUuid, _>(id)
+            .execute(&mut conn)
+            .await?;
+        Ok(())
+    }
+
+    /// Gives an event back that could not be delivered, to be tried again after `pause`. What `why` says
+    /// is kept: no secrets.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn outbox_failed(
+        &self,
+        event: &OutboxEvent,
+        why: &str,
+        pause: Duration,
+    ) -> Result<()> {
+        let mut conn = self.conn().await?;
+        diesel::sql_query(FAILED)
+            .bind::<SqlUuid, _>(event.id)
+            .bind::<Integer, _>(event.attempts)
+            .bind::<Text, _>(why)
+            .bind::<BigInt, _>(millis(pause))
+            .execute(&mut conn)
+            .await?;
+        Ok(())
+    }
+
+    /// How many events are not delivered (10,000 stand for more), and the age of the oldest.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn outbox_pending(&self) -> Result<(u64, Option<Duration>)> {
+        let mut conn = self.conn().await?;
+        let row: PendingRow = diesel::sql_query(PENDING)
+            .bind::<BigInt, _>(MOST_PENDING)
+            .get_result(&mut conn)
+            .await?;
+        let age = |millis: i64| Duration::from_millis(u64::try_from(millis).unwrap_or(0));
+        Ok((u64::try_from(row.pending).unwrap_or(0), row.oldest.map(age)))
+    }
+
+    /// Deletes events that were delivered before an instant; at most `limit` at a time.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn outbox_sweep(&self, before: DateTime<Utc>, limit: i64) -> Result<usize> {
+        let mut conn = self.conn().await?;
+        let deleted = diesel::sql_query(
+            "DELETE FROM outbox WHERE id IN (
+                 SELECT id FROM outbox WHERE delivered_at < $1 LIMIT $2)",
+        )
+        .bind::<Timestamptz, _>(before)
+        .bind::<BigInt, _>(limit)
+        .execute(&mut conn)
+        .await?;
+        Ok(deleted)
     }
 
     /// Forgets what was noticed in the months before one; at most `limit` at a time.
@@ -104,4 +241,8 @@ impl Store {
             .await?;
         Ok(rows.into_iter().map(|row| UserId(row.id)).collect())
     }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

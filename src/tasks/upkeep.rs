@@ -30,6 +30,9 @@ const SWEEP_BATCH: i64 = 5_000;
 /// Of months that are over for as long nothing is noticed any more.
 const NOTICE_MONTHS: u32 = 2;
 
+/// Events are kept for a while after they were delivered.
+const EVENT_RETENTION: TimeDelta = TimeDelta::days(7);
+
 /// API keys are listed for a while after their end.
 const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 
@@ -132,6 +135,11 @@ impl Upkeep {
         sweep("API keys", || store.api_key_sweep(before, SWEEP_BATCH)).await?;
         let before = Period::containing(now).minus_months(NOTICE_MONTHS);
         sweep("notices", || store.quota_notices_sweep(before, SWEEP_BATCH)).await?;
+        let before = now - EVENT_RETENTION;
+        sweep("delivered events", || {
+            store.outbox_sweep(before, SWEEP_BATCH)
+        })
+        .await?;
         // By another task, and later: these are many.
         self.usage.notice_all();
         let settled = self.usage.settle(now).await;

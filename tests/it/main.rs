@@ -20,3 +20,4 @@ mod schema;
 mod transport;
 mod usage;
 mod watch;
+mod webhook;

@@ -6,7 +6,7 @@ use std::{
 };
 
 /// Every room and the rooms that it may name; `*` is all of them.
-const ROOMS: [(&str, &[&str]); 17] = [
+const ROOMS: [(&str, &[&str]); 18] = [
     ("auth", &["store", "model", "error", "config"]),
     ("cli", &["*"]),
     ("client", &["proto"]),
@@ -24,9 +24,13 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("proto", &[]),
     ("server", &["*"]),
     ("store", &["model", "error", "config"]),
-    ("tasks", &["store", "auth", "usage", "model", "error"]),
+    (
+        "tasks",
+        &["store", "auth", "usage", "model", "error", "webhook"],
+    ),
     ("telemetry", &["config"]),
     ("usage", &["store", "model", "error", "config"]),
+    ("webhook", &["config"]),
 ];
 
 /// Libraries, with all that extend their name by an underscore, and the rooms that may name them.
