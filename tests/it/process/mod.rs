@@ -16,6 +16,7 @@ mod stop;
 mod tiers;
 mod upkeep;
 mod usage_commands;
+mod webhook;
 
 use std::{
     path::PathBuf,
