@@ -280,7 +280,7 @@ impl Server {
         if timeout(FIRST_WORDS, usage.ready()).await.is_err() {
             warn!("the database does not answer: no quota can be held yet");
         }
-        let fault = tokio::select! {
+        let mut fault = tokio::select! {
             gone = workers.accept(&listener) => gone.err().map(ServerError::from),
             // Tasks run until they are dropped: one that ends has panicked.
             Some(ended) = health.join_next() => Some(ServerError::Task(ended.err())),
@@ -295,7 +295,7 @@ impl Server {
         health::report(&reporter, &readiness, Readiness::Draining).await;
         // Load balancers may send more until they have noticed.
         tokio::select! {
-            gone = workers.accept(&listener) => gone?,
+            gone = workers.accept(&listener) => fault = fault.or(gone.err().map(ServerError::from)),
             () = sleep(settings.drain_delay) => {}
         }
         drop(listener);

@@ -17,9 +17,9 @@ WHERE drawn_tokens > 0;
 
 -- What the months before `settled_before` drew: they take no late use any more, and are not read again.
 -- Once it is closed, what all months drew.
+ALTER TABLE credit_grants DROP CONSTRAINT credit_grants_check1;
 UPDATE credit_grants SET drawn_tokens = 0 WHERE drawn_tokens IS NULL;
 ALTER TABLE credit_grants
-    DROP CONSTRAINT credit_grants_check1,
     ALTER COLUMN drawn_tokens SET DEFAULT 0,
     ALTER COLUMN drawn_tokens SET NOT NULL,
     ADD COLUMN settled_before text COLLATE "C" CHECK (length(settled_before) = 7);

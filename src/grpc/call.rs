@@ -35,12 +35,16 @@ const DEADLINE_MARGIN: Duration = Duration::from_millis(1);
 
 /// Methods called once per request of somebody else's traffic, or by tools: their successes are no
 /// news.
-const HOT_METHODS: [&str; 7] = [
+const HOT_METHODS: [&str; 11] = [
     "BatchRecordUsage",
     "BatchValidateTokens",
     "Check",
     "CheckQuota",
+    "CommitReservation",
+    "ExtendReservation",
     "RecordUsage",
+    "ReleaseReservation",
+    "ReserveQuota",
     "ServerReflectionInfo",
     "ValidateToken",
 ];

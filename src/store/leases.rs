@@ -11,6 +11,7 @@ use diesel::{
     sql_types::{Array, BigInt, Text, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
@@ -50,7 +51,7 @@ impl Store {
             return Ok(Some(Vec::new()));
         }
         let mut conn = self.conn().await?;
-        conn.transaction::<_, Error, _>(async |conn| {
+        let operated = conn.transaction::<_, Error, _>(async |conn| {
             let live: Option<i64> = Live(replica.0).get_result(conn).await.optional()?;
             let Some(replicas) = live else {
                 return Ok(None);
@@ -92,8 +93,9 @@ impl Store {
             }
             facts.record(&names, conn).await?;
             Ok(Some(all))
-        })
-        .await
+        });
+        let operated = timeout(self.patience(), operated).await;
+        self.answered(conn, operated)
     }
 
     /// What replicas may admit of a user's month, of each model and, `None`, of all.

@@ -1,9 +1,6 @@
 //! Booking events: the one statement that does it, for one or many at once.
 
-use std::{
-    collections::{HashMap, HashSet},
-    time::Duration,
-};
+use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -35,9 +32,6 @@ pub enum UsageInsert {
     Conflict,
 }
 
-/// Beyond the time that Postgres gives a statement: nobody is there any more.
-const SILENCE: Duration = Duration::from_secs(2);
-
 /// What makes an event the same event.
 type Key = (Period, Uuid, Uuid);
 
@@ -53,16 +47,8 @@ impl Store {
     /// `Internal`: none is
     pub async fn usage_insert(&self, bookings: &[&Booking]) -> Result<Vec<UsageInsert>> {
         let mut conn = self.conn().await?;
-        let within = self.statement_timeout + SILENCE;
-        let Ok(inserted) = timeout(within, insert(bookings, &mut conn)).await else {
-            conn.give_up();
-            // They are likely to be no better.
-            self.pool.retain(|_, _| false);
-            return Err(Error::Unavailable(
-                "a batch of usage is not answered".into(),
-            ));
-        };
-        inserted.map_err(|error| match error {
+        let inserted = timeout(self.patience(), insert(bookings, &mut conn)).await;
+        self.answered(conn, inserted).map_err(|error| match error {
             Error::Internal(cause) if is_overflow(&*cause) => Error::TotalOutOfRange,
             error => error,
         })

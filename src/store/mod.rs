@@ -44,7 +44,7 @@ use tokio::{
     runtime::Handle,
     sync::{Mutex, Semaphore, SemaphorePermit},
     task::JoinSet,
-    time::timeout,
+    time::{error::Elapsed, timeout},
 };
 
 use conn::Conn;
@@ -129,6 +129,21 @@ impl Store {
                 session(self.statement_timeout) + LEDGER_SESSION,
             )?,
             ..self.clone()
+        })
+    }
+
+    /// How long a statement is waited for: beyond the time that Postgres gives it nobody is there.
+    fn patience(&self) -> Duration {
+        self.statement_timeout + SILENCE
+    }
+
+    /// What work over a connection brought. One that is not answered ends, and so do those that idle:
+    /// they are likely to be no better.
+    fn answered<T>(&self, conn: Conn, done: Result<Result<T>, Elapsed>) -> Result<T> {
+        done.unwrap_or_else(|silence| {
+            conn.give_up();
+            self.pool.retain(|_, _| false);
+            Err(Error::Unavailable(silence.into()))
         })
     }
 
@@ -225,11 +240,20 @@ fn pool(
         .map_err(Error::internal)
 }
 
+/// Between the statements of a transaction this service does nothing that takes long: one that stops there
+/// must not keep its locks from others.
+const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
+
+/// See [`Store::patience`].
+const SILENCE: Duration = Duration::from_secs(2);
+
 /// What every connection sets first.
 fn session(statement_timeout: Duration) -> String {
     format!(
-        "SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {};",
-        statement_timeout.as_millis()
+        "SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {};
+         SET idle_in_transaction_session_timeout = {};",
+        statement_timeout.as_millis(),
+        IDLE_IN_TRANSACTION.as_millis()
     )
 }
 

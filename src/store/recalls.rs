@@ -8,6 +8,7 @@ use diesel::{
     sql_types::{Array, Text},
 };
 use diesel_async::RunQueryDsl;
+use tokio::time::timeout;
 
 use super::{Store, listening::Listening};
 use crate::{
@@ -31,7 +32,11 @@ impl Store {
     pub async fn recall(&self, replica: ReplicaId, meters: &[MeterName]) -> Result<()> {
         let mut conn = self.conn().await?;
         let recall = Recall(meters.iter().map(|meter| payload(replica, meter)).collect());
-        recall.execute(&mut conn).await?;
+        let told = timeout(self.patience(), async {
+            Ok(recall.execute(&mut conn).await?)
+        });
+        let told = told.await;
+        self.answered(conn, told)?;
         Ok(())
     }
 

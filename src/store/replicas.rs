@@ -11,6 +11,7 @@ use diesel::{
     sql_types::{BigInt, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{Store, leases::Meters, prepared::prepared};
@@ -64,7 +65,11 @@ impl Store {
             ttl_ms: millis(ttl),
             holds_ms: millis(holds),
         };
-        let heard: Option<(DateTime<Utc>, i64)> = beat.get_result(&mut conn).await.optional()?;
+        let beaten = timeout(ttl / 4, async {
+            Ok(beat.get_result(&mut conn).await.optional()?)
+        });
+        let beaten = beaten.await;
+        let heard: Option<(DateTime<Utc>, i64)> = self.answered(conn, beaten)?;
         Ok(heard.map(|(now, replicas)| Heard {
             now,
             replicas: u32::try_from(replicas).unwrap_or(u32::MAX).max(1),

@@ -8,6 +8,7 @@ use diesel::{
     sql_types::{Array, BigInt, Bool, Text, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{Store, prepared::prepared, schema::quota_settlements};
@@ -34,14 +35,17 @@ impl Store {
             holds: ids.clone(),
             kinds: holds.iter().map(|(_, ending)| name_of(*ending)).collect(),
         };
-        insert.execute(&mut conn).await?;
-        // Another statement: what the insert stumbled over is not in its own snapshot.
-        let rows: Vec<(i64, String, i64)> = quota_settlements::table
-            .filter(quota_settlements::replica_id.eq(replica.0))
-            .filter(quota_settlements::hold_id.eq_any(ids))
-            .select(SETTLEMENT)
-            .load(&mut conn)
-            .await?;
+        let rows = timeout(self.patience(), async {
+            insert.execute(&mut conn).await?;
+            // Another statement: what the insert stumbled over is not in its own snapshot.
+            let rows = quota_settlements::table
+                .filter(quota_settlements::replica_id.eq(replica.0))
+                .filter(quota_settlements::hold_id.eq_any(ids))
+                .select(SETTLEMENT);
+            Ok(rows.load(&mut conn).await?)
+        });
+        let rows = rows.await;
+        let rows: Vec<(i64, String, i64)> = self.answered(conn, rows)?;
         rows.into_iter().map(settlement).collect()
     }
 
@@ -78,7 +82,11 @@ impl Store {
         let of_replica = quota_settlements::table
             .filter(quota_settlements::replica_id.eq(replica.0))
             .filter(quota_settlements::hold_id.eq_any(holds));
-        diesel::delete(of_replica).execute(&mut conn).await?;
+        let deleted = timeout(self.patience(), async {
+            Ok(diesel::delete(of_replica).execute(&mut conn).await?)
+        });
+        let deleted = deleted.await;
+        self.answered(conn, deleted)?;
         Ok(())
     }
 

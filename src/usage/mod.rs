@@ -23,7 +23,7 @@ use std::{
 };
 
 use aws_lc_rs::hmac;
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 
 pub use counters::Counters;
@@ -140,6 +140,11 @@ impl Usage {
     /// Waits until quota can be held: the database has been heard of.
     pub async fn ready(&self) {
         self.keeper.heard().await;
+    }
+
+    /// The time of the database, about: what is reserved is of its months.
+    fn now(&self) -> DateTime<Utc> {
+        self.keeper.now().unwrap_or_else(Utc::now)
     }
 
     /// What limits users may have changed.

@@ -107,7 +107,7 @@ impl Usage {
         let wish = wish.look(user, tokens);
         let (decision, quota) = match self.keeper.reserve(&wish).await {
             Reservation::Enough(total) => {
-                let period = Period::containing(Utc::now());
+                let period = Period::containing(self.now());
                 let quota = total.map(|standing| standing.state(period, &user.tier));
                 (Decision::Allowed, quota)
             }
@@ -147,7 +147,7 @@ impl Usage {
         let look = wish.look(user, wish.tokens);
         match self.keeper.reserve_at_once(&look)? {
             Reservation::Enough(total) => {
-                let period = Period::containing(Utc::now());
+                let period = Period::containing(self.now());
                 let quota = total.map(|standing| standing.state(period, &user.tier));
                 Some((Decision::Allowed, quota))
             }

@@ -152,7 +152,7 @@ impl Usage {
                 })
             }
             Reservation::Enough(total) => {
-                let period = Period::containing(Utc::now());
+                let period = Period::containing(self.now());
                 Ok(Reserved {
                     handle: None,
                     tokens: 0,
@@ -298,7 +298,7 @@ impl Usage {
         labels: Labels,
     ) -> Result<(Committed, EventId)> {
         let handle = self.handle(text)?;
-        if let Err(violation) = check_occurred_at(handle.created_at, Utc::now()) {
+        if let Err(violation) = check_occurred_at(handle.created_at, self.now()) {
             return Err(Error::invalid("reservation", violation));
         }
         let event_id = handle.event_id();

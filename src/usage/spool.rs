@@ -5,7 +5,7 @@
 //! out. Here, too, wait the commits that a tier's policy accepts while the database is away.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -51,6 +51,8 @@ struct Shared {
 #[derive(Default)]
 struct Waiting {
     commits: VecDeque<Commit>,
+    /// Whose outcome is being found out.
+    holds: HashSet<HoldName>,
     /// Being booked.
     taken: usize,
     accepted: usize,
@@ -93,13 +95,17 @@ impl Spool {
             }
             let bookings = batch.iter().map(|one| one.booking.clone()).collect();
             let booked = writers.insert(bookings, WhenFull::Wait).await;
-            let mut again = Vec::new();
+            let (mut again, mut ended) = (Vec::new(), Vec::new());
             let taken = batch.len();
             match booked {
                 Ok(booked) => {
                     for (commit, booked) in batch.into_iter().zip(booked) {
                         let booked = settled(booked).and_then(|booked| booked);
-                        again.extend(commit.end(&keeper, &booked));
+                        let hold = commit.hold;
+                        match commit.end(&keeper, &booked) {
+                            Some(commit) => again.push(commit),
+                            None => ended.push(hold),
+                        }
                     }
                 }
                 Err(_) => again = batch,
@@ -108,6 +114,9 @@ impl Spool {
             {
                 let mut waiting = self.waiting();
                 waiting.taken -= taken;
+                for hold in ended {
+                    waiting.holds.remove(&hold);
+                }
                 let accepted = |commits: &VecDeque<Commit>| {
                     commits.iter().filter(|commit| commit.is_accepted).count()
                 };
@@ -123,8 +132,14 @@ impl Spool {
         }
     }
 
+    /// Whether the outcome of a commit of the hold is being found out.
+    fn knows(&self, hold: HoldName) -> bool {
+        self.waiting().holds.contains(&hold)
+    }
+
     fn push(&self, commit: Commit) {
         let mut waiting = self.waiting();
+        waiting.holds.insert(commit.hold);
         waiting.accepted += usize::from(commit.is_accepted);
         waiting.commits.push_back(commit);
         drop(waiting);
@@ -242,7 +257,13 @@ impl<'a> Unsettled<'a> {
 
 impl Drop for Unsettled<'_> {
     fn drop(&mut self) {
-        if let Some(commit) = self.commit.take().filter(|commit| commit.is_begun) {
+        let Some(commit) = self.commit.take().filter(|commit| commit.is_begun) else {
+            return;
+        };
+        if self.spool.knows(commit.hold) {
+            // It finds out for both.
+            self.keeper.end_commit(commit.hold, &[], Outcome::Refused);
+        } else {
             self.spool.push(commit);
         }
     }

@@ -5,7 +5,11 @@ use std::collections::BTreeSet;
 use chrono::Utc;
 use futures_util::future::join_all;
 use tokio_postgres::{Client, NoTls};
-use tollkeeper::{config::Settings, model::Period, store::Migrator};
+use tollkeeper::{
+    config::Settings, model::Period, proto::tollkeeper::admin::v1::GrantCreditsRequest,
+    store::Migrator,
+};
+use uuid::Uuid;
 
 use crate::{
     harness::{RunningServer, TestApp, cluster},
@@ -82,14 +86,28 @@ async fn each_migration_goes_down_to_what_was_there_before_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_in_use_can_be_migrated_down() {
+async fn a_database_in_use_can_be_migrated_down_and_up_again() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
     app.login(&user).await;
     app.record(&event(&user.id)).await.unwrap();
+    let credits = GrantCreditsRequest {
+        user_id: user.id,
+        tokens: 5,
+        request_id: Uuid::now_v7().to_string(),
+        ..GrantCreditsRequest::default()
+    };
+    let mut admin = app.admin(&app.service_key);
+    admin.grant_credits(credits).await.unwrap();
     let url = app.database_url.clone();
     app.stop().await.unwrap();
     let mut migrator = Migrator::connect(&url).await.unwrap();
+    for steps in 1..=5 {
+        for _ in 0..steps {
+            migrator.down().unwrap().unwrap();
+        }
+        assert_eq!(migrator.up().unwrap().len(), steps);
+    }
     down(&mut migrator);
     assert_eq!(
         lines(&connect(&url).await, TABLES).await,

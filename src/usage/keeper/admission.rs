@@ -51,7 +51,7 @@ impl Keeper {
         if wish.mode == Mode::LookOnly {
             mode = Mode::LookOnly;
         }
-        // The meters that were short first, and the operations that had been sent of each by then.
+        // The meters that were short first, and the operation of each that had been sent by then.
         let mut first: Option<Vec<(MeterKey, u64)>> = None;
         loop {
             let answered = inner.answered.notified();
@@ -77,6 +77,20 @@ impl Keeper {
                         // Postgres has no more, and nobody else has any, or did not give it back.
                         _ if is_last && was_told || elsewhere.is_some_and(|tokens| tokens <= 0) => {
                             let standings = inner.standings(keys());
+                            // Others waited as well, and what was asked for was what the least of
+                            // them needed: there is enough, and this look has asked for it.
+                            let suffices = |(_, standing): &(MeterName, Standing)| {
+                                let obtainable = standing.obtainable();
+                                obtainable.is_none_or(|obtainable| obtainable >= tokens)
+                            };
+                            if !standings.is_empty() && standings.iter().all(suffices) {
+                                if is_last {
+                                    return inner.admit_open(wish);
+                                }
+                                first = Some(short);
+                                let _ = timeout_at(until, answered).await;
+                                continue;
+                            }
                             if mode != Mode::AllOrNothing || wish.mode == mode {
                                 return Reservation::Denied(standings);
                             }
@@ -93,8 +107,11 @@ impl Keeper {
                             continue;
                         }
                         Some(_) => {
-                            if let Err(error) = inner.recall(keys()).await {
-                                warn!(%error, "others could not be asked for what they do not use");
+                            match timeout_at(until, inner.recall(keys())).await {
+                                Ok(Ok(())) | Err(_) => {}
+                                Ok(Err(error)) => {
+                                    warn!(%error, "others could not be asked for what they have");
+                                }
                             }
                             wait = (Instant::now() + AGAIN).min(until);
                         }
@@ -118,7 +135,7 @@ impl Keeper {
 enum Tried {
     /// There is nothing to wait for.
     Done(Reservation),
-    /// These meters, with the operations sent of each; and what others have of one of them, if an
+    /// These meters, with the operation of each that was sent last; and what others have of one of them, if an
     /// operation that was sent since the first look has told.
     Short {
         short: Vec<(MeterKey, u64)>,

@@ -11,7 +11,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -126,6 +126,8 @@ struct Inner {
     models: Models,
     /// Something may be leased.
     is_in_use: AtomicBool,
+    /// The shard that is looked at first for what to send.
+    first: AtomicUsize,
     /// There are operations or tombstones to send.
     due: Notify,
     /// A hold needs a longer horizon, up to this reading of the clock.
@@ -156,6 +158,7 @@ impl Keeper {
             shards: (0..SHARDS).map(|_| shard()).collect(),
             models: Models::default(),
             is_in_use: AtomicBool::new(false),
+            first: AtomicUsize::new(0),
             due: Notify::new(),
             wanted_until: AtomicU64::new(0),
             beat: Notify::new(),

@@ -32,7 +32,7 @@ pub(super) struct Shard {
 /// A meter as the operation that was answered last left it.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
-    /// Operations sent, and which of them was answered last.
+    /// The numbers of the operations that were sent and answered last.
     sent: u64,
     answered: u64,
     granted: Tokens,
@@ -153,8 +153,8 @@ impl Shard {
 
     pub(super) fn operations(&mut self, now: Boot, max: usize) -> Vec<(MeterKey, Operation)> {
         let all = self.book.operations(now, max);
-        for (key, _) in &all {
-            self.seen.entry(*key).or_default().sent += 1;
+        for (key, operation) in &all {
+            self.seen.entry(*key).or_default().sent = operation.number;
         }
         all
     }
@@ -171,18 +171,18 @@ impl Shard {
         };
         self.book.answered(key, operation.number, &answer, now);
         let seen = self.seen.entry(key).or_default();
-        seen.answered = seen.sent;
+        seen.answered = operation.number;
         seen.granted = answer.granted;
         seen.balance = Some(operated.balance);
     }
 
-    /// How many operations of a meter were sent.
+    /// The number of the operation of a meter that was sent last.
     pub(super) fn sent(&self, key: MeterKey) -> u64 {
         self.seen.get(&key).map_or(0, |seen| seen.sent)
     }
 
-    /// What others have of a meter, as an operation found that was sent after `sent` others; `None`:
-    /// none was answered yet.
+    /// What others have of a meter, as an operation after number `sent` found; `None`: none was answered
+    /// yet.
     pub(super) fn elsewhere_since(&self, key: MeterKey, sent: u64) -> Option<Tokens> {
         let seen = self.seen.get(&key).filter(|seen| seen.answered > sent)?;
         Some(seen.balance?.leased - seen.granted)

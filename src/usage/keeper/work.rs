@@ -6,7 +6,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::{
-    Inner, Keeper, boot,
+    Inner, Keeper, SHARDS, boot,
     shard::{inward, outward},
 };
 use crate::{
@@ -183,8 +183,11 @@ impl Inner {
     async fn send(&self, id: ReplicaId) -> Option<Result<()>> {
         let now = boot();
         let (mut operations, mut tombstones) = (Vec::new(), Vec::new());
-        for (index, shard) in self.shards.iter().enumerate() {
-            let mut shard = shard.lock();
+        // Each in its turn: what comes up in one again and again keeps none of the others waiting.
+        let first = self.first.fetch_add(1, Ordering::Relaxed);
+        for step in 0..SHARDS {
+            let index = (first + step) % SHARDS;
+            let mut shard = self.shards[index].lock();
             operations.extend(shard.operations(now, BATCH - operations.len()));
             let ended = shard.book.tombstones(BATCH - tombstones.len());
             let ended = ended.into_iter();

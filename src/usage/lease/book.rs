@@ -178,7 +178,7 @@ impl Book {
         if expires > standing.horizon && !is_look {
             return Reserved::Refused(Refusal::BeyondHorizon);
         }
-        if self.holds.len() >= self.bounds.holds {
+        if self.holds.len() >= self.bounds.holds && !is_look {
             return Reserved::Refused(Refusal::Full);
         }
         let mut meters = [NONE; 2];
@@ -190,7 +190,7 @@ impl Book {
             };
             *slot = index;
             let meter = self.meters[index as usize].as_mut().expect("just found");
-            if meter.holds >= self.bounds.holds_per_meter {
+            if meter.holds >= self.bounds.holds_per_meter && !is_look {
                 return Reserved::Refused(Refusal::TooManyHolds);
             }
             let free = meter.available();

@@ -162,7 +162,8 @@ async fn a_real_deadlock_costs_a_retry_at_most() {
     let (channel, key, events) = (app.channel.clone(), app.service_key.clone(), both.clone());
     let call = tokio::spawn(async move { record_batch(&channel, &key, events).await });
     let hung = "SELECT count(*) FROM pg_stat_activity
-         WHERE datname = current_database() AND wait_event_type = 'Lock'";
+         WHERE datname = current_database() AND wait_event_type = 'Lock'
+         AND query LIKE '%INTO usage_records%'";
     eventually("the batch hangs", async || app.count(hung).await == 1).await;
     // The service holds the first user's row and waits for the second's.
     client.batch_execute(&lock(&users[0])).await.unwrap();
