@@ -119,10 +119,6 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
     let measured = measure(plan, &fixture, &runtime);
     runtime.block_on(fixture.close())?;
     let (decide, settle) = measured?;
-    for panel in &decide {
-        panel.print("echo", "none");
-        print_against(panel);
-    }
     for panel in &settle {
         panel.print("record", "none");
     }
@@ -214,7 +210,11 @@ fn measure(
     let redis = Redis::start(fixture)?;
     let mut decide = Vec::new();
     for &in_flight in &plan.in_flight {
-        decide.push(stage.decide(in_flight, redis.as_ref())?);
+        let panel = stage.decide(in_flight, redis.as_ref())?;
+        // Told of as soon as it is done: what follows takes long.
+        panel.print("echo", "none");
+        print_against(&panel);
+        decide.push(panel);
     }
     let mut settle = Vec::new();
     for &in_flight in &plan.in_flight {
@@ -462,10 +462,19 @@ impl Stage<'_> {
                 .map(|number| {
                     let mut client = UsageServiceClient::new(channel.clone());
                     let user = &self.people[load::scattered(number) % self.people.len()];
-                    let request = with_bearer(wish(user), &self.fixture.service_key);
+                    let (wish, key) = (wish(user), &self.fixture.service_key);
                     async move {
-                        let reserved = client.reserve_quota(request?).await?.into_inner();
-                        anyhow::Ok(end(reserved.reservation))
+                        // Many users who were not seen before make the first answers late.
+                        loop {
+                            let request = with_bearer(wish.clone(), key)?;
+                            match client.reserve_quota(request).await {
+                                Err(status) if status.code() == Code::Unavailable => {}
+                                reserved => {
+                                    let reserved = reserved?.into_inner();
+                                    return anyhow::Ok(end(reserved.reservation));
+                                }
+                            }
+                        }
                     }
                 })
                 .buffer_unordered(64)

@@ -247,11 +247,12 @@ const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 /// See [`Store::patience`].
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// What every connection sets first.
+/// What every connection sets first. No statement runs for so long that compiling it would pay, and some
+/// look dear to the planner.
 fn session(statement_timeout: Duration) -> String {
     format!(
         "SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {};
-         SET idle_in_transaction_session_timeout = {};",
+         SET idle_in_transaction_session_timeout = {}; SET jit = off;",
         statement_timeout.as_millis(),
         IDLE_IN_TRANSACTION.as_millis()
     )

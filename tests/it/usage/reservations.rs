@@ -237,7 +237,9 @@ async fn a_request_that_reserved_on_two_servers_is_charged_once() {
     assert_eq!(again.tokens, 30);
     let other = there.reserve(request).await.unwrap();
     let quota = other.quota.unwrap();
-    assert_eq!((quota.held_tokens, quota.remaining_tokens), (60, 100));
+    // And what the first server has ready for the next one.
+    assert!(quota.held_tokens >= 60, "{quota:?}");
+    assert_eq!(quota.remaining_tokens, 100);
     let outcomes = [
         here.commit(&first.reservation, 10).await.unwrap().outcome(),
         there
