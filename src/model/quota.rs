@@ -50,6 +50,11 @@ pub struct TierLimits {
 impl TierLimits {
     /// Most tokens that any limit may be. Many of them add up without overflow.
     pub const MAX_TOKENS: i64 = 1_000_000_000_000_000;
+
+    /// The most that one request may use, when `tokens` are more.
+    pub fn exceeded_by(&self, tokens: i64) -> Option<i64> {
+        self.max_request_tokens.filter(|max| tokens > *max)
+    }
 }
 
 /// What is admitted while the database is away, once what a replica holds is used up.

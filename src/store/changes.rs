@@ -13,7 +13,7 @@ use diesel::{
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
-use super::{Store, listening::Listening};
+use super::{Store, listening::Listening, prepared::prepared};
 use crate::{
     error::{Error, Result},
     model::{Change, Revision, UserId},
@@ -75,13 +75,8 @@ impl QueryFragment<Pg> for Position {
     }
 }
 
-impl QueryId for Position {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for Position {
-    type SqlType = BigInt;
+prepared! {
+    Position => BigInt = Self;
 }
 
 impl ChangeListener {

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Store, usage::UsageRow};
+use super::{Store, prepared::prepared, usage::UsageRow};
 use crate::{
     error::{Error, Result},
     model::{Booking, Period, UsageEvent, UsageRecord},
@@ -181,13 +181,8 @@ impl QueryFragment<Pg> for BookedEvents {
     }
 }
 
-impl QueryId for BookedEvents {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for BookedEvents {
-    type SqlType = UsageRowTypes;
+prepared! {
+    BookedEvents => UsageRowTypes = Self;
 }
 
 /// The types of the columns of [`UsageRow`].
@@ -341,13 +336,8 @@ impl QueryFragment<Pg> for InsertEvent {
     }
 }
 
-impl QueryId for InsertEvent {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for InsertEvent {
-    type SqlType = BigInt;
+prepared! {
+    InsertEvent => BigInt = Self;
 }
 
 fn labels_of(event: &UsageEvent) -> Value {
@@ -433,13 +423,8 @@ fn walk_insert<'b>(
     Ok(())
 }
 
-impl QueryId for InsertEvents {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for InsertEvents {
-    type SqlType = BigInt;
+prepared! {
+    InsertEvents => BigInt = Self;
 }
 
 /// Holds of other replicas that events settle, by their names.
@@ -520,11 +505,6 @@ impl QueryFragment<Pg> for InsertAndSettle {
     }
 }
 
-impl QueryId for InsertAndSettle {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for InsertAndSettle {
-    type SqlType = BigInt;
+prepared! {
+    InsertAndSettle => BigInt = Self;
 }

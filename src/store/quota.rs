@@ -17,6 +17,7 @@ use super::{
     Store,
     audit::audit_insert_in_txn,
     errors::stored,
+    prepared::prepared,
     quota_facts::quota_facts_in_txn,
     schema::{credit_grants, quota_balances, quota_overrides},
 };
@@ -435,13 +436,8 @@ impl QueryFragment<Pg> for LockMonth {
     }
 }
 
-impl QueryId for LockMonth {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for LockMonth {
-    type SqlType = Text;
+prepared! {
+    LockMonth => Text = Self;
 }
 
 struct CloseCredit {
@@ -478,13 +474,8 @@ impl QueryFragment<Pg> for CloseCredit {
     }
 }
 
-impl QueryId for CloseCredit {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for CloseCredit {
-    type SqlType = ();
+prepared! {
+    CloseCredit => () = Self;
 }
 
 #[derive(Queryable, Selectable)]

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Store, errors::stored};
+use super::{Store, errors::stored, prepared::prepared};
 use crate::{
     error::{Error, Result},
     model::{
@@ -183,13 +183,8 @@ impl QueryFragment<Pg> for FactsQuery {
     }
 }
 
-impl QueryId for FactsQuery {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for FactsQuery {
-    type SqlType = (SqlUuid, Text, BigInt, Jsonb);
+prepared! {
+    FactsQuery => (SqlUuid, Text, BigInt, Jsonb) = Self;
 }
 
 /// What the statement puts together; null where there is nothing.

@@ -10,7 +10,7 @@ use diesel::{
 use diesel_async::RunQueryDsl;
 use tokio::time::timeout;
 
-use super::{Store, listening::Listening};
+use super::{Store, listening::Listening, prepared::prepared};
 use crate::{
     error::Result,
     model::{MeterName, ReplicaId},
@@ -112,13 +112,8 @@ impl QueryFragment<Pg> for Recall {
     }
 }
 
-impl QueryId for Recall {
-    type QueryId = Self;
-    const HAS_STATIC_QUERY_ID: bool = true;
-}
-
-impl Query for Recall {
-    type SqlType = Text;
+prepared! {
+    Recall => Text = Self;
 }
 
 #[cfg(test)]

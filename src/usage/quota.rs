@@ -99,18 +99,12 @@ impl Usage {
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
-        let is_too_large = limits
-            .max_request_tokens
-            .is_some_and(|max| wish.tokens > max);
+        let is_too_large = limits.exceeded_by(wish.tokens).is_some();
         // Of a request that is too large it is said all the same how the user stands.
         let tokens = if is_too_large { 1 } else { wish.tokens };
         let wish = wish.look(user, tokens);
         let (decision, quota) = match self.keeper.reserve(&wish).await {
-            Reservation::Enough(total) => {
-                let period = Period::containing(self.now());
-                let quota = total.map(|standing| standing.state(period, &user.tier));
-                (Decision::Allowed, quota)
-            }
+            Reservation::Enough(total) => (Decision::Allowed, self.stands(user, total)),
             Reservation::Denied(meters) => {
                 let decision = match meters.iter().any(|(meter, _)| meter.model.is_none()) {
                     true => Decision::MonthlyLimit,
@@ -138,21 +132,24 @@ impl Usage {
     ) -> Option<(Decision, Option<QuotaState>)> {
         let tiers = self.tiers();
         let limits = tiers.limits_of(&user.tier);
-        let is_too_large = limits
-            .max_request_tokens
-            .is_some_and(|max| wish.tokens > max);
-        if is_too_large || !user.is_active {
+        if limits.exceeded_by(wish.tokens).is_some() || !user.is_active {
             return None;
         }
         let look = wish.look(user, wish.tokens);
         match self.keeper.reserve_at_once(&look)? {
-            Reservation::Enough(total) => {
-                let period = Period::containing(self.now());
-                let quota = total.map(|standing| standing.state(period, &user.tier));
-                Some((Decision::Allowed, quota))
-            }
+            Reservation::Enough(total) => Some((Decision::Allowed, self.stands(user, total))),
             _ => None,
         }
+    }
+
+    /// How a user stands who was found to have enough.
+    pub(super) fn stands(
+        &self,
+        user: &UserStanding,
+        total: Option<Standing>,
+    ) -> Option<QuotaState> {
+        let period = Period::containing(self.now());
+        total.map(|standing| standing.state(period, &user.tier))
     }
 
     /// How the total stands of a user who is short on some meters.

@@ -97,9 +97,7 @@ impl Usage {
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
-        if let Some(limit) = limits.max_request_tokens
-            && request.tokens > limit
-        {
+        if let Some(limit) = limits.exceeded_by(request.tokens) {
             return Err(Error::RequestTooLarge { limit });
         }
         Ok(Wish {
@@ -151,15 +149,12 @@ impl Usage {
                     quota: total.map(|standing| standing.state(period, &user.tier)),
                 })
             }
-            Reservation::Enough(total) => {
-                let period = Period::containing(self.now());
-                Ok(Reserved {
-                    handle: None,
-                    tokens: 0,
-                    expires_at: None,
-                    quota: total.map(|standing| standing.state(period, &user.tier)),
-                })
-            }
+            Reservation::Enough(total) => Ok(Reserved {
+                handle: None,
+                tokens: 0,
+                expires_at: None,
+                quota: self.stands(user, total),
+            }),
             refused => Err(denial(user, limits, refused)),
         }
     }

@@ -214,7 +214,7 @@ impl<'a> Unsettled<'a> {
         booking: Booking,
         hold: HoldName,
     ) -> Self {
-        let is_begun = matches!(keeper.begin_commit(hold), Begun::Commit { .. });
+        let is_begun = keeper.begin_commit(hold) == Begun::Commit;
         let commit = Commit {
             booking,
             hold,

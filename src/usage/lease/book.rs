@@ -88,9 +88,7 @@ pub enum Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begun {
     /// [`Book::end_commit`] must follow once the outcome is certain.
-    Commit {
-        held: Tokens,
-    },
+    Commit,
     Unknown,
 }
 
@@ -317,7 +315,7 @@ impl Book {
         match self.holds.get_mut(id) {
             Some(hold) => {
                 hold.commits += 1;
-                Begun::Commit { held: hold.tokens }
+                Begun::Commit
             }
             None => Begun::Unknown,
         }

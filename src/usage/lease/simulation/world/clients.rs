@@ -228,7 +228,7 @@ impl World {
                 }
                 let replica = &mut self.replicas[index];
                 if own
-                    && let Begun::Commit { .. } = replica.book.begin_commit(id)
+                    && let Begun::Commit = replica.book.begin_commit(id)
                     && self.flaw == Some(Flaw::SpentBeforeBooked)
                 {
                     let outcome = Outcome::Booked { actual, new: true };
