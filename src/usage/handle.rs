@@ -91,9 +91,19 @@ impl Handle {
     }
 }
 
-/// What makes a repeated request the same.
-pub(super) fn request_key(user_id: UserId, request_id: &RequestId) -> RequestKey {
-    RequestKey(event_id(user_id, request_id).0.as_u128())
+/// What makes a repeated request the same: of another model it is another one, for that has limits of
+/// its own.
+pub(super) fn request_key(
+    user_id: UserId,
+    request_id: &RequestId,
+    model: &ModelName,
+) -> RequestKey {
+    let mut hash = digest::Context::new(&digest::SHA256);
+    hash.update(event_id(user_id, request_id).0.as_bytes());
+    hash.update(model.as_str().as_bytes());
+    let hash = hash.finish();
+    let bytes = hash.as_ref()[..16].try_into().expect("it is longer");
+    RequestKey(u128::from_be_bytes(bytes))
 }
 
 /// The same on every replica: version 8 (RFC 9562 §5.8) of a hash of user and request.

@@ -104,7 +104,7 @@ impl Usage {
             user_id: user.id,
             tier: &user.tier,
             model: Some(&request.model),
-            request: request_key(user.id, &request.request_id),
+            request: request_key(user.id, &request.request_id, &request.model),
             tokens: request.tokens,
             mode: request.mode,
             lasts: request.lifetime,
@@ -218,7 +218,7 @@ impl Usage {
             user_id: user.id,
             tier: &user.tier,
             model: Some(&handle.model),
-            request: request_key(user.id, &handle.request_id),
+            request: request_key(user.id, &handle.request_id, &handle.model),
             tokens: handle.tokens,
             mode: Mode::AllOrNothing,
             lasts: lifetime,
@@ -241,7 +241,9 @@ impl Usage {
             expires_at = self.keeper.extend(anew, lifetime).await?;
         }
         let released = self.release_elsewhere(&handle).await;
-        if released.is_err() && !holding.held.replay {
+        // One that the request has here all the same stays, unless the request is over.
+        let is_over = matches!(released, Err(Error::ReservationEnded));
+        if is_over || (released.is_err() && !holding.held.replay) {
             self.keeper.release(anew);
         }
         released?;

@@ -171,8 +171,9 @@ impl Inner {
             model,
         };
         let both = [key(ModelKey::TOTAL), key(model.unwrap_or(ModelKey::TOTAL))];
+        let request = wish.request.within(period);
         let ask = Ask {
-            request: wish.request,
+            request,
             meters: &both[..if model.is_some() { 2 } else { 1 }],
             tokens,
             mode,
@@ -181,7 +182,7 @@ impl Inner {
         let rate = limits.requests_per_minute.filter(|_| wish.is_request);
         let rate = match rate.map(|rate| shard.request(wish.user_id, rate, now)) {
             // A request that has been counted holds what it holds.
-            Some(Err(wait)) if !shard.book.has(wish.request, now) => {
+            Some(Err(wait)) if !shard.book.has(request, now) => {
                 return Tried::Done(Reservation::RateLimited(wait));
             }
             Some(counted) => counted.ok(),
@@ -240,7 +241,7 @@ impl Inner {
             return silence;
         };
         let ask = Ask {
-            request: wish.request,
+            request: wish.request.within(Period::containing(time)),
             meters: &[],
             tokens: wish.tokens,
             mode: wish.mode,

@@ -1,7 +1,7 @@
 //! Holds, in slots that are used again.
 
 use super::meter::Boot;
-use crate::model::{Ending, HoldId, Tokens};
+use crate::model::{Ending, HoldId, Period, Tokens};
 
 impl HoldId {
     fn new(slot: u32, generation: u32) -> Self {
@@ -20,6 +20,15 @@ impl HoldId {
 /// What makes a repeated request the same: a hash of user and request id, 128 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestKey(pub u128);
+
+impl RequestKey {
+    /// The same request in a month: in another one it is another, charged to that.
+    #[must_use]
+    pub fn within(self, period: Period) -> Self {
+        let month = period.start().timestamp().cast_unsigned();
+        Self(self.0 ^ u128::from(month))
+    }
+}
 
 /// A hold as its client is told of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -268,6 +268,28 @@ async fn a_request_that_reserved_on_two_servers_is_charged_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_repeated_for_another_model_meets_that_models_limit() {
+    let (app, _tiers) = with_tiers().await;
+    let client = Client::of(&app);
+    let user = app.user().tier("large").create().await.id;
+    let request = wish(&user, 201);
+    let first = client.reserve(request.clone()).await.unwrap();
+    let of_model = |tokens| ReserveQuotaRequest {
+        model: "gpt-5".to_owned(),
+        tokens,
+        ..request.clone()
+    };
+    let denied = client.reserve(of_model(201)).await.unwrap_err();
+    assert_eq!(reason(&denied), "QUOTA_EXCEEDED");
+    let other = client.reserve(of_model(200)).await.unwrap();
+    assert_eq!(other.tokens, 200);
+    client.commit(&other.reservation, 150).await.unwrap();
+    let both = client.commit(&first.reservation, 150).await.unwrap_err();
+    assert_eq!(reason(&both), "EVENT_CONFLICT");
+    assert_eq!(used(&app, &user).await, 150);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn less_than_wanted_is_held_when_asked_for_and_a_look_holds_nothing() {
     let (app, _tiers) = with_tiers().await;
     let client = Client::of(&app);
