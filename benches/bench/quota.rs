@@ -45,6 +45,9 @@ const RELEASE: &str = "/tollkeeper.usage.v1.UsageService/ReleaseReservation";
 const RECORD: &str = "/tollkeeper.usage.v1.UsageService/RecordUsage";
 
 const CONNECTIONS: usize = 8;
+const WARMING_UP: usize = 1_024;
+/// Fewer than a server keeps at a time, of all turns of a panel together.
+const MAX_HOLDS: usize = 900_000;
 const TOKENS: i64 = 100;
 const MODEL: &str = "a-model";
 
@@ -319,11 +322,16 @@ impl Stage<'_> {
         parts.extend([Part::Select, Part::Upsert]);
         parts.extend(over_redis.as_ref().map(|_| Part::Redis));
         let time = Until::time(options.slice());
+        // What it holds, it holds for minutes.
+        let while_holding = Until {
+            calls: MAX_HOLDS.saturating_sub(2 * self.people.len()) / (options.rounds() + 1),
+            ..time
+        };
         let threads = options.threads();
         let turn = |part: Part| match part {
             Part::Echo => load::run(&echo, &as_long, in_flight, threads, time),
             Part::Check => load::run(&service, &check, in_flight, threads, time),
-            Part::Reserve => load::run(&service, &reserve, in_flight, threads, time),
+            Part::Reserve => load::run(&service, &reserve, in_flight, threads, while_holding),
             Part::Exact => self.exact(&service, in_flight),
             Part::Select => load::run(&select, &check, in_flight, threads, time),
             Part::Upsert => load::run(&upsert, &check, in_flight, threads, time),
@@ -347,7 +355,9 @@ impl Stage<'_> {
             time: Duration::from_secs(120),
             calls: all.len(),
         };
-        let run = || load::run(service, &all, InFlight::new(64, CONNECTIONS), 1, until);
+        // Many at once, so that many leases are had in one transaction.
+        let in_flight = InFlight::new(WARMING_UP, CONNECTIONS);
+        let run = || load::run(service, &all, in_flight, 1, until);
         // A burst of users never seen may take longer than anybody waits; then they are known.
         run()?;
         let slice = run()?;

@@ -8,7 +8,7 @@ use diesel::{
     pg::Pg,
     prelude::*,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
-    sql_types::{Array, BigInt, Text, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Nullable, Text, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use tokio::time::timeout;
@@ -64,6 +64,7 @@ impl Store {
             let facts = Facts::read(&names, tiers, conn).await?;
             let leases = meters.leases_of(replica, conn).await?;
             let replicas = u32::try_from(replicas).unwrap_or(u32::MAX);
+            let bases = facts.record(&names, conn).await?;
             let mut writes = Writes::default();
             let mut all = Vec::with_capacity(operations.len());
             for (name, operation) in operations {
@@ -78,7 +79,8 @@ impl Store {
                         leased,
                         answer,
                     } => {
-                        writes.push(place, lease, leased - balance.leased);
+                        let base = bases.get(name).copied();
+                        writes.push(place, lease, leased - balance.leased, base);
                         (Some(answer), leased)
                     }
                     Carried::Before(answer) => (Some(answer), balance.leased),
@@ -91,7 +93,6 @@ impl Store {
                 let write = WriteLeases(replica.0, writes);
                 write.execute(conn).await?;
             }
-            facts.record(&names, conn).await?;
             Ok(Some(all))
         });
         let operated = timeout(self.patience(), operated).await;
@@ -254,9 +255,14 @@ impl Facts {
         }
     }
 
-    /// Writes down what was decided about the months whose total is locked.
-    async fn record(&self, names: &[&MeterName], conn: &mut AsyncPgConnection) -> Result<()> {
-        let mut bases = Bases::default();
+    /// Writes down what was decided about the months whose total is locked, or answers the limits
+    /// without credits that are to be written with their leases.
+    async fn record<'a>(
+        &self,
+        names: &[&'a MeterName],
+        conn: &mut AsyncPgConnection,
+    ) -> Result<HashMap<&'a MeterName, Tokens>> {
+        let mut bases = HashMap::new();
         for name in names.iter().filter(|name| name.model.is_none()) {
             let Some((facts, limit)) = self.0.get(&(name.user_id, name.period)) else {
                 continue;
@@ -264,15 +270,10 @@ impl Facts {
             if limit.closing().next().is_some() {
                 record_in_txn(facts, limit, conn).await?;
             } else if facts.recorded_base != Some(limit.base_to_record()) {
-                bases.users.push(name.user_id.0);
-                bases.months.push(name.period.to_string());
-                bases.bases.push(limit.base_to_record());
+                bases.insert(*name, limit.base_to_record());
             }
         }
-        if !bases.users.is_empty() {
-            bases.execute(conn).await?;
-        }
-        Ok(())
+        Ok(bases)
     }
 }
 
@@ -282,7 +283,6 @@ prepared! {
     LockBalances<'a> => (SqlUuid, Text, Text, BigInt) = LockBalances<'static>;
     ReadLeases<'a> => (SqlUuid, Text, Text, BigInt, BigInt) = ReadLeases<'static>;
     WriteLeases => () = Self;
-    Bases => () = Self;
 }
 
 /// Keeps the replica from being reaped for as long as the transaction lasts, and lets heartbeats
@@ -359,10 +359,12 @@ struct Writes {
     granted: Vec<i64>,
     numbers: Vec<i64>,
     changes: Vec<i64>,
+    /// The limit without credits, where it is to be written.
+    bases: Vec<Option<i64>>,
 }
 
 impl Writes {
-    fn push(&mut self, place: Place, lease: LeaseRow, change: Tokens) {
+    fn push(&mut self, place: Place, lease: LeaseRow, change: Tokens, base: Option<Tokens>) {
         let Place(user, month, model) = place;
         self.users.push(user);
         self.months.push(month);
@@ -370,6 +372,7 @@ impl Writes {
         self.granted.push(lease.granted);
         self.numbers.push(lease.number.cast_signed());
         self.changes.push(change);
+        self.bases.push(base);
     }
 }
 
@@ -388,8 +391,10 @@ impl QueryFragment<Pg> for WriteLeases {
             out.push_sql(", ");
             out.push_bind_param::<Array<BigInt>, _>(numbers)?;
         }
+        out.push_sql(", ");
+        out.push_bind_param::<Array<Nullable<BigInt>>, _>(&writes.bases)?;
         out.push_sql(
-            ") AS w (user_id, month, model, granted, operation, change)
+            ") AS w (user_id, month, model, granted, operation, change, base)
              ), leases AS (
                  INSERT INTO quota_leases AS l
                      (user_id, month, model, replica_id, granted, operation)
@@ -398,37 +403,15 @@ impl QueryFragment<Pg> for WriteLeases {
         out.push_bind_param::<SqlUuid, _>(replica)?;
         out.push_sql(
             ", granted, operation FROM written
-                 ON CONFLICT (user_id, month, model, replica_id) DO UPDATE SET
+                 ON CONFLICT (replica_id, user_id, month, model) DO UPDATE SET
                      granted = EXCLUDED.granted, operation = EXCLUDED.operation,
                      operated_at = EXCLUDED.operated_at
              )
-             UPDATE quota_balances AS b SET leased = b.leased + w.change
+             UPDATE quota_balances AS b
+             SET leased = b.leased + w.change, base_limit = coalesce(w.base, b.base_limit)
              FROM written AS w
-             WHERE w.change <> 0
+             WHERE (w.change <> 0 OR w.base IS NOT NULL)
                  AND (b.user_id, b.month, b.model) = (w.user_id, w.month, w.model)",
-        );
-        Ok(())
-    }
-}
-
-#[derive(Default)]
-struct Bases {
-    users: Vec<Uuid>,
-    months: Vec<String>,
-    bases: Vec<i64>,
-}
-
-impl QueryFragment<Pg> for Bases {
-    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        out.push_sql("UPDATE quota_balances AS b SET base_limit = n.base FROM unnest(");
-        out.push_bind_param::<Array<SqlUuid>, _>(&self.users)?;
-        out.push_sql(", ");
-        out.push_bind_param::<Array<Text>, _>(&self.months)?;
-        out.push_sql(", ");
-        out.push_bind_param::<Array<BigInt>, _>(&self.bases)?;
-        out.push_sql(
-            ") AS n (user_id, month, base)
-             WHERE b.user_id = n.user_id AND b.month = n.month AND b.model = ''",
         );
         Ok(())
     }

@@ -1,16 +1,24 @@
 //! A connection that hears what is told on a channel.
 
-use std::future::poll_fn;
+use std::{future::poll_fn, sync::Arc, time::Duration};
 
-use tokio::{sync::mpsc, task::JoinSet, time::timeout};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
 
 use super::Store;
 use crate::error::{Error, Result};
 
+/// Between questions whether the other end is still there: a connection that was cut without a word is
+/// silent like one on which nothing is told.
+const PROBE: Duration = Duration::from_secs(2);
+
 /// A connection of its own, outside the pool.
 pub(super) struct Listening {
-    pub(super) client: Client,
+    pub(super) client: Arc<Client>,
     payloads: mpsc::UnboundedReceiver<String>,
     /// Reads the connection; ends with this.
     _reader: JoinSet<()>,
@@ -34,16 +42,25 @@ impl Store {
             .application_name(name)
             .connect_timeout(self.connect_timeout);
         let (client, mut connection) = config.connect(NoTls).await.map_err(unavailable)?;
+        let client = Arc::new(client);
         // Unbounded, but read at once: the reader of the other end does no I/O between messages.
         let (sender, payloads) = mpsc::unbounded_channel();
         let mut reader = JoinSet::new();
+        let probed = Arc::clone(&client);
         reader.spawn(async move {
-            while let Some(Ok(message)) = poll_fn(|cx| connection.poll_message(cx)).await {
-                if let AsyncMessage::Notification(notification) = message
-                    && sender.send(notification.payload().to_owned()).is_err()
-                {
-                    break;
+            let read = async {
+                while let Some(Ok(message)) = poll_fn(|cx| connection.poll_message(cx)).await {
+                    if let AsyncMessage::Notification(notification) = message
+                        && sender.send(notification.payload().to_owned()).is_err()
+                    {
+                        break;
+                    }
                 }
+            };
+            // Either one ends the connection, and with it what is listened to.
+            tokio::select! {
+                () = read => {}
+                () = silence(&probed) => {}
             }
         });
         // What it tells itself has nothing to keep: it need not wait for a disk that stalls.
@@ -56,6 +73,17 @@ impl Store {
             payloads,
             _reader: reader,
         })
+    }
+}
+
+/// Until the other end does not answer.
+async fn silence(client: &Client) {
+    loop {
+        sleep(PROBE).await;
+        let probed = timeout(PROBE, client.simple_query("")).await;
+        if !matches!(probed, Ok(Ok(_))) {
+            return;
+        }
     }
 }
 

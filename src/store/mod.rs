@@ -120,13 +120,25 @@ impl Store {
     /// # Errors
     /// `Internal` when the URL cannot be read.
     pub fn with_ledger_connections(&self, connections: usize) -> Result<Self> {
+        self.with_connections(connections, LEDGER_SESSION.to_owned())
+    }
+
+    /// As [`Store::with_ledger_connections`], for leases.
+    ///
+    /// # Errors
+    /// `Internal` when the URL cannot be read.
+    pub fn with_lease_connections(&self, connections: usize) -> Result<Self> {
+        self.with_connections(connections, format!("{LEASE_SESSION}{LEDGER_SESSION}"))
+    }
+
+    fn with_connections(&self, connections: usize, further: String) -> Result<Self> {
         Ok(Self {
             pool: pool(
                 connections,
                 RecyclingMethod::Fast,
                 &self.url,
                 self.connect_timeout,
-                session(self.statement_timeout) + LEDGER_SESSION,
+                session(self.statement_timeout) + &further,
             )?,
             ..self.clone()
         })
@@ -265,6 +277,11 @@ const LEDGER_SESSION: &str = "
     SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;
     SELECT set_config('synchronous_commit', 'on', false)
     WHERE current_setting('synchronous_commit') = 'off'";
+
+/// What leases set beside that. Their statements join a batch of keys to tables that fill within seconds
+/// of the first plan: each key is looked up, and no plan reads all there is to find a few.
+const LEASE_SESSION: &str = "
+    SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off;";
 
 async fn connect(url: &str, session: &str) -> ConnectionResult<AsyncPgConnection> {
     let mut conn = AsyncPgConnection::establish(url).await?;

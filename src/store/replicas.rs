@@ -90,22 +90,31 @@ impl Store {
                 Ok(Dead.load(conn).await?)
             })
             .await?;
+        // First what others wait for, of all of them: one that cannot be buried keeps nobody else's.
         for replica in &dead {
             while reap_batch(*replica, batch, &mut conn).await? > 0 {}
+        }
+        for replica in &dead {
+            forget_settlements(*replica, batch, &mut conn).await?;
             Bury(*replica).execute(&mut conn).await?;
         }
         Ok(dead.len())
     }
 
-    /// Forgets leases that have been empty for long, and settlements of replicas that are gone.
+    /// Forgets leases that have been empty for long, and settlements of replicas that are gone, at most
+    /// `batch` of these at a time.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn lease_sweep(&self) -> Result<()> {
+    pub async fn lease_sweep(&self, batch: i64) -> Result<()> {
         let mut conn = self.conn().await?;
         let before_ms = millis(FORGET_AFTER);
         ForgetLeases { before_ms }.execute(&mut conn).await?;
-        ForgetSettlements.execute(&mut conn).await?;
+        // What came after its owner had been buried.
+        let orphaned: Vec<Uuid> = Orphaned.load(&mut conn).await?;
+        for replica in orphaned {
+            forget_settlements(replica, batch, &mut conn).await?;
+        }
         Ok(())
     }
 }
@@ -123,6 +132,11 @@ async fn reap_batch(replica: Uuid, batch: i64, conn: &mut AsyncPgConnection) -> 
     .await
 }
 
+async fn forget_settlements(replica: Uuid, batch: i64, conn: &mut AsyncPgConnection) -> Result<()> {
+    while (ForgetSettlements { replica, batch }).execute(conn).await? > 0 {}
+    Ok(())
+}
+
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
@@ -137,6 +151,7 @@ prepared! {
     Bury => () = Self;
     ForgetLeases => () = Self;
     ForgetSettlements => () = Self;
+    Orphaned => SqlUuid = Self;
 }
 
 const MILLISECONDS: &str = " * interval '1 millisecond'";
@@ -256,19 +271,16 @@ impl QueryFragment<Pg> for TakeAway<'_> {
     }
 }
 
-/// A dead replica without leases, with what was told to it.
+/// A dead replica without leases.
 struct Bury(Uuid);
 
 impl QueryFragment<Pg> for Bury {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        out.push_sql("WITH gone AS (DELETE FROM replicas AS r WHERE r.id = ");
+        out.push_sql("DELETE FROM replicas AS r WHERE r.id = ");
         out.push_bind_param::<SqlUuid, _>(&self.0)?;
         out.push_sql(
             " AND r.is_dead
-                 AND NOT EXISTS (SELECT FROM quota_leases AS l WHERE l.replica_id = r.id)
-                 RETURNING r.id
-             )
-             DELETE FROM quota_settlements AS s USING gone WHERE s.replica_id = gone.id",
+             AND NOT EXISTS (SELECT FROM quota_leases AS l WHERE l.replica_id = r.id)",
         );
         Ok(())
     }
@@ -297,13 +309,33 @@ impl QueryFragment<Pg> for ForgetLeases {
     }
 }
 
-/// What came after its owner had been reaped.
-struct ForgetSettlements;
+/// Some of what was told to a replica that is gone.
+struct ForgetSettlements {
+    replica: Uuid,
+    batch: i64,
+}
 
 impl QueryFragment<Pg> for ForgetSettlements {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         out.push_sql(
-            "DELETE FROM quota_settlements AS s
+            "DELETE FROM quota_settlements WHERE (replica_id, hold_id) IN (
+                 SELECT replica_id, hold_id FROM quota_settlements WHERE replica_id = ",
+        );
+        out.push_bind_param::<SqlUuid, _>(&self.replica)?;
+        out.push_sql(" LIMIT ");
+        out.push_bind_param::<BigInt, _>(&self.batch)?;
+        out.push_sql(")");
+        Ok(())
+    }
+}
+
+/// Replicas that are gone and to which something was told.
+struct Orphaned;
+
+impl QueryFragment<Pg> for Orphaned {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "SELECT DISTINCT s.replica_id FROM quota_settlements AS s
              WHERE NOT EXISTS (SELECT FROM replicas AS r WHERE r.id = s.replica_id)",
         );
         Ok(())

@@ -95,7 +95,7 @@ diesel::table! {
 }
 
 diesel::table! {
-    quota_leases (user_id, month, model, replica_id) {
+    quota_leases (replica_id, user_id, month, model) {
         user_id -> Uuid,
         month -> Text,
         model -> Text,

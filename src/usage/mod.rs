@@ -94,7 +94,7 @@ impl Usage {
         let counters = Arc::<Counters>::default();
         let marks = Marks::default();
         let tiers = Arc::new(RwLock::new(Arc::new(tiers)));
-        let leases = store.with_ledger_connections(KEEPER_CONNECTIONS)?;
+        let leases = store.with_lease_connections(KEEPER_CONNECTIONS)?;
         Ok(Self {
             keeper: Keeper::new(leases, tiers.clone(), quota.into()),
             tiers,

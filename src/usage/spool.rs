@@ -100,9 +100,13 @@ impl Spool {
             match booked {
                 Ok(booked) => {
                     for (commit, booked) in batch.into_iter().zip(booked) {
-                        let booked = settled(booked).and_then(|booked| booked);
                         let hold = commit.hold;
-                        match commit.end(&keeper, &booked) {
+                        // What failed with others says nothing about this one.
+                        let tried = match settled(booked) {
+                            Ok(booked) => commit.end(&keeper, &booked),
+                            Err(_) => Some(commit),
+                        };
+                        match tried {
                             Some(commit) => again.push(commit),
                             None => ended.push(hold),
                         }

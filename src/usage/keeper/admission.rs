@@ -18,6 +18,10 @@ use crate::{
     usage::lease::{Ask, Boot, MeterKey, Mode, ModelKey, Refusal, Reserved},
 };
 
+/// So long Postgres is waited for before the tier's policy decides; longer, if others may be asked for
+/// longer.
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// Between attempts while others are asked.
 const AGAIN: Duration = Duration::from_millis(15);
 
@@ -46,7 +50,9 @@ impl Keeper {
     /// Cancel-safe: a dropped future leaves the whole hold, which expires, or none.
     pub async fn reserve(&self, wish: &Wish<'_>) -> Reservation {
         let inner = &*self.0;
-        let until = Instant::now() + inner.settings.recall_bound;
+        let recall_bound = inner.settings.recall_bound;
+        let begun = Instant::now();
+        let mut until = begun + SILENCE.max(recall_bound);
         let (mut mode, mut tokens, mut was_told) = (Mode::AllOrNothing, wish.tokens, false);
         if wish.mode == Mode::LookOnly {
             mode = Mode::LookOnly;
@@ -58,13 +64,17 @@ impl Keeper {
             tokio::pin!(answered);
             // Before it looks, or the answer in between is missed.
             answered.as_mut().enable();
-            let is_last = Instant::now() >= until;
+            let now = Instant::now();
+            let is_last = now >= until;
             let tried = inner.admit(wish, mode, tokens, first.as_deref());
-            let mut wait = until;
+            let (mut wait, mut is_heard) = (until, true);
             match tried {
                 Tried::Done(done) => return done,
-                Tried::Refused(Refusal::BeyondHorizon | Refusal::Fenced) if !is_last => {
+                Tried::Refused(Refusal::BeyondHorizon | Refusal::Fenced)
+                    if now < begun + recall_bound =>
+                {
                     inner.want_until(boot().plus(millis(wish.lasts) + AHEAD_MS));
+                    wait = begun + recall_bound;
                 }
                 Tried::Refused(Refusal::BeyondHorizon | Refusal::Fenced) => {
                     return inner.admit_open(wish);
@@ -72,7 +82,11 @@ impl Keeper {
                 Tried::Refused(refusal) => return Reservation::Refused(refusal),
                 Tried::Short { short, elsewhere } => {
                     let keys = || short.iter().map(|(key, _)| *key);
-                    was_told |= elsewhere.is_some();
+                    if elsewhere.is_some() && !was_told {
+                        // From now on it is others who are waited for.
+                        was_told = true;
+                        until = now + recall_bound;
+                    }
                     match elsewhere {
                         // Postgres has no more, and nobody else has any, or did not give it back.
                         _ if is_last && was_told || elsewhere.is_some_and(|tokens| tokens <= 0) => {
@@ -113,7 +127,9 @@ impl Keeper {
                                     warn!(%error, "others could not be asked for what they have");
                                 }
                             }
-                            wait = (Instant::now() + AGAIN).min(until);
+                            // They need a moment: asking again and again would only keep Postgres
+                            // busy.
+                            (wait, is_heard) = ((Instant::now() + AGAIN).min(until), false);
                         }
                         None if is_last => return inner.admit_open(wish),
                         None => {}
@@ -121,11 +137,10 @@ impl Keeper {
                     first.get_or_insert(short);
                 }
             }
-            if wait < until {
-                // Others need a moment: asking again and again would only keep Postgres busy.
-                sleep_until(wait).await;
+            if is_heard {
+                let _ = timeout_at(wait, answered).await;
             } else {
-                let _ = timeout_at(until, answered).await;
+                sleep_until(wait).await;
             }
         }
     }

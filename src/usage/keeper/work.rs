@@ -290,7 +290,7 @@ impl Inner {
             }
             if forgotten.elapsed() >= FORGET {
                 forgotten = Instant::now();
-                if let Err(error) = self.store.lease_sweep().await {
+                if let Err(error) = self.store.lease_sweep(REAP_BATCH).await {
                     warn!(%error, "leases that are empty stay, to be tried again");
                 }
             }

@@ -65,7 +65,7 @@ impl Default for Pace {
             first_chunk: 4_096,
             max_chunk: 1 << 40,
             grow_within_ms: 10_000,
-            idle_after_ms: 10_000,
+            idle_after_ms: 60_000,
             exact_for_ms: 2_000,
             flush_after_ms: 5_000,
         }

@@ -455,7 +455,7 @@ async fn whoever_settles_a_hold_first_decides_how_it_ended() {
             .is_empty()
     );
     store.settlement_tombstones(stranger, &said).await.unwrap();
-    store.lease_sweep().await.unwrap();
+    store.lease_sweep(100).await.unwrap();
     assert_eq!(
         app.count("SELECT count(*) FROM quota_settlements").await,
         1,
@@ -473,11 +473,11 @@ async fn leases_that_are_empty_are_forgotten_after_a_while() {
         assert_eq!(replica.ask(&meter, 5, granted, granted).await, granted);
         meters.push(meter);
     }
-    replica.store.lease_sweep().await.unwrap();
+    replica.store.lease_sweep(100).await.unwrap();
     assert_eq!(app.count("SELECT count(*) FROM quota_leases").await, 3);
     app.sql("UPDATE quota_leases SET operated_at = now() - interval '1 hour'")
         .await;
-    replica.store.lease_sweep().await.unwrap();
+    replica.store.lease_sweep(100).await.unwrap();
     assert_eq!(app.count("SELECT count(*) FROM quota_leases").await, 1);
     assert_eq!(replica.ask(&meters[0], 6, 3, 3).await, 3);
     assert_eq!(leased(&app).await, 12);
