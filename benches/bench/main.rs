@@ -111,6 +111,9 @@ enum Command {
         /// Users whose quota it is [default: 100000, quick 2000]
         #[arg(long)]
         users: Option<usize>,
+        /// What is measured, beside the echo [default: all]
+        #[arg(long, value_enum, value_delimiter = ',')]
+        parts: Vec<quota::Part>,
     },
     /// Checks quota as one would write it first, until standard input ends
     #[command(hide = true)]
@@ -260,7 +263,9 @@ fn main() -> anyhow::Result<()> {
             options,
             in_flight,
             users,
+            parts,
         } => quota::run(&quota::Plan {
+            parts,
             in_flight: match (in_flight.is_empty(), options.quick) {
                 (true, true) => vec![32],
                 (true, false) => vec![8, 32, 128],

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use prost::Message as _;
 use serde_json::json;
@@ -72,11 +72,19 @@ pub(crate) struct Plan {
     pub(crate) options: Options,
     pub(crate) in_flight: Vec<usize>,
     pub(crate) users: usize,
+    /// Beside the echo; none is all.
+    pub(crate) parts: Vec<Part>,
+}
+
+impl Plan {
+    fn has(&self, part: Part) -> bool {
+        self.parts.is_empty() || part == Part::Echo || self.parts.contains(&part)
+    }
 }
 
 /// What is compared, in the order of the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Part {
     Echo,
     Check,
     Reserve,
@@ -84,6 +92,8 @@ enum Part {
     Select,
     Upsert,
     Redis,
+    /// What ends reservations.
+    Settle,
 }
 
 impl Part {
@@ -96,6 +106,7 @@ impl Part {
             Self::Select => "naive-select",
             Self::Upsert => "naive-upsert",
             Self::Redis => "naive-redis",
+            Self::Settle => "settle",
         }
     }
 
@@ -108,6 +119,7 @@ impl Part {
             Self::Select => "a SELECT for each check, pool of 16".to_owned(),
             Self::Upsert => "an upsert for each check, pool of 16".to_owned(),
             Self::Redis => "an INCRBY for each check, pipelined".to_owned(),
+            Self::Settle => "what ends reservations".to_owned(),
         }
     }
 }
@@ -220,7 +232,7 @@ fn measure(
         decide.push(panel);
     }
     let mut settle = Vec::new();
-    for &in_flight in &plan.in_flight {
+    for &in_flight in plan.in_flight.iter().filter(|_| plan.has(Part::Settle)) {
         settle.push(stage.settle(in_flight)?);
     }
     Ok((decide, settle))
@@ -321,6 +333,7 @@ impl Stage<'_> {
         let mut parts = vec![Part::Echo, Part::Check, Part::Reserve, Part::Exact];
         parts.extend([Part::Select, Part::Upsert]);
         parts.extend(over_redis.as_ref().map(|_| Part::Redis));
+        parts.retain(|part| self.plan.has(*part));
         let time = Until::time(options.slice());
         // What it holds, it holds for minutes.
         let while_holding = Until {
@@ -339,6 +352,7 @@ impl Stage<'_> {
                 let server = over_redis.as_ref().context("there is no Redis")?;
                 load::run(server, &check, in_flight, threads, time)
             }
+            Part::Settle => bail!("that has a panel of its own"),
         };
         let rows = parts
             .iter()

@@ -98,23 +98,29 @@ pub(super) fn request_key(
     request_id: &RequestId,
     model: &ModelName,
 ) -> RequestKey {
-    let mut hash = digest::Context::new(&digest::SHA256);
-    hash.update(event_id(user_id, request_id).0.as_bytes());
-    hash.update(model.as_str().as_bytes());
-    let hash = hash.finish();
-    let bytes = hash.as_ref()[..16].try_into().expect("it is longer");
-    RequestKey(u128::from_be_bytes(bytes))
+    let model = model.as_str().as_bytes();
+    RequestKey(u128::from_be_bytes(hash(user_id, request_id, model)))
 }
 
 /// The same on every replica: version 8 (RFC 9562 §5.8) of a hash of user and request.
 fn event_id(user_id: UserId, request_id: &RequestId) -> EventId {
+    let bytes = hash(user_id, request_id, b"");
+    EventId(Builder::from_custom_bytes(bytes).into_uuid())
+}
+
+fn hash(user_id: UserId, request_id: &RequestId, model: &[u8]) -> [u8; 16] {
+    let request_id = request_id.as_str().as_bytes();
+    let length = u8::try_from(request_id.len()).expect("a name is shorter");
     let mut hash = digest::Context::new(&digest::SHA256);
     hash.update(b"tollkeeper reservation");
     hash.update(user_id.0.as_bytes());
-    hash.update(request_id.as_str().as_bytes());
-    let hash = hash.finish();
-    let bytes = hash.as_ref()[..16].try_into().expect("it is longer");
-    EventId(Builder::from_custom_bytes(bytes).into_uuid())
+    // With its length: nothing else reads like it together with what follows.
+    hash.update(&[length]);
+    hash.update(request_id);
+    hash.update(model);
+    hash.finish().as_ref()[..16]
+        .try_into()
+        .expect("it is longer")
 }
 
 /// Bytes that are still to be read.

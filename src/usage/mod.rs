@@ -17,11 +17,9 @@ mod spool;
 mod tiers;
 mod writer;
 
-use std::{
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use aws_lc_rs::hmac;
 use chrono::{DateTime, Utc};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
@@ -51,7 +49,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Usage {
     store: Store,
-    tiers: Arc<RwLock<Arc<Tiers>>>,
+    tiers: Arc<ArcSwap<Tiers>>,
     /// One at a time: what was found out about the tiers in force is to hold until others are.
     replacing: Arc<Mutex<()>>,
     writers: Writers,
@@ -93,7 +91,7 @@ impl Usage {
     ) -> Result<Self> {
         let counters = Arc::<Counters>::default();
         let marks = Marks::default();
-        let tiers = Arc::new(RwLock::new(Arc::new(tiers)));
+        let tiers = Arc::new(ArcSwap::from_pointee(tiers));
         let leases = store.with_lease_connections(KEEPER_CONNECTIONS)?;
         Ok(Self {
             keeper: Keeper::new(leases, tiers.clone(), quota.into()),
@@ -203,8 +201,7 @@ impl Usage {
 
     /// The tiers as they are configured now.
     pub fn tiers(&self) -> Arc<Tiers> {
-        let tiers = self.tiers.read();
-        tiers.unwrap_or_else(PoisonError::into_inner).clone()
+        self.tiers.load_full()
     }
 
     /// Puts other tiers in force, for the next call on; [`Usage::settle`] is due then.
@@ -224,7 +221,7 @@ impl Usage {
                 return Err(ReplaceError::Removed(used));
             }
         }
-        *self.tiers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(tiers);
+        self.tiers.store(Arc::new(tiers));
         self.keeper.all_limits_changed();
         self.marks.add_all();
         Ok(())

@@ -130,7 +130,7 @@ impl Usage {
         user: &UserStanding,
         wish: &QuotaWish,
     ) -> Option<(Decision, Option<QuotaState>)> {
-        let tiers = self.tiers();
+        let tiers = self.tiers.load();
         let limits = tiers.limits_of(&user.tier);
         if limits.exceeded_by(wish.tokens).is_some() || !user.is_active {
             return None;

@@ -76,7 +76,7 @@ impl Usage {
 
     /// [`Usage::reserve`], if memory says yes; `None`: it may say so yet.
     pub fn reserve_at_once(&self, user: &UserStanding, request: &QuotaRequest) -> Option<Reserved> {
-        let tiers = self.tiers();
+        let tiers = self.tiers.load();
         let limits = tiers.limits_of(&user.tier);
         let wish = self.wish(user, limits, request).ok()?;
         let reservation = self.keeper.reserve_at_once(&wish)?;

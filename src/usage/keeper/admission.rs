@@ -168,7 +168,7 @@ impl Inner {
         first: Option<&[(MeterKey, u64)]>,
     ) -> Tried {
         let index = self.index_of(wish.user_id);
-        let tiers = self.tiers();
+        let tiers = self.tiers.load();
         let limits = tiers.limits_of(wish.tier);
         let model = wish
             .model
@@ -204,7 +204,10 @@ impl Inner {
             None => None,
         };
         let standing = shard.admission(now);
-        self.is_in_use.store(true, Ordering::Relaxed);
+        // Written seldom: every thread looks at it.
+        if !self.is_in_use.load(Ordering::Relaxed) {
+            self.is_in_use.store(true, Ordering::Relaxed);
+        }
         let reserved = shard.book.reserve(&ask, &standing);
         // What the hold made due too: it asks for more before there is nothing left.
         if shard.book.is_due() {
@@ -243,7 +246,7 @@ impl Inner {
     /// What the tier's policy admits while Postgres is silent.
     fn admit_open(&self, wish: &Wish<'_>) -> Reservation {
         let silence = Reservation::Refused(Refusal::Fenced);
-        let tiers = self.tiers();
+        let tiers = self.tiers.load();
         let limits = tiers.limits_of(wish.tier);
         let OnOutage::Open { open_tokens } = limits.on_outage else {
             return silence;

@@ -10,12 +10,13 @@ mod work;
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use chrono::{DateTime, Utc};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
@@ -120,7 +121,7 @@ pub struct Keeper(Arc<Inner>);
 
 struct Inner {
     store: Store,
-    tiers: Arc<RwLock<Arc<Tiers>>>,
+    tiers: Arc<ArcSwap<Tiers>>,
     settings: KeeperSettings,
     shards: Box<[Locked]>,
     models: Models,
@@ -141,7 +142,7 @@ struct Inner {
 
 impl Keeper {
     /// Admits nothing before [`Keeper::run`] has been heard by Postgres.
-    pub fn new(store: Store, tiers: Arc<RwLock<Arc<Tiers>>>, settings: KeeperSettings) -> Self {
+    pub fn new(store: Store, tiers: Arc<ArcSwap<Tiers>>, settings: KeeperSettings) -> Self {
         let bounds = Bounds {
             holds: settings.bounds.holds.div_ceil(SHARDS),
             meters: settings.bounds.meters.div_ceil(SHARDS),
@@ -338,11 +339,6 @@ impl Inner {
 
     fn wanted(&self) -> Boot {
         Boot(self.wanted_until.load(Ordering::Acquire))
-    }
-
-    fn tiers(&self) -> Arc<Tiers> {
-        let tiers = self.tiers.read();
-        tiers.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn index_of(&self, user: UserId) -> usize {

@@ -1,12 +1,12 @@
 //! One shard: a book, whose it is, and what Postgres said last.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::super::lease::{
-    self, Book, Boot, Bounds, Gcra, Heartbeat, HoldId, Lasting, MeterKey, Operation, Pace, Rate,
-    Registration, Tokens,
+    self, Book, Boot, Bounds, Gcra, Heartbeat, HoldId, Lasting, Map, MeterKey, Operation, Pace,
+    Rate, Registration, Tokens,
 };
 use crate::{
     model::{Balance, Period, QuotaState, ReplicaId, TierName, UserId},
@@ -21,9 +21,9 @@ pub(super) struct Shard {
     pub(super) registration: Registration,
     /// The time of Postgres, when the clock showed this.
     clock: Option<(DateTime<Utc>, Boot)>,
-    seen: HashMap<MeterKey, Seen>,
+    seen: Map<MeterKey, Seen>,
     /// Requests a minute, of those who have not been quiet for that long.
-    rates: HashMap<UserId, Gcra>,
+    rates: Map<UserId, Gcra>,
     /// Replicas that share a rate.
     replicas: u32,
     forgot_at: Boot,
@@ -95,8 +95,8 @@ impl Shard {
             lasting,
             registration: Registration::new(lasting),
             clock: None,
-            seen: HashMap::new(),
-            rates: HashMap::new(),
+            seen: Map::default(),
+            rates: Map::default(),
             replicas: 1,
             forgot_at: Boot(0),
         }
@@ -206,9 +206,11 @@ impl Shard {
         })
     }
 
-    /// Looks after a part of the book, and forgets what the book has forgotten.
-    pub(super) fn sweep(&mut self, now: Boot, budget: usize) {
-        self.book.sweep(now, budget);
+    /// Looks after a tenth of the book, and forgets what the book has forgotten.
+    pub(super) fn sweep(&mut self, now: Boot) {
+        let entries = self.book.holds().max(self.book.meters());
+        self.book
+            .sweep(now, entries.div_ceil(10).max(SWEEP_AT_LEAST));
         if now.since(self.forgot_at) >= FORGET_EVERY_MS {
             self.forgot_at = now;
             self.rates.retain(|_, state| !state.is_fresh(nanos(now)));
@@ -239,6 +241,9 @@ impl Shard {
         all
     }
 }
+
+/// Of holds, and of meters, in one sweep: few are all looked at each time.
+const SWEEP_AT_LEAST: usize = 64;
 
 /// Between looks at all that may be forgotten.
 const FORGET_EVERY_MS: u64 = 5_000;

@@ -15,10 +15,8 @@ use crate::{
     usage::lease::{Ended, MeterKey},
 };
 
-/// Between looks at what has expired or lies idle.
+/// Between looks at a tenth of what may have expired or lie idle.
 const SWEEP: Duration = Duration::from_millis(100);
-/// Of each shard.
-const SWEEP_BUDGET: usize = 2_000;
 
 /// Operations of a transaction.
 const BATCH: usize = 500;
@@ -160,7 +158,7 @@ impl Inner {
                     let mut meters = 0;
                     for shard in &self.shards {
                         let mut shard = shard.lock();
-                        shard.sweep(now, SWEEP_BUDGET);
+                        shard.sweep(now);
                         meters += shard.book.meters();
                     }
                     self.is_in_use.store(meters > 0, Ordering::Relaxed);
@@ -210,7 +208,7 @@ impl Inner {
             .iter()
             .map(|(key, operation)| (self.models.name_of(*key), *operation))
             .collect();
-        let tiers = self.tiers();
+        let tiers = self.tiers.load_full();
         let operated = self.store.lease_operations(id, &named, &tiers).await;
         let now = boot();
         if let Ok(Some(operated)) = &operated {

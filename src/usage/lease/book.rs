@@ -129,7 +129,6 @@ pub struct Book {
     empty: Vec<u32>,
     by_key: Map<MeterKey, u32>,
     holds: Holds,
-    by_request: Map<RequestKey, HoldId>,
     due: VecDeque<u32>,
     limbo: VecDeque<HoldId>,
     allowances: Map<UserId, Tokens>,
@@ -149,7 +148,6 @@ impl Book {
             empty: Vec::new(),
             by_key: Map::default(),
             holds: Holds::default(),
-            by_request: Map::default(),
             due: VecDeque::new(),
             limbo: VecDeque::new(),
             allowances: Map::default(),
@@ -585,8 +583,7 @@ impl Book {
     }
 
     fn live_hold(&mut self, request: RequestKey, now: Boot) -> Option<Held> {
-        let id = *self.by_request.get(&request)?;
-        let hold = self.holds.get_mut(id)?;
+        let (id, hold) = self.holds.of_request(request)?;
         (hold.state == State::Live && hold.expires > now).then_some(Held {
             id,
             tokens: hold.tokens,
@@ -603,7 +600,7 @@ impl Book {
         expires: Boot,
         is_open: bool,
     ) -> HoldId {
-        let id = self.holds.insert(Hold {
+        self.holds.insert(Hold {
             request: ask.request,
             is_open,
             meters,
@@ -611,9 +608,7 @@ impl Book {
             expires,
             state: State::Live,
             commits: 0,
-        });
-        self.by_request.insert(ask.request, id);
-        id
+        })
     }
 
     /// A hold is over; `actual` of it is booked.
@@ -631,6 +626,7 @@ impl Book {
         }
         if hold.commits > 0 {
             hold.state = State::Over;
+            self.holds.forget_request(id, request);
         } else {
             self.holds.remove(id);
         }
@@ -639,9 +635,6 @@ impl Book {
             meter
                 .expect("a meter with holds is kept")
                 .end_hold(tokens, actual);
-        }
-        if self.by_request.get(&request) == Some(&id) {
-            self.by_request.remove(&request);
         }
     }
 

@@ -2,12 +2,12 @@
 
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub(super) type Map<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<Mix>>;
+pub(in crate::usage) type Map<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<Mix>>;
 
 /// Multiplies and folds: a few cycles, where the default hash takes tens of nanoseconds to resist
 /// keys that an attacker chose. Clients choose none of ours; a request's key is a hash already.
 #[derive(Default)]
-pub(super) struct Mix(u64);
+pub(in crate::usage) struct Mix(u64);
 
 impl Mix {
     fn mix(&mut self, value: u64) {

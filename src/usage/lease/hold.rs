@@ -1,5 +1,7 @@
 //! Holds, in slots that are used again.
 
+use hashbrown::HashTable;
+
 use super::meter::Boot;
 use crate::model::{Ending, HoldId, Period, Tokens};
 
@@ -27,6 +29,11 @@ impl RequestKey {
     pub fn within(self, period: Period) -> Self {
         let month = period.start().timestamp().cast_unsigned();
         Self(self.0 ^ u128::from(month))
+    }
+
+    /// It is a hash already.
+    fn hash(self) -> u64 {
+        self.0 as u64
     }
 }
 
@@ -67,11 +74,13 @@ pub(super) struct Hold {
     pub(super) commits: u32,
 }
 
-/// Holds by id: a look-up is an index and a comparison.
+/// Holds by id, where a look-up is an index and a comparison, and by request.
 #[derive(Debug, Default)]
 pub(super) struct Holds {
     slots: Vec<(u32, Option<Hold>)>,
     empty: Vec<u32>,
+    /// The slot of each request's hold, the latest one's.
+    by_request: HashTable<u32>,
 }
 
 impl Holds {
@@ -86,6 +95,7 @@ impl Holds {
     /// Forgets all holds and no generation: an id never comes again.
     pub(super) fn clear(&mut self) {
         self.empty.clear();
+        self.by_request.clear();
         for (slot, (_, hold)) in self.slots.iter_mut().enumerate() {
             *hold = None;
             self.empty.push(slot as u32);
@@ -100,8 +110,35 @@ impl Holds {
         let (generation, place) = &mut self.slots[slot as usize];
         debug_assert!(place.is_none());
         *generation = generation.wrapping_add(1).max(1);
+        let request = hold.request;
         *place = Some(hold);
-        HoldId::new(slot, *generation)
+        let id = HoldId::new(slot, *generation);
+        let slots = &self.slots;
+        let is_same = |slot: &u32| request_in(slots, *slot) == Some(request);
+        match self.by_request.find_mut(request.hash(), is_same) {
+            Some(latest) => *latest = slot,
+            None => {
+                let hash = |slot: &u32| request_in(slots, *slot).map_or(0, RequestKey::hash);
+                self.by_request.insert_unique(request.hash(), slot, hash);
+            }
+        }
+        id
+    }
+
+    /// The latest hold of a request.
+    pub(super) fn of_request(&mut self, request: RequestKey) -> Option<(HoldId, &mut Hold)> {
+        let slots = &self.slots;
+        let is_same = |slot: &u32| request_in(slots, *slot) == Some(request);
+        let slot = *self.by_request.find(request.hash(), is_same)?;
+        self.at(slot as usize)
+    }
+
+    /// The request has no hold any more, if this is its latest.
+    pub(super) fn forget_request(&mut self, id: HoldId, request: RequestKey) {
+        let is_latest = |slot: &u32| *slot as usize == id.slot();
+        if let Ok(entry) = self.by_request.find_entry(request.hash(), is_latest) {
+            entry.remove();
+        }
     }
 
     pub(super) fn get_mut(&mut self, id: HoldId) -> Option<&mut Hold> {
@@ -110,7 +147,8 @@ impl Holds {
     }
 
     pub(super) fn remove(&mut self, id: HoldId) -> Option<Hold> {
-        self.get_mut(id)?;
+        let request = self.get_mut(id)?.request;
+        self.forget_request(id, request);
         self.empty.push(id.slot() as u32);
         self.slots[id.slot()].1.take()
     }
@@ -121,4 +159,9 @@ impl Holds {
         let id = HoldId::new(slot as u32, *generation);
         Some((id, hold.as_mut()?))
     }
+}
+
+fn request_in(slots: &[(u32, Option<Hold>)], slot: u32) -> Option<RequestKey> {
+    let (_, hold) = slots.get(slot as usize)?;
+    hold.as_ref().map(|hold| hold.request)
 }

@@ -18,6 +18,7 @@ pub use book::{
     Answered, Ask, Begun, Book, Bounds, Ended, Mode, Outcome, Refusal, Reserved, Sight,
 };
 pub use gcra::{Gcra, Rate};
+pub(super) use hash::Map;
 pub use hold::{Held, RequestKey};
 pub use meter::{Boot, MeterKey, ModelKey, Pace};
 pub use registration::{Heartbeat, Lasting, Registration, Standing};

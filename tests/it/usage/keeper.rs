@@ -1,10 +1,8 @@
 //! Keepers of leases, two and more on one database.
 
-use std::{
-    sync::{Arc, RwLock},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use chrono::Utc;
 use futures_util::future::join_all;
 use tokio::{task::JoinHandle, time::Instant};
@@ -69,7 +67,7 @@ impl Replica {
 
     async fn start_with(app: &TestApp, settings: KeeperSettings) -> Self {
         let store = Store::new(&app.settings().database).unwrap();
-        let tiers = Arc::new(RwLock::new(app.running().usage.tiers()));
+        let tiers = Arc::new(ArcSwap::new(app.running().usage.tiers()));
         let keeper = Keeper::new(store, tiers, settings);
         let run = tokio::spawn(keeper.clone().run());
         let lasts = settings.hold;
