@@ -46,6 +46,9 @@ struct Timestamp {
     seconds: i64,
 }
 
+/// Makes a long answer about as long as that to a `ReserveQuota`, which carries a signed handle.
+const LONG: usize = 150;
+
 #[derive(Clone, Copy)]
 pub(crate) struct Echo;
 
@@ -79,13 +82,16 @@ impl UnaryService<ValidateTokenRequest> for Answer {
     type Response = ValidateTokenResponse;
     type Future = future::Ready<Result<Response<ValidateTokenResponse>, Status>>;
 
-    fn call(&mut self, _request: Request<ValidateTokenRequest>) -> Self::Future {
+    fn call(&mut self, request: Request<ValidateTokenRequest>) -> Self::Future {
         let time = Timestamp {
             seconds: 1_800_000_000,
         };
         future::ready(Ok(Response::new(ValidateTokenResponse {
             user_id: "01934567-89ab-7def-8123-456789abcdef".to_owned(),
-            username: "person-00042".to_owned(),
+            username: match request.get_ref().include_quota {
+                true => "p".repeat(LONG),
+                false => "person-00042".to_owned(),
+            },
             tier: "free".to_owned(),
             role: 1,
             session_id: "01934567-89ab-7def-8123-456789abcdee".to_owned(),

@@ -86,6 +86,7 @@ impl Plan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Part {
     Echo,
+    LongEcho,
     Check,
     Reserve,
     Exact,
@@ -100,6 +101,7 @@ impl Part {
     fn name(self) -> &'static str {
         match self {
             Self::Echo => "echo",
+            Self::LongEcho => "long-echo",
             Self::Check => "check",
             Self::Reserve => "reserve",
             Self::Exact => "exact",
@@ -113,6 +115,7 @@ impl Part {
     fn title(self, users: usize) -> String {
         match self {
             Self::Echo => "no-op echo, our build, thread per core".to_owned(),
+            Self::LongEcho => "the same, answers as long as ReserveQuota's".to_owned(),
             Self::Check => format!("CheckQuota, {users} users"),
             Self::Reserve => format!("ReserveQuota from leases, {users} users"),
             Self::Exact => "ReserveQuota of users near their limit".to_owned(),
@@ -158,7 +161,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
         base_title: "the no-op echo on the same serving shape",
         cpu_of: "the server per call",
         unit: "calls",
-        grey: &["echo", "naive"],
+        grey: &["echo", "long-echo", "naive"],
     };
     report::write_chart(folder, "quota", &chart, &decide)?;
     println!(
@@ -174,9 +177,9 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is done in memory, as multiples of asking each time.
+/// What is done in memory, as multiples of an echo of its length and of asking each time.
 fn print_against(panel: &Panel) {
-    let asked = ["naive-select", "naive-upsert", "naive-redis"];
+    let asked = ["long-echo", "naive-select", "naive-upsert", "naive-redis"];
     for row in ["check", "reserve", "exact"]
         .iter()
         .filter_map(|part| panel.row(part))
@@ -281,6 +284,16 @@ impl Stage<'_> {
         Some(&self.fixture.service_key)
     }
 
+    /// Requests as long as those that reserve.
+    fn echo(&self, are_answers_long: bool) -> Calls {
+        let request = |id: &String| ValidateTokenRequest {
+            token: format!("{id}{:0>72}", ""),
+            include_quota: are_answers_long,
+        };
+        let all = self.people.iter().map(|id| request(id).encode_to_vec());
+        Calls::new(VALIDATE, self.caller(), all, Code::Ok).drawn_at_random()
+    }
+
     fn check(&self) -> Calls {
         let request = |id: &String| CheckQuotaRequest {
             user_id: id.clone(),
@@ -317,20 +330,11 @@ impl Stage<'_> {
             .map(|redis| naive(Shape::Redis, &redis.address))
             .transpose()?;
         let (check, reserve) = (self.check(), self.reserve());
-        // As long as what is reserved with.
-        let as_long = self.people.iter().map(|id| {
-            let token = format!("{id}{:0>72}", "");
-            ValidateTokenRequest {
-                token,
-                ..ValidateTokenRequest::default()
-            }
-            .encode_to_vec()
-        });
-        let as_long = Calls::new(VALIDATE, self.caller(), as_long, Code::Ok).drawn_at_random();
+        let (short_answers, long_answers) = (self.echo(false), self.echo(true));
         self.warm_up(&service)?;
 
         let in_flight = InFlight::new(total, CONNECTIONS);
-        let mut parts = vec![Part::Echo, Part::Check, Part::Reserve, Part::Exact];
+        let mut parts = vec![Part::Echo, Part::LongEcho, Part::Check, Part::Reserve, Part::Exact];
         parts.extend([Part::Select, Part::Upsert]);
         parts.extend(over_redis.as_ref().map(|_| Part::Redis));
         parts.retain(|part| self.plan.has(*part));
@@ -342,7 +346,8 @@ impl Stage<'_> {
         };
         let threads = options.threads();
         let turn = |part: Part| match part {
-            Part::Echo => load::run(&echo, &as_long, in_flight, threads, time),
+            Part::Echo => load::run(&echo, &short_answers, in_flight, threads, time),
+            Part::LongEcho => load::run(&echo, &long_answers, in_flight, threads, time),
             Part::Check => load::run(&service, &check, in_flight, threads, time),
             Part::Reserve => load::run(&service, &reserve, in_flight, threads, while_holding),
             Part::Exact => self.exact(&service, in_flight),

@@ -231,7 +231,7 @@ impl Inner {
             Reserved::Refused(refusal) => Tried::Refused(refusal),
             Reserved::Short(keys) => {
                 let keys = keys.into_iter().flatten();
-                let short: Vec<_> = keys.map(|key| (key, shard.sent(key))).collect();
+                let short: Vec<_> = keys.map(|key| (key, shard.book.sent(key))).collect();
                 let since = |key: MeterKey| {
                     let (_, sent) = first?.iter().find(|(of, _)| *of == key)?;
                     shard.elsewhere_since(key, *sent)

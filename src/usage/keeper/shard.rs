@@ -6,10 +6,10 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::super::lease::{
     self, Book, Boot, Bounds, Gcra, Heartbeat, HoldId, Lasting, Map, MeterKey, Operation, Pace,
-    Rate, Registration, Tokens,
+    Rate, Registration, Tokens, Told,
 };
 use crate::{
-    model::{Balance, Period, QuotaState, ReplicaId, TierName, UserId},
+    model::{Period, QuotaState, ReplicaId, TierName, UserId},
     store::{Heard, Operated},
 };
 
@@ -21,22 +21,11 @@ pub(super) struct Shard {
     pub(super) registration: Registration,
     /// The time of Postgres, when the clock showed this.
     clock: Option<(DateTime<Utc>, Boot)>,
-    seen: Map<MeterKey, Seen>,
     /// Requests a minute, of those who have not been quiet for that long.
     rates: Map<UserId, Gcra>,
     /// Replicas that share a rate.
     replicas: u32,
     forgot_at: Boot,
-}
-
-/// A meter as the operation that was answered last left it.
-#[derive(Clone, Copy, Debug, Default)]
-struct Seen {
-    /// The numbers of the operations that were sent and answered last.
-    sent: u64,
-    answered: u64,
-    granted: Tokens,
-    balance: Option<Balance>,
 }
 
 /// How a meter stands, as far as it is known here.
@@ -95,7 +84,6 @@ impl Shard {
             lasting,
             registration: Registration::new(lasting),
             clock: None,
-            seen: Map::default(),
             rates: Map::default(),
             replicas: 1,
             forgot_at: Boot(0),
@@ -107,7 +95,6 @@ impl Shard {
         self.owner = owner;
         self.book.reset();
         self.registration = Registration::new(self.lasting);
-        self.seen.clear();
     }
 
     pub(super) fn heard(&mut self, heartbeat: &Heartbeat, heard: &Heard, at: Boot) {
@@ -151,14 +138,6 @@ impl Shard {
         heard.checked_add_signed(TimeDelta::milliseconds(since))
     }
 
-    pub(super) fn operations(&mut self, now: Boot, max: usize) -> Vec<(MeterKey, Operation)> {
-        let all = self.book.operations(now, max);
-        for (key, operation) in &all {
-            self.seen.entry(*key).or_default().sent = operation.number;
-        }
-        all
-    }
-
     pub(super) fn answered(
         &mut self,
         key: MeterKey,
@@ -170,27 +149,25 @@ impl Shard {
             return;
         };
         self.book.answered(key, operation.number, &answer, now);
-        let seen = self.seen.entry(key).or_default();
-        seen.answered = operation.number;
-        seen.granted = answer.granted;
-        seen.balance = Some(operated.balance);
-    }
-
-    /// The number of the operation of a meter that was sent last.
-    pub(super) fn sent(&self, key: MeterKey) -> u64 {
-        self.seen.get(&key).map_or(0, |seen| seen.sent)
+        let told = Told {
+            number: operation.number,
+            granted: answer.granted,
+            balance: operated.balance,
+        };
+        self.book.tell(key, told);
     }
 
     /// What others have of a meter, as an operation after number `sent` found; `None`: none was answered
     /// yet.
     pub(super) fn elsewhere_since(&self, key: MeterKey, sent: u64) -> Option<Tokens> {
-        let seen = self.seen.get(&key).filter(|seen| seen.answered > sent)?;
-        Some(seen.balance?.leased - seen.granted)
+        let told = self.book.told(key).filter(|told| told.number > sent)?;
+        Some(told.balance.leased - told.granted)
     }
 
     pub(super) fn standing(&self, key: MeterKey) -> Option<Standing> {
-        let seen = self.seen.get(&key)?;
-        let balance = seen.balance?;
+        let Told {
+            granted, balance, ..
+        } = self.book.told(key)?;
         let sight = self.book.sight(key)?;
         Some(Standing {
             limit: balance.limit,
@@ -199,42 +176,42 @@ impl Shard {
                 let used = balance.committed.saturating_add(balance.leased);
                 limit.saturating_sub(used).max(0)
             }),
-            elsewhere: balance.leased - seen.granted,
+            elsewhere: balance.leased - granted,
             free: sight.free,
             held: sight.held,
             spent: sight.spent,
         })
     }
 
-    /// Looks after a tenth of the book, and forgets what the book has forgotten.
+    /// Looks after a tenth of the book, and forgets who has been quiet.
     pub(super) fn sweep(&mut self, now: Boot) {
         let entries = self.book.holds().max(self.book.meters());
-        self.book
-            .sweep(now, entries.div_ceil(10).max(SWEEP_AT_LEAST));
+        let entries = u32::try_from(entries).unwrap_or(u32::MAX);
+        let budget = entries.div_ceil(10).max(SWEEP_AT_LEAST);
+        self.book.sweep(now, budget);
         if now.since(self.forgot_at) >= FORGET_EVERY_MS {
             self.forgot_at = now;
             self.rates.retain(|_, state| !state.is_fresh(nanos(now)));
-            let book = &self.book;
-            self.seen.retain(|key, _| book.sight(*key).is_some());
         }
     }
 
     /// Limits have changed: of one user, or of everybody.
     pub(super) fn outdate(&mut self, user: Option<UserId>, now: Boot) {
-        let of_user = |key: &&MeterKey| user.is_none_or(|user| key.user == user);
-        for key in self.seen.keys().filter(of_user) {
-            self.book.outdate(*key, now);
+        let of_user = |key: &MeterKey| user.is_none_or(|user| key.user == user);
+        let all: Vec<MeterKey> = self.book.keys().filter(of_user).collect();
+        for key in all {
+            self.book.outdate(key, now);
         }
     }
 
     /// Asks for all that is not held to be given back; answers how much that is.
     pub(super) fn recall_all(&mut self, now: Boot) -> Tokens {
         let mut all = 0;
-        for key in self.seen.keys() {
-            let sight = self.book.sight(*key).unwrap_or_default();
+        for key in Vec::from_iter(self.book.keys()) {
+            let sight = self.book.sight(key).unwrap_or_default();
             let here = sight.free + sight.spent;
             if here > 0 {
-                self.book.recall(*key, now);
+                self.book.recall(key, now);
                 all += here;
             }
         }
@@ -243,9 +220,9 @@ impl Shard {
 }
 
 /// Of holds, and of meters, in one sweep: few are all looked at each time.
-const SWEEP_AT_LEAST: usize = 64;
+const SWEEP_AT_LEAST: u32 = 64;
 
-/// Between looks at all that may be forgotten.
+/// Between looks at all of those.
 const FORGET_EVERY_MS: u64 = 5_000;
 
 const MINUTE: Duration = Duration::from_mins(1);

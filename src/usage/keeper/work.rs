@@ -186,7 +186,7 @@ impl Inner {
         for step in 0..SHARDS {
             let index = (first + step) % SHARDS;
             let mut shard = self.shards[index].lock();
-            operations.extend(shard.operations(now, BATCH - operations.len()));
+            operations.extend(shard.book.operations(now, BATCH - operations.len()));
             let ended = shard.book.tombstones(BATCH - tombstones.len());
             let ended = ended.into_iter();
             tombstones.extend(ended.map(|(hold, ending)| (outward(index, hold), ending)));

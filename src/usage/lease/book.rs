@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 use super::{
     hash::Map,
     hold::{Held, Hold, Holds, NONE, RequestKey, State},
-    meter::{Boot, Flight, Meter, MeterKey, Pace},
+    meter::{Boot, Flight, Meter, MeterKey, Pace, Told},
+    meters::Meters,
     registration::Standing,
 };
 use crate::model::{Answer, Ending, HoldId, Kind, Operation, Tokens, UserId};
@@ -125,9 +126,7 @@ pub struct Sight {
 pub struct Book {
     bounds: Bounds,
     pace: Pace,
-    meters: Vec<Option<Meter>>,
-    empty: Vec<u32>,
-    by_key: Map<MeterKey, u32>,
+    meters: Meters,
     holds: Holds,
     due: VecDeque<u32>,
     limbo: VecDeque<HoldId>,
@@ -135,8 +134,8 @@ pub struct Book {
     /// Those that no lease covers.
     open_holds: usize,
     number: u64,
-    next_hold: usize,
-    next_meter: usize,
+    next_hold: u32,
+    next_meter: u32,
 }
 
 impl Book {
@@ -144,9 +143,7 @@ impl Book {
         Self {
             bounds,
             pace,
-            meters: Vec::new(),
-            empty: Vec::new(),
-            by_key: Map::default(),
+            meters: Meters::default(),
             holds: Holds::default(),
             due: VecDeque::new(),
             limbo: VecDeque::new(),
@@ -185,7 +182,7 @@ impl Book {
                 return Reserved::Refused(Refusal::Full);
             };
             *slot = index;
-            let meter = self.meters[index as usize].as_mut().expect("just found");
+            let meter = self.meters.at_mut(index).expect("just found");
             if meter.holds >= self.bounds.holds_per_meter && !is_look {
                 return Reserved::Refused(Refusal::TooManyHolds);
             }
@@ -208,7 +205,7 @@ impl Book {
             return Reserved::Enough;
         }
         for index in meters.into_iter().filter(|index| *index != NONE) {
-            let meter = self.meters[index as usize].as_mut().expect("just found");
+            let meter = self.meters.at_mut(index).expect("just found");
             meter.hold(tokens, standing.now);
             if meter.runs_low(standing.now) {
                 self.make_due(index);
@@ -276,12 +273,33 @@ impl Book {
 
     /// Looks at a meter and consumes nothing.
     pub fn sight(&self, key: MeterKey) -> Option<Sight> {
-        let meter = self.meters[*self.by_key.get(&key)? as usize].as_ref()?;
+        let meter = self.meters.get(key)?;
         Some(Sight {
             free: meter.free(),
             held: meter.held,
             spent: meter.spent,
         })
+    }
+
+    /// What Postgres said of a meter last.
+    pub fn told(&self, key: MeterKey) -> Option<Told> {
+        self.meters.get(key)?.told
+    }
+
+    /// The number of the operation of a meter that was sent last; 0 is none.
+    pub fn sent(&self, key: MeterKey) -> u64 {
+        self.meters.get(key).map_or(0, |meter| meter.sent)
+    }
+
+    /// Remembers what Postgres said of a meter.
+    pub fn tell(&mut self, key: MeterKey, told: Told) {
+        if let Some((_, meter)) = self.meters.get_mut(key) {
+            meter.told = Some(told);
+        }
+    }
+
+    pub fn keys(&self) -> impl Iterator<Item = MeterKey> {
+        self.meters.iter().map(|meter| meter.key)
     }
 
     /// Keeps a live hold for longer; never makes it shorter. Past the fence too: its rights cannot be
@@ -428,9 +446,7 @@ impl Book {
     }
 
     fn with_lease(&mut self, key: MeterKey, change: impl FnOnce(&mut Meter, &Pace)) {
-        if let Some(index) = self.by_key.get(&key).copied()
-            && let Some(meter) = &mut self.meters[index as usize]
-        {
+        if let Some((index, meter)) = self.meters.get_mut(key) {
             change(meter, &self.pace);
             self.make_due(index);
         }
@@ -445,7 +461,7 @@ impl Book {
     /// its way. Looks at all there is.
     pub fn is_told(&mut self) -> bool {
         let is_flying = |meter: &Meter| meter.flight.is_some();
-        if self.is_due() || self.meters.iter().flatten().any(is_flying) {
+        if self.is_due() || self.meters.iter().any(is_flying) {
             return false;
         }
         (0..self.holds.slots()).all(|slot| {
@@ -465,7 +481,7 @@ impl Book {
             let Some(index) = self.due.pop_front() else {
                 break;
             };
-            let Some(meter) = &mut self.meters[index as usize] else {
+            let Some(meter) = self.meters.at_mut(index) else {
                 continue;
             };
             meter.due = false;
@@ -487,10 +503,7 @@ impl Book {
 
     /// Nobody knows whether the operation was carried out: it is sent again under its number.
     pub fn operation_lost(&mut self, key: MeterKey, number: u64) {
-        let Some(index) = self.by_key.get(&key).copied() else {
-            return;
-        };
-        if let Some(meter) = &mut self.meters[index as usize]
+        if let Some((index, meter)) = self.meters.get_mut(key)
             && let Some(flight) = &mut meter.flight
             && flight.operation.number == number
         {
@@ -508,8 +521,7 @@ impl Book {
         answer: &Answer,
         now: Boot,
     ) -> Option<Answered> {
-        let index = self.by_key.get(&key).copied()?;
-        let meter = self.meters[index as usize].as_mut()?;
+        let (index, meter) = self.meters.get_mut(key)?;
         meter
             .flight
             .filter(|Flight { operation, .. }| operation.number == number)?;
@@ -524,7 +536,7 @@ impl Book {
 
     /// Looks at `budget` holds and meters, and goes on from there the next time: expires holds, and
     /// makes due what is spent, idle or empty.
-    pub fn sweep(&mut self, now: Boot, budget: usize) {
+    pub fn sweep(&mut self, now: Boot, budget: u32) {
         for _ in 0..budget.min(self.holds.slots()) {
             self.next_hold = (self.next_hold + 1) % self.holds.slots();
             if let Some((id, hold)) = self.holds.at(self.next_hold)
@@ -536,17 +548,15 @@ impl Book {
                 self.limbo.push_back(id);
             }
         }
-        for _ in 0..budget.min(self.meters.len()) {
-            self.next_meter = (self.next_meter + 1) % self.meters.len();
-            let Some(meter) = &mut self.meters[self.next_meter] else {
+        for _ in 0..budget.min(self.meters.slots()) {
+            self.next_meter = (self.next_meter + 1) % self.meters.slots();
+            let index = self.next_meter;
+            let Some(meter) = self.meters.at(index) else {
                 continue;
             };
-            let index = self.next_meter as u32;
             let idle = meter.is_idle(&self.pace, now);
             if idle && meter.is_empty() && !meter.due {
-                self.by_key.remove(&meter.key);
-                self.meters[self.next_meter] = None;
-                self.empty.push(index);
+                self.meters.remove(index);
             } else if meter.is_to_flush(&self.pace, now) || (idle && meter.free() > 0) {
                 self.make_due(index);
             }
@@ -567,7 +577,7 @@ impl Book {
     }
 
     pub fn meters(&self) -> usize {
-        self.by_key.len()
+        self.meters.len()
     }
 
     /// Holds of all states.
@@ -631,7 +641,7 @@ impl Book {
             self.holds.remove(id);
         }
         for index in meters.into_iter().filter(|index| *index != NONE) {
-            let meter = self.meters[index as usize].as_mut();
+            let meter = self.meters.at_mut(index);
             meter
                 .expect("a meter with holds is kept")
                 .end_hold(tokens, actual);
@@ -641,33 +651,22 @@ impl Book {
     /// Takes what was used without a hold from what is free.
     pub fn charge_free(&mut self, meters: &[MeterKey], actual: Tokens) {
         for key in meters {
-            if let Some(index) = self.by_key.get(key)
-                && let Some(meter) = &mut self.meters[*index as usize]
-            {
+            if let Some((_, meter)) = self.meters.get_mut(*key) {
                 meter.spend(actual);
             }
         }
     }
 
     fn meter_or_new(&mut self, key: MeterKey, now: Boot) -> Option<u32> {
-        if let Some(index) = self.by_key.get(&key) {
-            return Some(*index);
+        let found = self.meters.find(key);
+        if found.is_some() || self.meters.len() >= self.bounds.meters {
+            return found;
         }
-        if self.by_key.len() >= self.bounds.meters {
-            return None;
-        }
-        let meter = Meter::new(key, &self.pace, now);
-        let index = self.empty.pop().unwrap_or_else(|| {
-            self.meters.push(None);
-            u32::try_from(self.meters.len() - 1).expect("bounded far below")
-        });
-        self.meters[index as usize] = Some(meter);
-        self.by_key.insert(key, index);
-        Some(index)
+        Some(self.meters.insert(Meter::new(key, &self.pace, now)))
     }
 
     fn make_due(&mut self, index: u32) {
-        if let Some(meter) = &mut self.meters[index as usize]
+        if let Some(meter) = self.meters.at_mut(index)
             && !std::mem::replace(&mut meter.due, true)
         {
             self.due.push_back(index);
@@ -677,7 +676,7 @@ impl Book {
     /// What must hold after every call.
     #[cfg(test)]
     pub(super) fn check(&mut self) {
-        let mut held = vec![(0, 0); self.meters.len()];
+        let mut held = vec![(0, 0); self.meters.slots() as usize];
         for slot in 0..self.holds.slots() {
             if let Some((_, hold)) = self.holds.at(slot) {
                 for index in hold.meters.into_iter().filter(|index| *index != NONE) {
@@ -686,18 +685,16 @@ impl Book {
                 }
             }
         }
-        for (meter, (tokens, holds)) in self.meters.iter().zip(held) {
-            let Some(meter) = meter else {
+        for (slot, (tokens, holds)) in (0..).zip(held) {
+            let Some(meter) = self.meters.at(slot) else {
                 assert_eq!(holds, 0);
                 continue;
             };
             assert_eq!((meter.held, meter.holds), (tokens, holds));
             assert!(meter.free() >= 0 && meter.spent >= 0 && meter.leaving >= 0);
+            assert_eq!(self.meters.find(meter.key), Some(slot));
         }
-        assert_eq!(
-            self.by_key.len(),
-            self.meters.iter().filter(|meter| meter.is_some()).count()
-        );
+        assert_eq!(self.meters.len(), self.meters.iter().count());
     }
 }
 

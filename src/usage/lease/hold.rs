@@ -2,7 +2,7 @@
 
 use hashbrown::HashTable;
 
-use super::meter::Boot;
+use super::{meter::Boot, slots::Slots};
 use crate::model::{Ending, HoldId, Period, Tokens};
 
 impl HoldId {
@@ -10,8 +10,8 @@ impl HoldId {
         Self(u64::from(generation) << 32 | u64::from(slot))
     }
 
-    fn slot(self) -> usize {
-        (self.0 & u64::from(u32::MAX)) as usize
+    fn slot(self) -> u32 {
+        self.0 as u32
     }
 
     fn generation(self) -> u32 {
@@ -77,7 +77,8 @@ pub(super) struct Hold {
 /// Holds by id, where a look-up is an index and a comparison, and by request.
 #[derive(Debug, Default)]
 pub(super) struct Holds {
-    slots: Vec<(u32, Option<Hold>)>,
+    /// With the generation of the hold that is there, or was last.
+    slots: Slots<(u32, Option<Hold>)>,
     empty: Vec<u32>,
     /// The slot of each request's hold, the latest one's.
     by_request: HashTable<u32>,
@@ -88,26 +89,24 @@ impl Holds {
         self.slots.len() - self.empty.len()
     }
 
-    pub(super) fn slots(&self) -> usize {
-        self.slots.len()
+    pub(super) fn slots(&self) -> u32 {
+        self.slots.len() as u32
     }
 
     /// Forgets all holds and no generation: an id never comes again.
     pub(super) fn clear(&mut self) {
         self.empty.clear();
         self.by_request.clear();
-        for (slot, (_, hold)) in self.slots.iter_mut().enumerate() {
+        for (slot, (_, hold)) in (0..).zip(self.slots.iter_mut()) {
             *hold = None;
-            self.empty.push(slot as u32);
+            self.empty.push(slot);
         }
     }
 
     pub(super) fn insert(&mut self, hold: Hold) -> HoldId {
-        let slot = self.empty.pop().unwrap_or_else(|| {
-            self.slots.push((0, None));
-            u32::try_from(self.slots.len() - 1).expect("bounded far below")
-        });
-        let (generation, place) = &mut self.slots[slot as usize];
+        let slot = self.empty.pop();
+        let slot = slot.unwrap_or_else(|| self.slots.push((0, None)));
+        let (generation, place) = self.slots.get_mut(slot).expect("just found");
         debug_assert!(place.is_none());
         *generation = generation.wrapping_add(1).max(1);
         let request = hold.request;
@@ -130,12 +129,12 @@ impl Holds {
         let slots = &self.slots;
         let is_same = |slot: &u32| request_in(slots, *slot) == Some(request);
         let slot = *self.by_request.find(request.hash(), is_same)?;
-        self.at(slot as usize)
+        self.at(slot)
     }
 
     /// The request has no hold any more, if this is its latest.
     pub(super) fn forget_request(&mut self, id: HoldId, request: RequestKey) {
-        let is_latest = |slot: &u32| *slot as usize == id.slot();
+        let is_latest = |slot: &u32| *slot == id.slot();
         if let Ok(entry) = self.by_request.find_entry(request.hash(), is_latest) {
             entry.remove();
         }
@@ -149,19 +148,19 @@ impl Holds {
     pub(super) fn remove(&mut self, id: HoldId) -> Option<Hold> {
         let request = self.get_mut(id)?.request;
         self.forget_request(id, request);
-        self.empty.push(id.slot() as u32);
-        self.slots[id.slot()].1.take()
+        self.empty.push(id.slot());
+        self.slots.get_mut(id.slot())?.1.take()
     }
 
     /// The hold in a slot.
-    pub(super) fn at(&mut self, slot: usize) -> Option<(HoldId, &mut Hold)> {
+    pub(super) fn at(&mut self, slot: u32) -> Option<(HoldId, &mut Hold)> {
         let (generation, hold) = self.slots.get_mut(slot)?;
-        let id = HoldId::new(slot as u32, *generation);
+        let id = HoldId::new(slot, *generation);
         Some((id, hold.as_mut()?))
     }
 }
 
-fn request_in(slots: &[(u32, Option<Hold>)], slot: u32) -> Option<RequestKey> {
-    let (_, hold) = slots.get(slot as usize)?;
+fn request_in(slots: &Slots<(u32, Option<Hold>)>, slot: u32) -> Option<RequestKey> {
+    let (_, hold) = slots.get(slot)?;
     hold.as_ref().map(|hold| hold.request)
 }

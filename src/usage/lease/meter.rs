@@ -2,7 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use crate::model::{Operation, Period, Tokens, UserId};
+use crate::model::{Balance, Operation, Period, Tokens, UserId};
 
 /// Milliseconds of the replica's own clock, the one that counts suspend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -100,6 +100,17 @@ pub(super) struct Meter {
     grown_at: Boot,
     used_at: Boot,
     operated_at: Boot,
+    /// Of the operation that was sent last.
+    pub(super) sent: u64,
+    pub(super) told: Option<Told>,
+}
+
+/// A meter as the operation that was answered last left it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    pub number: u64,
+    pub granted: Tokens,
+    pub balance: Balance,
 }
 
 /// The operation under way.
@@ -130,6 +141,8 @@ impl Meter {
             grown_at: Boot(0),
             used_at: now,
             operated_at: now,
+            sent: 0,
+            told: None,
         }
     }
 
@@ -237,6 +250,7 @@ impl Meter {
             return None;
         }
         self.leaving += give_back;
+        self.sent = number;
         self.flight = Some(Flight {
             operation,
             unsent: true,

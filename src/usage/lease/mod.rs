@@ -10,9 +10,11 @@ mod gcra;
 mod hash;
 mod hold;
 mod meter;
+mod meters;
 mod registration;
 #[cfg(test)]
 mod simulation;
+mod slots;
 
 pub use book::{
     Answered, Ask, Begun, Book, Bounds, Ended, Mode, Outcome, Refusal, Reserved, Sight,
@@ -20,7 +22,7 @@ pub use book::{
 pub use gcra::{Gcra, Rate};
 pub(super) use hash::Map;
 pub use hold::{Held, RequestKey};
-pub use meter::{Boot, MeterKey, ModelKey, Pace};
+pub use meter::{Boot, MeterKey, ModelKey, Pace, Told};
 pub use registration::{Heartbeat, Lasting, Registration, Standing};
 
 pub use crate::model::{

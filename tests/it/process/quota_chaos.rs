@@ -4,7 +4,8 @@
 //! The ordinary suite runs a short form. In full, with a million operations:
 //!
 //! ```text
-//! TOLLKEEPER_CHAOS_OPERATIONS=1000000 scripts/test --no-capture -E 'test(process::quota_chaos::)'
+//! TOLLKEEPER_CHAOS_OPERATIONS=1000000 scripts/test --cargo-profile long --no-capture \
+//!     -E 'test(process::quota_chaos::)'
 //! ```
 //!
 //! `TOLLKEEPER_RECALL_ROUNDS=50` measures how soon a replica has what lies idle on another.
