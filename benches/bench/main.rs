@@ -12,6 +12,7 @@ mod ledger;
 mod load;
 mod login;
 mod memory;
+mod naive;
 mod process;
 mod quota;
 mod report;

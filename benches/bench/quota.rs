@@ -289,6 +289,7 @@ impl Stage<'_> {
         let request = |id: &String| ValidateTokenRequest {
             token: format!("{id}{:0>72}", ""),
             include_quota: are_answers_long,
+            ..ValidateTokenRequest::default()
         };
         let all = self.people.iter().map(|id| request(id).encode_to_vec());
         Calls::new(VALIDATE, self.caller(), all, Code::Ok).drawn_at_random()
@@ -334,7 +335,13 @@ impl Stage<'_> {
         self.warm_up(&service)?;
 
         let in_flight = InFlight::new(total, CONNECTIONS);
-        let mut parts = vec![Part::Echo, Part::LongEcho, Part::Check, Part::Reserve, Part::Exact];
+        let mut parts = vec![
+            Part::Echo,
+            Part::LongEcho,
+            Part::Check,
+            Part::Reserve,
+            Part::Exact,
+        ];
         parts.extend([Part::Select, Part::Upsert]);
         parts.extend(over_redis.as_ref().map(|_| Part::Redis));
         parts.retain(|part| self.plan.has(*part));

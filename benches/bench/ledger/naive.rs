@@ -5,9 +5,6 @@
 //! compares no replay and keeps one total for each user and month, without models. Its statements are prepared once and its pool tests no connection, so a
 //! call is four round trips (BEGIN, the event, the month, COMMIT) or, in its other shape, one.
 
-use std::{convert::Infallible, io::Read as _, thread};
-
-use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use clap::ValueEnum;
 use diesel::{
@@ -18,32 +15,20 @@ use diesel::{
     sql_types::{BigInt, Jsonb, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{
-    AsyncConnection as _, AsyncPgConnection, RunQueryDsl,
-    pooled_connection::{
-        AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
-    },
+    AsyncConnection as _, AsyncPgConnection, RunQueryDsl, pooled_connection::deadpool::Pool,
 };
 use serde_json::Value;
-use tokio::net::TcpListener;
 use tollkeeper::{
     model::Period,
     proto::tollkeeper::usage::v1::{
         RecordUsageRequest, RecordUsageResponse, UsageEvent, record_usage_response::Outcome,
     },
 };
-use tonic::{
-    Request, Response, Status,
-    body::Body,
-    codegen::{BoxFuture, Context as TaskContext, Poll, Service, http},
-    server::{Grpc, NamedService, UnaryService},
-    transport::{Server, server::TcpIncoming},
-};
-use tonic_prost::ProstCodec;
+use tonic::{Request, Response, Status, codegen::BoxFuture, server::UnaryService};
 use uuid::Uuid;
 
 use super::events::RECORD_USAGE;
-
-const CONNECTIONS: usize = 16;
+use crate::naive;
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Shape {
@@ -63,25 +48,9 @@ impl Shape {
 }
 
 pub(crate) fn serve(shape: Shape, database_url: &str) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Runtime::new()?;
-    thread::spawn(|| {
-        let _ = std::io::stdin().read(&mut [0]);
-        std::process::exit(0);
-    });
-    runtime.block_on(async {
-        let mut config = ManagerConfig::<AsyncPgConnection>::default();
-        config.recycling_method = RecyclingMethod::Fast;
-        let manager = AsyncDieselConnectionManager::new_with_config(database_url, config);
-        let pool = Pool::builder(manager).max_size(CONNECTIONS).build()?;
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        println!("{}", listener.local_addr()?);
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let naive = Naive { pool, shape };
-        Server::builder()
-            .add_service(naive)
-            .serve_with_incoming(incoming)
-            .await
-            .context("serving")
+    naive::serve(RECORD_USAGE, async || {
+        let pool = naive::pool(database_url)?;
+        Ok(Naive { pool, shape })
     })
 }
 
@@ -110,34 +79,6 @@ impl Naive {
         Ok(match inserted {
             0 => Outcome::Duplicate,
             _ => Outcome::Recorded,
-        })
-    }
-}
-
-// The rest of a generated server, without the RPCs that are not called.
-
-impl NamedService for Naive {
-    const NAME: &'static str = "tollkeeper.usage.v1.UsageService";
-}
-
-impl Service<http::Request<Body>> for Naive {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Self::Error>;
-
-    fn poll_ready(&mut self, _cx: &mut TaskContext<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let naive = self.clone();
-        Box::pin(async move {
-            if request.uri().path() == RECORD_USAGE {
-                let mut grpc = Grpc::new(ProstCodec::default());
-                Ok(grpc.unary(naive, request).await)
-            } else {
-                Ok(Status::unimplemented("").into_http())
-            }
         })
     }
 }

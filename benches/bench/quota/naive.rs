@@ -5,7 +5,7 @@
 //! know one limit for all. Statements are prepared once, the pool tests no connection; Redis is asked
 //! through one connection that all calls share, and what is asked together goes in one write.
 
-use std::{collections::VecDeque, convert::Infallible, io::Read as _, sync::Arc, thread};
+use std::{collections::VecDeque, sync::Arc};
 
 use anyhow::Context as _;
 use clap::ValueEnum;
@@ -15,34 +15,20 @@ use diesel::{
     query_builder::{AstPass, Query, QueryFragment, QueryId},
     sql_types::{BigInt, Uuid as SqlUuid},
 };
-use diesel_async::{
-    AsyncPgConnection, RunQueryDsl,
-    pooled_connection::{
-        AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
-    },
-};
+use diesel_async::{AsyncPgConnection, RunQueryDsl, pooled_connection::deadpool::Pool};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     sync::{mpsc, oneshot},
 };
 use tollkeeper::proto::tollkeeper::usage::v1::{
     CheckQuotaRequest, CheckQuotaResponse, Quota, check_quota_response::Decision,
 };
-use tonic::{
-    Request, Response, Status,
-    body::Body,
-    codegen::{BoxFuture, Context as TaskContext, Poll, Service, http},
-    server::{Grpc, NamedService, UnaryService},
-    transport::{Server, server::TcpIncoming},
-};
-use tonic_prost::ProstCodec;
+use tonic::{Request, Response, Status, codegen::BoxFuture, server::UnaryService};
 use uuid::Uuid;
 
 use super::CHECK_QUOTA;
-
-/// Of a team that has read what its pool defaults to.
-const CONNECTIONS: usize = 16;
+use crate::naive;
 
 /// Of everybody, a month: nobody reaches it here.
 const LIMIT: i64 = 1 << 50;
@@ -75,30 +61,12 @@ impl Shape {
 
 /// Serves until standard input ends; `url` is the database's or the address of Redis.
 pub(crate) fn serve(shape: Shape, url: &str) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Runtime::new()?;
-    thread::spawn(|| {
-        let _ = std::io::stdin().read(&mut [0]);
-        std::process::exit(0);
-    });
-    runtime.block_on(async {
+    naive::serve(CHECK_QUOTA, async || {
         let backend = match shape {
             Shape::Redis => Backend::Redis(Redis::connect(url).await?),
-            Shape::Select | Shape::Upsert => {
-                let mut config = ManagerConfig::<AsyncPgConnection>::default();
-                config.recycling_method = RecyclingMethod::Fast;
-                let manager = AsyncDieselConnectionManager::new_with_config(url, config);
-                let pool = Pool::builder(manager).max_size(CONNECTIONS).build()?;
-                Backend::Postgres(pool, shape)
-            }
+            Shape::Select | Shape::Upsert => Backend::Postgres(naive::pool(url)?, shape),
         };
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        println!("{}", listener.local_addr()?);
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        Server::builder()
-            .add_service(Naive(Arc::new(backend)))
-            .serve_with_incoming(incoming)
-            .await
-            .context("serving")
+        Ok(Naive(Arc::new(backend)))
     })
 }
 
@@ -128,34 +96,6 @@ impl Backend {
 
 #[derive(Clone)]
 struct Naive(Arc<Backend>);
-
-// The rest of a generated server, without the RPCs that are not called.
-
-impl NamedService for Naive {
-    const NAME: &'static str = "tollkeeper.usage.v1.UsageService";
-}
-
-impl Service<http::Request<Body>> for Naive {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Self::Error>;
-
-    fn poll_ready(&mut self, _cx: &mut TaskContext<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let naive = self.clone();
-        Box::pin(async move {
-            if request.uri().path() == CHECK_QUOTA {
-                let mut grpc = Grpc::new(ProstCodec::default());
-                Ok(grpc.unary(naive, request).await)
-            } else {
-                Ok(Status::unimplemented("").into_http())
-            }
-        })
-    }
-}
 
 impl UnaryService<CheckQuotaRequest> for Naive {
     type Response = CheckQuotaResponse;
