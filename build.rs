@@ -1,4 +1,5 @@
-//! Compiles `proto/` into Rust and writes the descriptor set.
+//! Compiles `proto/`, and the protocols of others in `third_party/proto/`, into Rust and writes the
+//! descriptor set.
 //!
 //! protox is a compiler for protobuf in Rust, so no `protoc` has to be installed. The set keeps
 //! extension options: the access rules are read from it at start.
@@ -7,21 +8,24 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const PROTOS: [&str; 5] = [
+const PROTOS: [&str; 7] = [
     "tollkeeper/access/v1/access.proto",
     "tollkeeper/error/v1/error_reason.proto",
     "tollkeeper/auth/v1/auth_service.proto",
     "tollkeeper/usage/v1/usage_service.proto",
     "tollkeeper/admin/v1/admin_service.proto",
+    "envoy/service/auth/v3/external_auth.proto",
+    "envoy/service/ratelimit/v3/rls.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
+    println!("cargo:rerun-if-changed=third_party/proto");
     // `embed_migrations!` does not see new files by itself.
     println!("cargo:rerun-if-changed=migrations");
 
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
-    let mut compiler = protox::Compiler::new(["proto"])?;
+    let mut compiler = protox::Compiler::new(["proto", "third_party/proto"])?;
     compiler
         .include_imports(true)
         .include_source_info(true)
@@ -31,6 +35,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     tonic_prost_build::configure()
         .build_transport(true)
+        // The one that errors are made of.
+        .extern_path(".google.rpc", "::tonic_types::pb")
         .compile_fds(prost_types_of(&descriptor_set)?)?;
     Ok(())
 }
