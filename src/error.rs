@@ -42,6 +42,12 @@ pub enum Error {
     /// An API key called what only its owner, logged in, may do.
     #[error("an API key may not do this: log in")]
     SessionRequired,
+    /// What a user asked a gateway for is for users of other tiers.
+    #[error("this is not for users of this tier")]
+    TierNotAllowed,
+    /// What an API key asked a gateway for needs a scope that it does not have.
+    #[error("the API key lacks the scope {0}")]
+    ApiKeyScopeMissing(String),
     #[error("an account with this e-mail address or username exists")]
     AccountExists,
     #[error("a service account of this name exists")]

@@ -5,7 +5,8 @@ use tokio::task::yield_now;
 use tonic::{Request, Response, Status};
 
 use super::{
-    access::{Caller, bearer},
+    access::Caller,
+    bearer::bearer,
     call::origin_of,
     convert::{self, Fields, only},
     watch,

@@ -35,7 +35,7 @@ const DEADLINE_MARGIN: Duration = Duration::from_millis(1);
 
 /// Methods called once per request of somebody else's traffic, or by tools: their successes are no
 /// news.
-const HOT_METHODS: [&str; 11] = [
+const HOT_METHODS: [&str; 12] = [
     "BatchRecordUsage",
     "BatchValidateTokens",
     "Check",
@@ -46,6 +46,7 @@ const HOT_METHODS: [&str; 11] = [
     "ReleaseReservation",
     "ReserveQuota",
     "ServerReflectionInfo",
+    "ShouldRateLimit",
     "ValidateToken",
 ];
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use prost::Message as _;
 
-use super::{access::bearer, call::deadline, memory::token_of, request_id};
+use super::{bearer::bearer, call::deadline, memory::token_of, request_id};
 use crate::proto::tollkeeper::auth::v1::ValidateTokenRequest;
 
 /// # Panics

@@ -14,7 +14,10 @@ use tonic_health::{
 };
 use tracing::{info, warn};
 
-use crate::{auth::Trust, proto::tollkeeper};
+use crate::{
+    auth::Trust,
+    proto::{envoy, tollkeeper},
+};
 
 /// How often the database is asked, and how long it may take to answer.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -23,11 +26,13 @@ const PERIOD: Duration = Duration::from_secs(1);
 const CHANGE_FEED: &str = "tollkeeper.ChangeFeed";
 
 /// The names health is reported under: the server as a whole and each service.
-const SERVICES: [&str; 4] = [
+const SERVICES: [&str; 6] = [
     "",
     tollkeeper::auth::v1::auth_service_server::SERVICE_NAME,
     tollkeeper::usage::v1::usage_service_server::SERVICE_NAME,
     tollkeeper::admin::v1::admin_service_server::SERVICE_NAME,
+    envoy::service::auth::v3::authorization_server::SERVICE_NAME,
+    envoy::service::ratelimit::v3::rate_limit_service_server::SERVICE_NAME,
 ];
 
 /// Whether calls are welcome.

@@ -30,7 +30,8 @@ use tower::{Layer, Service, ServiceExt as _, util::Oneshot};
 use tracing::Level;
 
 use super::{
-    access::{Rules, bearer},
+    access::Rules,
+    bearer::bearer,
     call::is_grpc,
     convert::only,
     metrics::{CallMetrics, RpcMetrics},

@@ -6,8 +6,10 @@
 mod access;
 mod admin;
 mod auth;
+mod bearer;
 mod call;
 mod convert;
+mod envoy;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod health;
@@ -33,6 +35,7 @@ use crate::{
     auth::Auth,
     proto::{
         DESCRIPTOR_SET,
+        envoy::service::auth::v3::authorization_server::AuthorizationServer,
         tollkeeper::{
             admin::v1::admin_service_server::AdminServiceServer,
             auth::v1::auth_service_server::AuthServiceServer,
@@ -65,6 +68,11 @@ pub fn routes(
         usage: usage.clone(),
     };
     routes.add_service(UsageServiceServer::new(handler).max_decoding_message_size(max));
+    let handler = envoy::Handler {
+        auth: auth.clone(),
+        usage: usage.clone(),
+    };
+    routes.add_service(AuthorizationServer::new(handler).max_decoding_message_size(max));
     let handler = admin::Handler { auth, usage };
     routes.add_service(AdminServiceServer::new(handler).max_decoding_message_size(max));
     routes.add_service(tonic_health::pb::health_server::HealthServer::new(health));

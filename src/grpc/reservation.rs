@@ -12,7 +12,7 @@ use crate::{
     usage::{Committed, QuotaRequest, Recorded, Reserved, lease},
 };
 
-const DEFAULT_LIFETIME: Duration = Duration::from_mins(2);
+pub(super) const DEFAULT_LIFETIME: Duration = Duration::from_mins(2);
 const MAX_LIFETIME: Duration = Duration::from_hours(1);
 
 /// Reads who is to use how much.
@@ -51,7 +51,15 @@ pub(super) fn lifetime(value: Option<prost_types::Duration>) -> Result<Duration,
     let Some(value) = value else {
         return Ok(DEFAULT_LIFETIME);
     };
-    let lifetime = Duration::try_from(value).ok();
+    bounded(Duration::try_from(value).ok())
+}
+
+/// As [`lifetime`], of a text such as `90s`.
+pub(super) fn lifetime_from(text: &str) -> Result<Duration, Violation> {
+    bounded(humantime::parse_duration(text).ok())
+}
+
+fn bounded(lifetime: Option<Duration>) -> Result<Duration, Violation> {
     lifetime
         .filter(|lifetime| (Duration::from_secs(1)..=MAX_LIFETIME).contains(lifetime))
         .ok_or_else(|| "must be 1 second to 1 hour".into())

@@ -65,6 +65,13 @@ impl From<Error> for Status {
             Error::SessionRequired => {
                 status(Code::PermissionDenied, Reason::SessionRequired, message)
             }
+            Error::TierNotAllowed => {
+                status(Code::PermissionDenied, Reason::TierNotAllowed, message)
+            }
+            Error::ApiKeyScopeMissing(scope) => {
+                let details = info(Reason::ScopeMissing, [("scope", &*scope)]);
+                Self::with_error_details(Code::PermissionDenied, message, details)
+            }
             Error::AccountExists => status(Code::AlreadyExists, Reason::AccountExists, message),
             Error::ServiceAccountExists => {
                 status(Code::AlreadyExists, Reason::ServiceAccountExists, message)

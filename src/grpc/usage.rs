@@ -2,7 +2,8 @@ use chrono::Utc;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    access::{Caller, bearer},
+    access::Caller,
+    bearer::bearer,
     convert::{self, Fields, only},
     quota, reading, recording, reservation,
 };

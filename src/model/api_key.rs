@@ -53,6 +53,10 @@ impl ApiKeyScopes {
         self.0.iter().map(String::as_str)
     }
 
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.contains(name)
+    }
+
     pub fn names(&self) -> Vec<String> {
         self.0.iter().cloned().collect()
     }

@@ -9,6 +9,7 @@ use super::{
     Usage,
     keeper::{Reservation, Standing, Wish},
     lease::{Mode, RequestKey},
+    reservations::denial,
 };
 use crate::{
     error::{Error, Result},
@@ -139,6 +140,29 @@ impl Usage {
         match self.keeper.reserve_at_once(&look)? {
             Reservation::Enough(total) => Some((Decision::Allowed, self.stands(user, total))),
             _ => None,
+        }
+    }
+
+    /// [`Usage::check_quota`] for whom a no is an error, which names the limit that is short.
+    ///
+    /// # Errors
+    /// `AccountDisabled` · `RequestTooLarge` · `QuotaExceeded` · `Unavailable`
+    pub async fn require_quota(
+        &self,
+        user: &UserStanding,
+        wish: &QuotaWish,
+    ) -> Result<Option<QuotaState>> {
+        let tiers = self.tiers();
+        let limits = tiers.limits_of(&user.tier);
+        if !user.is_active {
+            return Err(Error::AccountDisabled);
+        }
+        if let Some(limit) = limits.exceeded_by(wish.tokens) {
+            return Err(Error::RequestTooLarge { limit });
+        }
+        match self.keeper.reserve(&wish.look(user, wish.tokens)).await {
+            Reservation::Enough(total) => Ok(self.stands(user, total)),
+            refused => Err(denial(user, limits, refused)),
         }
     }
 

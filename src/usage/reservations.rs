@@ -330,7 +330,7 @@ impl Usage {
 }
 
 /// Why nothing is held.
-fn denial(user: &UserStanding, limits: &TierLimits, refused: Reservation) -> Error {
+pub(super) fn denial(user: &UserStanding, limits: &TierLimits, refused: Reservation) -> Error {
     match refused {
         Reservation::Denied(meters) => exceeded(user, meters),
         Reservation::RateLimited(retry_after) => Error::RateLimited {

@@ -10,6 +10,7 @@ mod auth;
 mod contract;
 mod descriptor;
 mod freshness;
+mod gateway;
 mod harness;
 mod ops;
 mod outage;

@@ -30,8 +30,12 @@ use crate::{
 };
 
 /// Reasons that no test brings about, and why.
-const NOT_PROVOKED: [(&str, &str); 2] = [
+const NOT_PROVOKED: [(&str, &str); 3] = [
     ("UNSPECIFIED", "is not a reason"),
+    (
+        "TIER_NOT_ALLOWED",
+        "is in answers to gateways alone, see the tests of those",
+    ),
     (
         "SHUTTING_DOWN",
         "needs a call that meets the last instant of a connection",

@@ -11,7 +11,7 @@ mod list;
 mod month;
 mod notices;
 mod query;
-mod quota;
+pub(crate) mod quota;
 mod record;
 mod replay;
 pub(crate) mod reservations;

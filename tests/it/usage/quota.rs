@@ -231,7 +231,7 @@ async fn the_tiers_are_listed_as_configured() {
 }
 
 /// A server with [`TIERS`], and their file: a replica reads it again.
-pub(super) async fn with_tiers() -> (TestApp, tempfile::TempPath) {
+pub(crate) async fn with_tiers() -> (TestApp, tempfile::TempPath) {
     let file = tiers_file();
     let path = file.to_path_buf();
     let app = TestApp::spawn_with(|settings| settings.usage.tiers_file = path).await;
@@ -245,7 +245,7 @@ pub(super) fn tiers_file() -> tempfile::TempPath {
     file.into_temp_path()
 }
 
-pub(super) async fn use_tokens(app: &TestApp, user_id: &str, input: i64) {
+pub(crate) async fn use_tokens(app: &TestApp, user_id: &str, input: i64) {
     let event = UsageEvent {
         tokens: tokens(input),
         ..event(user_id)

@@ -1,0 +1,63 @@
+//! Gateways that speak the protocols of the Envoy API: who a request is from, and whether its user may
+//! use tokens.
+//!
+//! Handlers convert and call; what is decided between is pure. `docs/gateway.md` is the contract with
+//! whoever configures a gateway.
+
+mod authorization;
+mod denial;
+mod identity;
+mod limits;
+mod request;
+mod route;
+
+use prost_types::{Struct, Value, value::Kind};
+
+use crate::{
+    auth::Auth,
+    proto::envoy::config::core::v3::{
+        HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction,
+    },
+    usage::Usage,
+};
+
+/// Both services.
+#[derive(Clone)]
+pub(super) struct Handler {
+    pub(super) auth: Auth,
+    pub(super) usage: Usage,
+}
+
+/// A name and what it says: of a header, or of metadata.
+type Said = (&'static str, String);
+
+fn header((name, value): Said) -> HeaderValue {
+    HeaderValue {
+        key: name.to_owned(),
+        value,
+        ..HeaderValue::default()
+    }
+}
+
+/// A header in place of whatever is there, for every release: up to 1.36 the one flag is read, later
+/// the other, whose zero value appends.
+fn overwriting(said: Said) -> HeaderValueOption {
+    #[expect(deprecated, reason = "older gateways read nothing else")]
+    HeaderValueOption {
+        header: Some(header(said)),
+        append: Some(false),
+        append_action: HeaderAppendAction::OverwriteIfExistsOrAdd.into(),
+    }
+}
+
+/// Dynamic metadata. All of it is text: descriptors are made of nothing else, and numbers stay exact.
+fn metadata(said: impl IntoIterator<Item = Said>) -> Struct {
+    let text = |text| Value {
+        kind: Some(Kind::StringValue(text)),
+    };
+    let fields = said.into_iter();
+    let fields = fields.map(|(name, value)| (name.to_owned(), text(value)));
+    Struct {
+        fields: fields.collect(),
+    }
+}
