@@ -35,7 +35,10 @@ use crate::{
     auth::Auth,
     proto::{
         DESCRIPTOR_SET,
-        envoy::service::auth::v3::authorization_server::AuthorizationServer,
+        envoy::service::{
+            auth::v3::authorization_server::AuthorizationServer,
+            ratelimit::v3::rate_limit_service_server::RateLimitServiceServer,
+        },
         tollkeeper::{
             admin::v1::admin_service_server::AdminServiceServer,
             auth::v1::auth_service_server::AuthServiceServer,
@@ -72,7 +75,8 @@ pub fn routes(
         auth: auth.clone(),
         usage: usage.clone(),
     };
-    routes.add_service(AuthorizationServer::new(handler).max_decoding_message_size(max));
+    routes.add_service(AuthorizationServer::new(handler.clone()).max_decoding_message_size(max));
+    routes.add_service(RateLimitServiceServer::new(handler).max_decoding_message_size(max));
     let handler = admin::Handler { auth, usage };
     routes.add_service(AdminServiceServer::new(handler).max_decoding_message_size(max));
     routes.add_service(tonic_health::pb::health_server::HealthServer::new(health));

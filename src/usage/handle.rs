@@ -103,7 +103,7 @@ pub(super) fn request_key(
 }
 
 /// The same on every replica: version 8 (RFC 9562 §5.8) of a hash of user and request.
-fn event_id(user_id: UserId, request_id: &RequestId) -> EventId {
+pub(super) fn event_id(user_id: UserId, request_id: &RequestId) -> EventId {
     let bytes = hash(user_id, request_id, b"");
     EventId(Builder::from_custom_bytes(bytes).into_uuid())
 }

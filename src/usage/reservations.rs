@@ -294,7 +294,16 @@ impl Usage {
         tokens: TokenCounts,
         labels: Labels,
     ) -> Result<(Committed, EventId)> {
-        let handle = self.handle(text)?;
+        self.commit_handle(self.handle(text)?, tokens, labels).await
+    }
+
+    /// [`Usage::commit`] of a handle that is read.
+    pub(super) async fn commit_handle(
+        &self,
+        handle: Handle,
+        tokens: TokenCounts,
+        labels: Labels,
+    ) -> Result<(Committed, EventId)> {
         if let Err(violation) = check_occurred_at(handle.created_at, self.now()) {
             return Err(Error::invalid("reservation", violation));
         }

@@ -111,7 +111,7 @@ fn every_field_of_every_request_has_a_wrong_value_in_the_table() {
     let any = ANY_VALUE.map(|(rpc, field, _)| (rpc.to_owned(), field.to_owned()));
     covered.extend(any);
     let mut declared = BTreeSet::new();
-    for rpc in descriptor::rpcs() {
+    for rpc in descriptor::own_rpcs() {
         let name = rpc.path.trim_start_matches("/tollkeeper.").to_owned();
         for field in paths(&rpc.input) {
             declared.insert((name.clone(), field));
@@ -191,7 +191,7 @@ async fn all_wrong_fields_of_a_request_are_named_at_once() {
 async fn send(app: &TestApp, rpc: &str, message: Bytes) -> Result<Bytes, Status> {
     let path = format!("/tollkeeper.{rpc}");
     let is_for_users = |rpc: &descriptor::Rpc| rpc.rule.user && !rpc.rule.service;
-    let rpcs = descriptor::rpcs();
+    let rpcs = descriptor::own_rpcs();
     let credential = match rpcs.iter().find(|rpc| rpc.path == path) {
         Some(rpc) if is_for_users(rpc) => app.admin_token().await,
         _ => app.service_key.clone(),

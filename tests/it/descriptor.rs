@@ -38,12 +38,16 @@ pub(crate) struct Field {
 }
 
 /// Every RPC of the packages `tollkeeper.*`.
+pub(crate) fn own_rpcs() -> Vec<Rpc> {
+    let mut rpcs = rpcs();
+    rpcs.retain(|rpc| rpc.path.starts_with("/tollkeeper."));
+    rpcs
+}
+
+/// Every RPC of the contract, those of the protocols of others too.
 pub(crate) fn rpcs() -> Vec<Rpc> {
     let mut rpcs = Vec::new();
     for file in mirror::FileSet::decode(DESCRIPTOR_SET).expect("valid").file {
-        if !file.package.starts_with("tollkeeper.") {
-            continue;
-        }
         for service in file.service {
             for method in service.method {
                 let path = format!("/{}.{}/{}", file.package, service.name, method.name);

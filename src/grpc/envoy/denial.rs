@@ -60,7 +60,25 @@ impl Denial {
         })
     }
 
-    fn reason(&self) -> String {
+    /// The refusal of what a descriptor asks for: gateways answer it with 429 whatever it is about.
+    ///
+    /// # Errors
+    /// What is the fault of the service, or of a moment with too much to do.
+    pub(super) fn of_descriptor(error: Error, now: DateTime<Utc>) -> Result<Self, Status> {
+        match error {
+            Error::Unavailable(_) | Error::Internal(_) | Error::Overloaded { .. } => {
+                Err(error.into())
+            }
+            _ => Ok(Self {
+                code: StatusCode::TooManyRequests,
+                challenge: None,
+                limit: Limit::exceeded(&error, now),
+                status: error.into(),
+            }),
+        }
+    }
+
+    pub(super) fn reason(&self) -> String {
         let info = self.status.get_details_error_info();
         info.map(|info| info.reason).unwrap_or_default()
     }
@@ -70,7 +88,7 @@ impl Denial {
     }
 
     /// What a client of HTTP is told beside the body.
-    fn headers(&self) -> Vec<Said> {
+    pub(super) fn headers(&self) -> Vec<Said> {
         let mut headers = Vec::new();
         if let Some(challenge) = &self.challenge {
             headers.push(("www-authenticate", challenge.clone()));
@@ -82,11 +100,18 @@ impl Denial {
         headers
     }
 
+    /// What [`Denial::problem`] is.
+    pub(super) const CONTENT_TYPE: (&'static str, &'static str) =
+        ("content-type", "application/problem+json");
+
     /// A problem (RFC 9457); `request_id` is that of the gateway.
-    fn problem(&self, request_id: Option<&str>) -> String {
+    pub(super) fn problem(&self, request_id: Option<&str>) -> String {
         let (kind, title) = match self.code {
             StatusCode::Unauthorized => ("about:blank", "Unauthorized"),
-            StatusCode::TooManyRequests => (QUOTA_EXCEEDED, "Too Many Requests"),
+            StatusCode::TooManyRequests if self.limit.is_some() => {
+                (QUOTA_EXCEEDED, "Too Many Requests")
+            }
+            StatusCode::TooManyRequests => ("about:blank", "Too Many Requests"),
             _ => ("about:blank", "Forbidden"),
         };
         let mut problem = json!({
@@ -114,7 +139,8 @@ impl Denial {
             // Gateways make the message of it.
             self.status.message().to_owned()
         } else {
-            headers.push(("content-type", "application/problem+json".to_owned()));
+            let (name, value) = Self::CONTENT_TYPE;
+            headers.push((name, value.to_owned()));
             self.problem(request_id)
         };
         CheckResponse {

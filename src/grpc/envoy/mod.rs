@@ -6,8 +6,10 @@
 
 mod authorization;
 mod denial;
+mod descriptor;
 mod identity;
 mod limits;
+mod rate_limit;
 mod request;
 mod route;
 

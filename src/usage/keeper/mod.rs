@@ -36,7 +36,7 @@ use crate::{
 };
 use models::Models;
 pub use shard::Standing;
-use shard::{Shard, inward};
+use shard::{Shard, inward, outward};
 
 /// How the leases of a replica are kept.
 #[derive(Clone, Copy, Debug)]
@@ -261,6 +261,18 @@ impl Keeper {
         drop(shard);
         self.0.due.notify_one();
         ended
+    }
+
+    /// The live hold of a request within a month, and its tokens; `None`: this replica has none.
+    pub(super) fn hold_of(&self, user: UserId, request: RequestKey) -> Option<(HoldName, Tokens)> {
+        let index = self.0.index_of(user);
+        let mut shard = self.0.shards[index].lock();
+        let held = shard.book.held(request, boot())?;
+        let name = HoldName {
+            owner: shard.owner,
+            hold: outward(index, held.id),
+        };
+        Some((name, held.tokens))
     }
 
     /// A commit of a hold of this replica is going to be booked; [`Keeper::end_commit`] must follow

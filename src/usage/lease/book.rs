@@ -268,7 +268,7 @@ impl Book {
 
     /// Whether a request has a live hold.
     pub fn has(&mut self, request: RequestKey, now: Boot) -> bool {
-        self.live_hold(request, now).is_some()
+        self.held(request, now).is_some()
     }
 
     /// Looks at a meter and consumes nothing.
@@ -589,10 +589,11 @@ impl Book {
         if ask.mode == Mode::LookOnly {
             return None;
         }
-        self.live_hold(ask.request, now)
+        self.held(ask.request, now)
     }
 
-    fn live_hold(&mut self, request: RequestKey, now: Boot) -> Option<Held> {
+    /// The live hold of a request.
+    pub fn held(&mut self, request: RequestKey, now: Boot) -> Option<Held> {
         let (id, hold) = self.holds.of_request(request)?;
         (hold.state == State::Live && hold.expires > now).then_some(Held {
             id,

@@ -1,6 +1,7 @@
 //! Gateways that speak the protocols of the Envoy API.
 
 mod check;
+mod limits;
 
 use std::collections::HashMap;
 

@@ -1,0 +1,379 @@
+//! What the descriptors of a gateway ask for.
+
+use crate::{
+    error::{Error, Result},
+    grpc::{
+        convert::{Fields, token_count},
+        reservation,
+    },
+    model::{TokenCounts, Tokens, UserId, Violation},
+    proto::envoy::extensions::common::ratelimit::v3::RateLimitDescriptor,
+    usage::{QuotaRequest, QuotaWish, RequestName, lease::Mode},
+};
+
+/// A value that a gateway puts where it found none: so it is sent at all, and then denied.
+const MISSING: &str = "__missing__";
+
+/// What a descriptor asks for.
+#[derive(Debug)]
+pub(super) enum Ask {
+    /// Whether so many may be used.
+    Check(UserId, QuotaWish),
+    /// To hold them.
+    Reserve(UserId, QuotaRequest),
+    /// To book what a request used.
+    Book(Of, TokenCounts),
+    /// To hold nothing more for a request.
+    Release(Of),
+}
+
+/// The request that something is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Of {
+    pub(super) user: UserId,
+    pub(super) request: RequestName,
+    pub(super) hold: Hold,
+}
+
+/// Which hold of a request is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// The one of this handle.
+    Named(String),
+    /// Whichever the asked replica has.
+    OfRequest,
+    /// None: the request is charged.
+    None,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Op {
+    Check,
+    Reserve,
+    Commit,
+    Charge,
+    Release,
+}
+
+const KEYS: [&str; 7] = [
+    "op",
+    "user",
+    "model",
+    "request_id",
+    "reservation",
+    "dimension",
+    "lifetime",
+];
+
+/// Reads a descriptor; `hits` are those of the whole request.
+///
+/// # Errors
+/// `Invalid`, naming every entry that is missing, wrong, twice there, or not known.
+pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
+    let mut fields = Fields::default();
+    let entries = &descriptor.entries;
+    let keys = entries.iter().map(|entry| entry.key.as_str());
+    if let Some(twice) = keys
+        .clone()
+        .find(|key| keys.clone().filter(|of| of == key).count() > 1)
+    {
+        fields.take::<()>(twice, Err("must be there once".into()));
+    }
+    if keys.clone().any(|key| !KEYS.contains(&key)) {
+        let known = format!("must have no other keys than {}", KEYS.join(", "));
+        fields.take::<()>("entries", Err(known.into()));
+    }
+    let text = |key: &str| {
+        let entry = entries.iter().find(|entry| entry.key == key);
+        let value = entry.map_or("", |entry| entry.value.as_str());
+        if value == MISSING { "" } else { value }
+    };
+    let op = fields.take("op", op(text("op")));
+    let user = fields.parse("user", text("user"));
+    let tokens = fields.take("hits_addend", tokens(descriptor, hits));
+    let Some(op) = op else {
+        return fields.finish(None);
+    };
+    if op == Op::Check || (op == Op::Reserve && tokens == Some(0)) {
+        let model = fields.parse_optional("model", text("model"));
+        let wish = || {
+            Some(QuotaWish {
+                tokens: tokens?,
+                model: model?,
+            })
+        };
+        return fields.finish(user.zip(wish()).map(|(user, wish)| Ask::Check(user, wish)));
+    }
+    let model = fields.parse("model", text("model"));
+    let request_id = fields.parse("request_id", text("request_id"));
+    if op == Op::Reserve {
+        let lifetime = match text("lifetime") {
+            "" => Some(reservation::DEFAULT_LIFETIME),
+            text => fields.take("lifetime", reservation::lifetime_from(text)),
+        };
+        let request = || {
+            Some(QuotaRequest {
+                request_id: request_id?,
+                model: model?,
+                tokens: tokens?,
+                mode: Mode::AllOrNothing,
+                lifetime: lifetime?,
+            })
+        };
+        let asked = user.zip(request());
+        return fields.finish(asked.map(|(user, request)| Ask::Reserve(user, request)));
+    }
+    let counts = fields.take(
+        "dimension",
+        counts(text("dimension"), tokens.unwrap_or_default()),
+    );
+    let of = || {
+        Some(Of {
+            user: user?,
+            request: RequestName {
+                request_id: request_id?,
+                model: model?,
+            },
+            hold: match (op, text("reservation")) {
+                (Op::Charge, _) => Hold::None,
+                (_, "") => Hold::OfRequest,
+                (_, handle) => Hold::Named(handle.to_owned()),
+            },
+        })
+    };
+    let used = tokens.and(counts).zip(of()).map(|(counts, of)| match op {
+        Op::Release => Ask::Release(of),
+        _ => Ask::Book(of, counts),
+    });
+    fields.finish(used)
+}
+
+fn op(text: &str) -> Result<Op, Violation> {
+    match text {
+        "check" => Ok(Op::Check),
+        "reserve" => Ok(Op::Reserve),
+        "commit" => Ok(Op::Commit),
+        "charge" => Ok(Op::Charge),
+        "release" => Ok(Op::Release),
+        _ => Err("must be check, reserve, commit, charge or release".into()),
+    }
+}
+
+/// The descriptor's own number, also 0; else the request's, of which 0 means 1.
+fn tokens(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Tokens, Violation> {
+    if descriptor.is_negative_hits {
+        return Err("must not be negative: what was used stays used".into());
+    }
+    let tokens = descriptor.hits_addend.unwrap_or(u64::from(hits.max(1)));
+    token_count(i64::try_from(tokens).unwrap_or(i64::MAX))
+}
+
+/// Tokens of one dimension: of the answer, unless another one is named.
+fn counts(dimension: &str, tokens: Tokens) -> Result<TokenCounts, Violation> {
+    let mut counts = TokenCounts::default();
+    let count = match dimension {
+        "" | "output" => &mut counts.output,
+        "input" => &mut counts.input,
+        "cached_input" => &mut counts.cached_input,
+        "cache_write" => &mut counts.cache_write,
+        "reasoning" => &mut counts.reasoning,
+        _ => {
+            let names = "must be input, output, cached_input, cache_write or reasoning";
+            return Err(names.into());
+        }
+    };
+    *count = tokens;
+    Ok(counts)
+}
+
+/// What is to be done, by the places of the descriptors that ask for it.
+pub(super) struct Work {
+    pub(super) wrong: Vec<(usize, Error)>,
+    pub(super) asks: Vec<(Vec<usize>, Ask)>,
+}
+
+impl Work {
+    /// Reads all descriptors. The dimensions of one request are one event. What was used comes first,
+    /// then what is released, since that may be what others need.
+    pub(super) fn of(descriptors: &[RateLimitDescriptor], hits: u32) -> Self {
+        let (mut wrong, mut asks) = (Vec::new(), Vec::<(Vec<usize>, Ask)>::new());
+        for (place, descriptor) in descriptors.iter().enumerate() {
+            match read(descriptor, hits) {
+                Err(error) => wrong.push((place, error)),
+                Ok(Ask::Book(of, counts)) => {
+                    let same = asks.iter_mut().find_map(|(places, ask)| match ask {
+                        Ask::Book(other, sum) if *other == of => Some((places, sum)),
+                        _ => None,
+                    });
+                    match same {
+                        Some((places, sum)) => {
+                            places.push(place);
+                            *sum += counts;
+                        }
+                        None => asks.push((vec![place], Ask::Book(of, counts))),
+                    }
+                }
+                Ok(ask) => asks.push((vec![place], ask)),
+            }
+        }
+        asks.sort_by_key(|(_, ask)| match ask {
+            Ask::Book(..) => 0,
+            Ask::Release(_) => 1,
+            Ask::Check(..) | Ask::Reserve(..) => 2,
+        });
+        Self { wrong, asks }
+    }
+
+    /// Whether something is to be done that must not be left undone when the gateway goes.
+    pub(super) fn settles(&self) -> bool {
+        let mut asks = self.asks.iter();
+        asks.any(|(_, ask)| matches!(ask, Ask::Book(..) | Ask::Release(_)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::envoy::extensions::common::ratelimit::v3::rate_limit_descriptor::Entry;
+
+    const USER: &str = "01890a5d-ac96-774b-bcce-b302099a8057";
+
+    fn descriptor(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitDescriptor {
+        let entry = |(key, value): &(&str, &str)| Entry {
+            key: (*key).to_owned(),
+            value: (*value).to_owned(),
+        };
+        RateLimitDescriptor {
+            entries: entries.iter().map(entry).collect(),
+            hits_addend,
+            is_negative_hits: false,
+        }
+    }
+
+    fn of_request(op: &str, more: &[(&str, &str)], hits: Option<u64>) -> RateLimitDescriptor {
+        let whole = [
+            ("op", op),
+            ("user", USER),
+            ("model", "m"),
+            ("request_id", "r"),
+        ];
+        descriptor(&[&whole[..], more].concat(), hits)
+    }
+
+    fn wrong(descriptor: &RateLimitDescriptor) -> Vec<String> {
+        match read(descriptor, 0) {
+            Err(Error::Invalid(violations)) => {
+                violations.0.into_iter().map(|one| one.field).collect()
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn tokens_of(descriptor: &RateLimitDescriptor, hits: u32) -> i64 {
+        match read(descriptor, hits).expect("valid") {
+            Ask::Check(_, wish) => wish.tokens,
+            Ask::Reserve(_, request) => request.tokens,
+            Ask::Book(_, counts) => counts.total(),
+            Ask::Release(_) => panic!("has none"),
+        }
+    }
+
+    #[test]
+    fn the_descriptors_own_hits_come_before_the_requests_of_which_none_means_one() {
+        for op in ["check", "commit", "charge"] {
+            assert_eq!(tokens_of(&of_request(op, &[], None), 0), 1, "{op}");
+            assert_eq!(tokens_of(&of_request(op, &[], None), 7), 7, "{op}");
+            assert_eq!(tokens_of(&of_request(op, &[], Some(5)), 7), 5, "{op}");
+            assert_eq!(tokens_of(&of_request(op, &[], Some(0)), 7), 0, "{op}");
+        }
+        assert_eq!(tokens_of(&of_request("reserve", &[], None), 0), 1);
+        for beyond in [1_000_000_000_001, u64::MAX] {
+            assert_eq!(
+                wrong(&of_request("charge", &[], Some(beyond))),
+                ["hits_addend"]
+            );
+        }
+        let refund = RateLimitDescriptor {
+            is_negative_hits: true,
+            ..of_request("charge", &[], Some(5))
+        };
+        assert_eq!(wrong(&refund), ["hits_addend"]);
+    }
+
+    #[test]
+    fn to_reserve_nothing_is_to_look() {
+        let read = read(&of_request("reserve", &[], Some(0)), 3).expect("valid");
+        assert!(matches!(read, Ask::Check(_, wish) if wish.tokens == 0));
+    }
+
+    #[test]
+    fn what_is_missing_or_unknown_is_named() {
+        assert_eq!(wrong(&descriptor(&[], None)), ["op", "user"]);
+        let missing = [("op", "check"), ("user", MISSING)];
+        assert_eq!(wrong(&descriptor(&missing, None)), ["user"]);
+        for op in ["reserve", "commit", "charge", "release"] {
+            let bare = [("op", op), ("user", USER)];
+            assert_eq!(
+                wrong(&descriptor(&bare, None)),
+                ["model", "request_id"],
+                "{op}"
+            );
+        }
+        assert_eq!(wrong(&of_request("chargeback", &[], None)), ["op"]);
+        for (more, field) in [
+            (("remote_address", "10.0.0.1"), "entries"),
+            (("user", USER), "user"),
+        ] {
+            assert_eq!(wrong(&of_request("charge", &[more], None)), [field]);
+        }
+        let dimension = [("dimension", "total")];
+        assert_eq!(
+            wrong(&of_request("charge", &dimension, None)),
+            ["dimension"]
+        );
+        let lifetime = [("lifetime", "1d")];
+        assert_eq!(wrong(&of_request("reserve", &lifetime, None)), ["lifetime"]);
+    }
+
+    #[test]
+    fn a_commit_means_the_handles_hold_or_the_requests_and_a_charge_none() {
+        let hold = |op, more: &[(&str, &str)]| match read(&of_request(op, more, None), 0) {
+            Ok(Ask::Book(of, _) | Ask::Release(of)) => of.hold,
+            other => panic!("{other:?}"),
+        };
+        let named = [("reservation", "handle")];
+        let missing = [("reservation", MISSING)];
+        for op in ["commit", "release"] {
+            assert_eq!(hold(op, &named), Hold::Named("handle".to_owned()));
+            assert_eq!(hold(op, &missing), Hold::OfRequest);
+            assert_eq!(hold(op, &[]), Hold::OfRequest);
+        }
+        assert_eq!(hold("charge", &named), Hold::None);
+    }
+
+    #[test]
+    fn the_dimensions_of_a_request_are_one_event_and_come_before_what_looks() {
+        let work = Work::of(
+            &[
+                of_request("check", &[], None),
+                of_request("release", &[], None),
+                of_request("commit", &[("dimension", "input")], Some(3)),
+                descriptor(&[], None),
+                of_request("commit", &[("dimension", "output")], Some(4)),
+                of_request("charge", &[], Some(5)),
+            ],
+            0,
+        );
+        assert_eq!(work.wrong.len(), 1);
+        assert_eq!(work.wrong[0].0, 3);
+        assert!(work.settles());
+        let places: Vec<_> = work.asks.iter().map(|(places, _)| places.clone()).collect();
+        assert_eq!(places, [vec![2, 4], vec![5], vec![1], vec![0]]);
+        let counts = TokenCounts {
+            input: 3,
+            output: 4,
+            ..TokenCounts::default()
+        };
+        assert!(matches!(&work.asks[0].1, Ask::Book(_, sum) if *sum == counts));
+    }
+}

@@ -1,0 +1,297 @@
+use std::time::Duration;
+
+use chrono::Utc;
+use tonic::{Request, Response, Status};
+
+use super::{
+    Handler,
+    authorization::quota_facts,
+    denial::Denial,
+    descriptor::{Ask, Hold, Of, Work},
+    header,
+    limits::{Limit, Unit},
+    metadata,
+};
+use crate::{
+    error::{Error, Result},
+    model::{Labels, QuotaState, TokenCounts, UserStanding},
+    proto::envoy::service::ratelimit::v3::{
+        RateLimitRequest, RateLimitResponse,
+        rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit},
+        rate_limit_service_server::RateLimitService,
+    },
+    usage::QuotaWish,
+};
+
+#[tonic::async_trait]
+impl RateLimitService for Handler {
+    async fn should_rate_limit(
+        &self,
+        request: Request<RateLimitRequest>,
+    ) -> Result<Response<RateLimitResponse>, Status> {
+        let message = request.get_ref();
+        let descriptors = message.descriptors.len();
+        if descriptors == 0 {
+            return Err(Error::invalid("descriptors", "must hold one at least").into());
+        }
+        let work = Work::of(&message.descriptors, message.hits_addend);
+        let settles = work.settles();
+        let handler = self.clone();
+        let answer = async move { handler.carry_out(work, descriptors).await };
+        // A gateway does not wait for what it says at the end of a stream, and never repeats it.
+        let answer = if settles {
+            tokio::spawn(answer).await.map_err(Error::internal)?
+        } else {
+            answer.await
+        };
+        Ok(Response::new(answer?))
+    }
+}
+
+/// What came of an ask that was granted.
+#[derive(Default)]
+struct Granted {
+    quota: Option<QuotaState>,
+    reservation: Option<String>,
+}
+
+impl Handler {
+    /// Does all that is asked for, also when some of it fails: what was used was used.
+    async fn carry_out(&self, work: Work, descriptors: usize) -> Result<RateLimitResponse, Status> {
+        let mut answer = Answer::new(descriptors);
+        for (place, error) in work.wrong {
+            answer.refuse(&[place], error);
+        }
+        for (places, ask) in work.asks {
+            match self.carry_out_one(ask).await {
+                Ok(granted) => answer.grant(&places, granted),
+                Err(error) => answer.refuse(&places, error),
+            }
+        }
+        // The request does not pass: nothing is held for it.
+        if answer.denial.is_some() || answer.failure.is_some() {
+            for reservation in answer.reservations.drain(..) {
+                if let Err(error) = self.usage.release(&reservation).await {
+                    tracing::debug!(%error, "a reservation that is not needed expires");
+                }
+            }
+        }
+        answer.finish()
+    }
+
+    async fn carry_out_one(&self, ask: Ask) -> Result<Granted> {
+        match ask {
+            Ask::Check(user, wish) => {
+                let user = self.auth.user_standing(user).await?;
+                self.look(&user, &wish).await
+            }
+            Ask::Reserve(user, request) => {
+                let user = self.auth.user_standing(user).await?;
+                let reserved = self.usage.reserve(&user, &request).await?;
+                Ok(Granted {
+                    quota: reserved.quota,
+                    reservation: reserved.handle,
+                })
+            }
+            Ask::Book(of, tokens) if tokens.total() > 0 => self.book(of, tokens).await,
+            // Nothing was used.
+            Ask::Book(of, _) if of.hold == Hold::None => {
+                let user = self.auth.user_standing(of.user).await?;
+                let wish = QuotaWish {
+                    tokens: 0,
+                    model: Some(of.request.model),
+                };
+                self.look(&user, &wish).await
+            }
+            Ask::Book(of, _) | Ask::Release(of) => self.release(of).await,
+        }
+    }
+
+    async fn look(&self, user: &UserStanding, wish: &QuotaWish) -> Result<Granted> {
+        let quota = self.usage.require_quota(user, wish).await?;
+        Ok(Granted {
+            quota,
+            reservation: None,
+        })
+    }
+
+    async fn book(&self, of: Of, tokens: TokenCounts) -> Result<Granted> {
+        let user = async || self.auth.user_standing(of.user).await;
+        match &of.hold {
+            Hold::Named(handle) => {
+                self.usage.commit(handle, tokens, Labels::default()).await?;
+            }
+            Hold::OfRequest => {
+                let user = user().await?;
+                self.usage
+                    .commit_request(&user, &of.request, tokens)
+                    .await?;
+            }
+            Hold::None => {
+                self.usage
+                    .charge(&user().await?, &of.request, tokens)
+                    .await?;
+            }
+        }
+        Ok(Granted::default())
+    }
+
+    async fn release(&self, of: Of) -> Result<Granted> {
+        match &of.hold {
+            Hold::Named(handle) => match self.usage.release(handle).await {
+                // Committed, perhaps just now: there is nothing to hold any more.
+                Ok(()) | Err(Error::ReservationEnded) => {}
+                Err(error) => return Err(error),
+            },
+            Hold::OfRequest | Hold::None => {
+                let user = self.auth.user_standing(of.user).await?;
+                self.usage.release_request(&user, &of.request);
+            }
+        }
+        Ok(Granted::default())
+    }
+}
+
+/// An answer in the making.
+struct Answer {
+    statuses: Vec<DescriptorStatus>,
+    /// Of the first quota that was looked at.
+    quota: Option<QuotaState>,
+    reservations: Vec<String>,
+    /// The first of each.
+    denial: Option<Denial>,
+    failure: Option<Status>,
+}
+
+impl Answer {
+    fn new(descriptors: usize) -> Self {
+        Self {
+            statuses: vec![DescriptorStatus::default(); descriptors],
+            quota: None,
+            reservations: Vec::new(),
+            denial: None,
+            failure: None,
+        }
+    }
+
+    fn grant(&mut self, places: &[usize], granted: Granted) {
+        let quota = granted.quota.as_ref();
+        let limit = quota.and_then(|quota| Limit::monthly(quota, false, Utc::now()));
+        self.set(places, Code::Ok, limit.as_ref());
+        self.quota = self.quota.take().or(granted.quota);
+        self.reservations.extend(granted.reservation);
+    }
+
+    fn refuse(&mut self, places: &[usize], error: Error) {
+        let limit = Limit::exceeded(&error, Utc::now());
+        self.set(places, Code::OverLimit, limit.as_ref());
+        match Denial::of_descriptor(error, Utc::now()) {
+            Ok(denial) => drop(self.denial.get_or_insert(denial)),
+            Err(failure) => drop(self.failure.get_or_insert(failure)),
+        }
+    }
+
+    fn set(&mut self, places: &[usize], code: Code, limit: Option<&Limit>) {
+        for place in places {
+            self.statuses[*place] = status(code, limit);
+        }
+    }
+
+    /// # Errors
+    /// When the service could not do all that it was asked for.
+    fn finish(self) -> Result<RateLimitResponse, Status> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
+        let mut facts: Vec<_> = self.quota.iter().flat_map(quota_facts).collect();
+        let limit = self.quota.as_ref();
+        let limit = limit.and_then(|quota| Limit::monthly(quota, false, Utc::now()));
+        let mut told: Vec<_> = limit.iter().flat_map(Limit::headers).collect();
+        let (mut code, mut body) = (Code::Ok, String::new());
+        if let Some(denial) = self.denial {
+            code = Code::OverLimit;
+            body = denial.problem(None);
+            told = denial.headers();
+            let (name, value) = Denial::CONTENT_TYPE;
+            told.push((name, value.to_owned()));
+            facts.push(("reason", denial.reason()));
+        }
+        let reservation = self.reservations.into_iter().next();
+        facts.extend(reservation.map(|handle| ("reservation", handle)));
+        Ok(RateLimitResponse {
+            overall_code: code.into(),
+            statuses: self.statuses,
+            response_headers_to_add: told.into_iter().map(header).collect(),
+            raw_body: body.into_bytes(),
+            dynamic_metadata: Some(metadata(facts)),
+        })
+    }
+}
+
+/// How a descriptor fares. Numbers saturate: gateways have 32 bits for them.
+fn status(code: Code, limit: Option<&Limit>) -> DescriptorStatus {
+    let saturated = |number: i64| u32::try_from(number.max(0)).unwrap_or(u32::MAX);
+    let current_limit = limit.map(|limit| RateLimit {
+        requests_per_unit: saturated(limit.quota),
+        unit: match limit.unit {
+            Unit::Tokens => rate_limit::Unit::Month,
+            Unit::Requests => rate_limit::Unit::Minute,
+        }
+        .into(),
+        name: limit.policy.to_owned(),
+    });
+    let unlimited = if code == Code::Ok { u32::MAX } else { 0 };
+    DescriptorStatus {
+        code: code.into(),
+        current_limit,
+        limit_remaining: limit.map_or(unlimited, |limit| saturated(limit.remaining)),
+        duration_until_reset: limit.and_then(|limit| until(limit.resets_in)),
+    }
+}
+
+fn until(time: Duration) -> Option<prost_types::Duration> {
+    prost_types::Duration::try_from(time).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_beyond_32_bits_saturate() {
+        let limit = |quota, remaining| Limit {
+            policy: "monthly-tokens",
+            unit: Unit::Tokens,
+            quota,
+            remaining,
+            window: Duration::from_hours(720),
+            resets_in: Duration::from_secs(5),
+        };
+        let told = status(Code::Ok, Some(&limit(1_000_000_000_000, 4_294_967_296)));
+        let of = told.current_limit.expect("a limit");
+        assert_eq!(of.requests_per_unit, u32::MAX);
+        assert_eq!(told.limit_remaining, u32::MAX);
+        let told = status(Code::OverLimit, Some(&limit(100, -1)));
+        assert_eq!(told.limit_remaining, 0);
+    }
+
+    #[test]
+    fn one_refusal_refuses_all_and_each_has_its_own_status() {
+        let mut answer = Answer::new(3);
+        answer.grant(&[0, 2], Granted::default());
+        answer.refuse(&[1], Error::UserNotFound);
+        let answer = answer.finish().expect("an answer");
+        assert_eq!(answer.overall_code(), Code::OverLimit);
+        let codes: Vec<_> = answer.statuses.iter().map(DescriptorStatus::code).collect();
+        assert_eq!(codes, [Code::Ok, Code::OverLimit, Code::Ok]);
+    }
+
+    #[test]
+    fn what_could_not_be_done_is_a_failure_and_no_verdict() {
+        let mut answer = Answer::new(2);
+        answer.refuse(&[0], Error::UserNotFound);
+        answer.refuse(&[1], Error::Unavailable("away".into()));
+        let failure = answer.finish().expect_err("a failure");
+        assert_eq!(failure.code(), tonic::Code::Unavailable);
+    }
+}

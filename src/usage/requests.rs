@@ -1,0 +1,114 @@
+//! What requests used, by the names of user and request: for gateways that keep no handle.
+
+use chrono::SubsecRound as _;
+
+use super::{
+    Usage,
+    handle::{Handle, event_id, request_key},
+    lease::Ended,
+    ledger::Recorded,
+    reservations::Committed,
+};
+use crate::{
+    error::Result,
+    model::{
+        Booking, BookingOrigin, Labels, ModelName, OnOutage, Period, RequestId, TokenCounts,
+        UsageEvent, UserStanding,
+    },
+};
+
+/// A request of a user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestName {
+    pub request_id: RequestId,
+    pub model: ModelName,
+}
+
+impl Usage {
+    /// Books what a request used that nothing was held for. The same event as its commit would be: it
+    /// counts once, however often and whichever way it is told, within a month.
+    ///
+    /// The caller has checked that the user exists. Durable when it returns; a dropped future leaves it
+    /// behind to be booked.
+    ///
+    /// # Errors
+    /// Those of [`Usage::record`]
+    pub async fn charge(
+        &self,
+        user: &UserStanding,
+        request: &RequestName,
+        tokens: TokenCounts,
+    ) -> Result<Recorded> {
+        let event = UsageEvent {
+            event_id: event_id(user.id, &request.request_id),
+            // As exactly as the database keeps it.
+            occurred_at: self.now().trunc_subsecs(6),
+            user_id: user.id,
+            model: request.model.clone(),
+            tokens,
+            request_id: request.request_id.as_str().to_owned(),
+            labels: Labels::default(),
+        };
+        let charges = self.keeper.charges_of(std::slice::from_ref(&event));
+        // Told again, it has another time.
+        let origin = BookingOrigin::Commit { settles: None };
+        let recorded = self.book(Booking { event, origin }).await?;
+        if recorded == Recorded::Now {
+            charges.iter().for_each(|charge| self.keeper.charge(charge));
+        }
+        Ok(recorded)
+    }
+
+    /// [`Usage::commit`] of what this replica holds for a request. Without that it is
+    /// [`Usage::charge`]: what another replica holds expires by itself.
+    ///
+    /// # Errors
+    /// Those of [`Usage::commit`]
+    pub async fn commit_request(
+        &self,
+        user: &UserStanding,
+        request: &RequestName,
+        tokens: TokenCounts,
+    ) -> Result<Committed> {
+        let Some(handle) = self.handle_of(user, request) else {
+            return self
+                .charge(user, request, tokens)
+                .await
+                .map(Committed::Booked);
+        };
+        let committed = self.commit_handle(handle, tokens, Labels::default());
+        committed.await.map(|(committed, _)| committed)
+    }
+
+    /// [`Usage::release`] of what this replica holds for a request; without that nothing happens.
+    pub fn release_request(&self, user: &UserStanding, request: &RequestName) -> Option<Ended> {
+        let handle = self.handle_of(user, request)?;
+        Some(self.keeper.release(handle.hold))
+    }
+
+    /// The handle of what this replica holds for a request, made this month or, at its turn, the last.
+    fn handle_of(&self, user: &UserStanding, request: &RequestName) -> Option<Handle> {
+        let now = self.now().trunc_subsecs(6);
+        let period = Period::containing(now);
+        let key = request_key(user.id, &request.request_id, &request.model);
+        let last_month = period.start() - chrono::TimeDelta::microseconds(1);
+        let (created_at, (hold, tokens)) = [now, last_month].into_iter().find_map(|at| {
+            let held = self
+                .keeper
+                .hold_of(user.id, key.within(Period::containing(at)))?;
+            Some((at, held))
+        })?;
+        let tiers = self.tiers();
+        Some(Handle {
+            hold,
+            user_id: user.id,
+            model: request.model.clone(),
+            request_id: request.request_id.clone(),
+            tokens,
+            created_at,
+            // It is live.
+            expires_at: now,
+            may_wait: tiers.limits_of(&user.tier).on_outage != OnOutage::Closed,
+        })
+    }
+}
