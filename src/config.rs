@@ -29,6 +29,7 @@ pub struct Settings {
     pub password: PasswordSettings,
     pub usage: UsageSettings,
     pub quota: QuotaSettings,
+    pub gateway: GatewaySettings,
     pub webhook: WebhookSettings,
     pub log: LogSettings,
     pub ops: OpsSettings,
@@ -198,6 +199,15 @@ pub struct QuotaSettings {
     pub recall_bound: Duration,
 }
 
+/// Gateways that ask before they let a request pass.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GatewaySettings {
+    /// Whether a gateway on the same machine may ask without a service key. So may everybody else
+    /// there, and whoever can send through a proxy there.
+    pub trust_loopback: bool,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogSettings {
@@ -262,6 +272,7 @@ impl Default for Settings {
             password: PasswordSettings::default(),
             usage: UsageSettings::default(),
             quota: QuotaSettings::default(),
+            gateway: GatewaySettings::default(),
             webhook: WebhookSettings::default(),
             log: LogSettings::default(),
             ops: OpsSettings::default(),

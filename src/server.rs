@@ -21,7 +21,7 @@ pub use workers::{Incoming, WorkerGone, Workers};
 
 use crate::{
     auth::{Auth, BootTime, KeyRing, MasterKey},
-    config::{self, ServerSettings, Settings},
+    config::{self, GatewaySettings, ServerSettings, Settings},
     error::Error,
     grpc::{
         self, AccessLayer, CallLayer, CallMetrics, MemoryLayer, Rules, RulesError,
@@ -75,6 +75,7 @@ pub enum ServerError {
 /// A server that is ready to serve: migrated, bound, not yet accepting.
 pub struct Server {
     settings: ServerSettings,
+    gateway: GatewaySettings,
     listener: TcpListener,
     ops: Option<TcpListener>,
     rules: Rules,
@@ -147,6 +148,7 @@ impl Server {
         let delivery = Delivery::new(store.clone(), webhook);
         Ok(Self {
             settings: settings.server.clone(),
+            gateway: settings.gateway.clone(),
             listener,
             ops,
             rules,
@@ -191,6 +193,7 @@ impl Server {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
         let Self {
             settings,
+            gateway,
             listener,
             ops,
             rules,
@@ -215,7 +218,8 @@ impl Server {
         let serve = {
             let (settings, metrics) = (settings.clone(), metrics.clone());
             let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
-            let access = AccessLayer::new(auth.clone(), rules);
+            let access =
+                AccessLayer::new(auth.clone(), rules).trusting_loopback(gateway.trust_loopback);
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
                 tonic::transport::Server::builder()
                     .max_concurrent_streams(settings.max_streams)

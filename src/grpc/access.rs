@@ -2,15 +2,16 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use chrono::Utc;
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
+use http::{Request, Response, header::AUTHORIZATION};
 use prost::Message as _;
-use tonic::{Status, body::Body};
+use tonic::{Status, body::Body, transport::server::TcpConnectInfo};
 use tower::{Layer, Service};
 
 use super::{bearer::bearer, status};
@@ -205,6 +206,13 @@ impl Admission {
         Ok(admission)
     }
 
+    /// Whether a gateway on this machine asks, without a credential, for what is for gateways.
+    fn is_for_sidecar(self, headers: &http::HeaderMap, peer: Option<SocketAddr>) -> bool {
+        self.service == Some(Scope::Gateway)
+            && !headers.contains_key(AUTHORIZATION)
+            && peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback())
+    }
+
     /// Whether a caller may pass.
     fn admit(self, principal: &Principal) -> Result<()> {
         match principal {
@@ -241,16 +249,35 @@ impl Admission {
 pub struct AccessLayer {
     auth: Auth,
     rules: Rules,
+    trusts_loopback: bool,
 }
 
 impl AccessLayer {
     pub fn new(auth: Auth, rules: Rules) -> Self {
-        Self { auth, rules }
+        Self {
+            auth,
+            rules,
+            trusts_loopback: false,
+        }
+    }
+
+    /// Whoever calls from this machine without a credential may do what gateways do.
+    #[must_use]
+    pub fn trusting_loopback(self, trusts_loopback: bool) -> Self {
+        Self {
+            trusts_loopback,
+            ..self
+        }
     }
 
     /// The caller of an RPC, if it may call it.
-    async fn admit(&self, admission: Admission, headers: &http::HeaderMap) -> Result<Caller> {
-        if admission.public {
+    async fn admit(
+        &self,
+        admission: Admission,
+        headers: &http::HeaderMap,
+        peer: Option<SocketAddr>,
+    ) -> Result<Caller> {
+        if admission.public || (self.trusts_loopback && admission.is_for_sidecar(headers, peer)) {
             return Ok(Caller::Anonymous);
         }
         let principal = self.auth.authenticate(bearer(headers)?, Utc::now()).await?;
@@ -299,7 +326,9 @@ where
             let Some(admission) = access.rules.admission(request.uri().path()) else {
                 return Ok(status::unknown_method().into_http());
             };
-            match access.admit(admission, request.headers()).await {
+            let peer = request.extensions().get::<TcpConnectInfo>();
+            let peer = peer.and_then(TcpConnectInfo::remote_addr);
+            match access.admit(admission, request.headers(), peer).await {
                 Ok(caller) => {
                     request.extensions_mut().insert(caller);
                     inner.call(request).await
@@ -510,5 +539,38 @@ mod tests {
             ..Admission::default()
         };
         assert!(matches!(admin.admit(&key), Err(Error::CallerNotAllowed)));
+    }
+
+    #[test]
+    fn only_a_gateway_of_this_machine_does_without_a_key() {
+        let gateway = Admission {
+            service: Some(Scope::Gateway),
+            ..Admission::default()
+        };
+        let quota = Admission {
+            service: Some(Scope::Quota),
+            ..Admission::default()
+        };
+        let (bare, mut keyed) = (http::HeaderMap::new(), http::HeaderMap::new());
+        keyed.insert(AUTHORIZATION, "Bearer x".parse().expect("ASCII"));
+        let peer = |text: &str| Some(text.parse::<SocketAddr>().expect("an address"));
+        for here in [
+            "127.0.0.1:9",
+            "127.1.2.3:9",
+            "[::1]:9",
+            "[::ffff:127.0.0.1]:9",
+        ] {
+            assert!(gateway.is_for_sidecar(&bare, peer(here)), "{here}");
+            assert!(!quota.is_for_sidecar(&bare, peer(here)), "{here}");
+            // A key that is shown is looked at.
+            assert!(!gateway.is_for_sidecar(&keyed, peer(here)), "{here}");
+        }
+        for elsewhere in ["10.0.0.1:9", "[::ffff:10.0.0.1]:9", "[fe80::1]:9"] {
+            assert!(
+                !gateway.is_for_sidecar(&bare, peer(elsewhere)),
+                "{elsewhere}"
+            );
+        }
+        assert!(!gateway.is_for_sidecar(&bare, None));
     }
 }

@@ -1,5 +1,6 @@
 //! Gateways that speak the protocols of the Envoy API.
 
+mod callers;
 mod check;
 mod limits;
 
