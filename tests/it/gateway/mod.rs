@@ -2,7 +2,9 @@
 
 mod callers;
 mod check;
+mod edge;
 mod limits;
+mod upstream;
 
 use std::collections::HashMap;
 
