@@ -213,6 +213,9 @@ impl Server {
             settings.reflection,
             settings.max_request_bytes,
         )?;
+        if gateway.trust_loopback {
+            warn!("every program on this machine may ask as a gateway (gateway.trust_loopback)");
+        }
         let (cut, cut_asked) = watch::channel(false);
         let metrics = CallMetrics::new(&rules);
         let serve = {
