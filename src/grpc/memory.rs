@@ -1,8 +1,8 @@
 //! The short way: what memory alone can answer is answered before the machinery for calls that wait.
 //!
-//! Internal services ask `ValidateToken`, and gateways `ReserveQuota` or `CheckQuota`, for every request
-//! of their own, so those calls have a way of their own through the server: no task, no timer. It
-//! knows good news only. Whatever is not at once a known caller, a whole plain message and something
+//! Internal services ask `ValidateToken`, and gateways `ReserveQuota`, `CheckQuota` or what Envoy asks,
+//! for every request of their own, so those calls have a way of their own through the server: no task,
+//! no timer. It knows good news only. Whatever is not at once a known caller, a whole plain message and something
 //! that memory says yes to goes on to the other layers as if it had not been looked at; they decide,
 //! refuse, explain and log.
 
@@ -34,6 +34,7 @@ use super::{
     bearer::bearer,
     call::is_grpc,
     convert::only,
+    envoy,
     metrics::{CallMetrics, RpcMetrics},
     quota,
     request_id::{self, REQUEST_ID},
@@ -42,10 +43,13 @@ use super::{
 use crate::{
     auth::{Auth, BootTime, KnownService, Validated},
     model::Scope,
-    proto::tollkeeper::{
-        auth::v1::ValidateTokenResponse,
-        usage::v1::{
-            CheckQuotaRequest, CheckQuotaResponse, ReserveQuotaRequest, ReserveQuotaResponse,
+    proto::{
+        envoy::service::{auth::v3::CheckRequest, ratelimit::v3::RateLimitRequest},
+        tollkeeper::{
+            auth::v1::ValidateTokenResponse,
+            usage::v1::{
+                CheckQuotaRequest, CheckQuotaResponse, ReserveQuotaRequest, ReserveQuotaResponse,
+            },
         },
     },
     usage::Usage,
@@ -100,6 +104,11 @@ impl MemoryLayer {
                 "/tollkeeper.usage.v1.UsageService/CheckQuota",
                 Self::check_quota,
             ),
+            way("/envoy.service.auth.v3.Authorization/Check", Self::check),
+            way(
+                "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit",
+                Self::should_rate_limit,
+            ),
         ];
         Self {
             auth,
@@ -128,6 +137,18 @@ impl MemoryLayer {
         let check = |user: &_| self.usage.check_quota_at_once(user, &wish);
         let checked = self.auth.recall_user(user_id, clock, check)?;
         Some(framed(&CheckQuotaResponse::from(checked)))
+    }
+
+    fn check(&self, call: &[u8], Moment { now, clock }: Moment) -> Option<Bytes> {
+        let request = CheckRequest::decode(message_of(call)?).ok()?;
+        let answer = envoy::check_at_once(&self.auth, &self.usage, &request, now, clock)?;
+        Some(framed(&answer))
+    }
+
+    fn should_rate_limit(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
+        let request = RateLimitRequest::decode(message_of(call)?).ok()?;
+        let answer = envoy::should_rate_limit_at_once(&self.auth, &self.usage, &request, clock)?;
+        Some(framed(&answer))
     }
 }
 

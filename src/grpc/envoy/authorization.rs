@@ -1,4 +1,4 @@
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -11,7 +11,7 @@ use super::{
     route::{Quota, Route},
 };
 use crate::{
-    auth::Validated,
+    auth::{Auth, BootTime, Validated},
     error::{Credential, Error, Result},
     grpc::{convert::only, request_id::REQUEST_ID},
     model::{MinFreshness, QuotaState, UserStanding},
@@ -19,7 +19,7 @@ use crate::{
         CheckRequest, CheckResponse, OkHttpResponse, authorization_server::Authorization,
         check_response::HttpResponse,
     },
-    usage::{QuotaRequest, QuotaWish, Reserved, lease::Mode},
+    usage::{QuotaRequest, QuotaWish, Reserved, Usage, lease::Mode},
 };
 
 #[tonic::async_trait]
@@ -53,82 +53,116 @@ impl Handler {
             .auth
             .validate(token, Credential::Token, MinFreshness::Cached, now)
             .await?;
-        route.admit_tier(&validated.user().tier)?;
-        if let Some(key) = validated.api_key() {
-            route.admit_scopes(&key.scopes)?;
-        }
-        let quota = match &route.quota {
-            None => None,
-            Some(quota) => self.quota(quota, route, &validated, sent).await?,
+        let user = admit_user(route, &validated)?;
+        let held = match wanted(route, sent)? {
+            Wanted::Nothing => Held::default(),
+            Wanted::Look(wish) => Held {
+                quota: self.usage.require_quota(&user, &wish).await?,
+                handle: None,
+            },
+            Wanted::Hold(request) => self.usage.reserve(&user, &request).await?.into(),
         };
-        Ok(admitted(route, &Identity::from(&validated), quota, sent))
+        Ok(admitted(route, &Identity::from(&validated), held, sent))
     }
+}
 
-    /// Looks at the user's quota, or holds some for the request.
-    async fn quota(
-        &self,
-        quota: &Quota,
-        route: &Route,
-        validated: &Validated,
-        sent: &Headers<'_>,
-    ) -> Result<Option<Reserved>> {
-        let user = validated.user();
-        let user = UserStanding {
-            id: user.id,
-            tier: user.tier.clone(),
-            is_active: user.is_active,
-        };
-        match quota {
-            Quota::Look => {
-                let wish = QuotaWish {
-                    tokens: route.estimate.unwrap_or_default(),
-                    model: route.model.clone(),
-                };
-                let quota = self.usage.require_quota(&user, &wish).await?;
-                Ok(Some(Reserved {
-                    handle: None,
-                    tokens: 0,
-                    expires_at: None,
-                    quota,
-                }))
-            }
-            Quota::Reserve {
-                model,
-                tokens,
-                lifetime,
-            } => {
-                let id = sent.get(REQUEST_ID.as_str()).unwrap_or_default();
-                let request = QuotaRequest {
-                    // A gateway makes one; without it a repeat would hold twice.
-                    request_id: only(|fields| fields.parse("x-request-id", id))?,
-                    model: model.clone(),
-                    tokens: *tokens,
-                    mode: Mode::AllOrNothing,
-                    lifetime: *lifetime,
-                };
-                self.usage.reserve(&user, &request).await.map(Some)
-            }
+/// What [`Authorization::check`] would answer, if memory alone can say so and the request may pass.
+pub(in crate::grpc) fn check_at_once(
+    auth: &Auth,
+    usage: &Usage,
+    request: &CheckRequest,
+    now: DateTime<Utc>,
+    clock: BootTime,
+) -> Option<CheckResponse> {
+    let attributes = request.attributes.as_ref()?;
+    let route = Route::read(&attributes.context_extensions, &usage.tiers()).ok()?;
+    let sent = Headers::of(Some(attributes));
+    let validated = auth.recall(sent.credential().ok()?, now, clock)?;
+    let user = admit_user(&route, &validated).ok()?;
+    let held = match wanted(&route, &sent).ok()? {
+        Wanted::Nothing => Held::default(),
+        Wanted::Look(wish) => Held {
+            // Another decision is left to the long way.
+            quota: usage.check_quota_at_once(&user, &wish)?.1,
+            handle: None,
+        },
+        Wanted::Hold(request) => usage.reserve_at_once(&user, &request)?.into(),
+    };
+    Some(admitted(&route, &Identity::from(&validated), held, &sent))
+}
+
+/// Holds a user to what the route asks of them.
+fn admit_user(route: &Route, validated: &Validated) -> Result<UserStanding> {
+    let user = validated.user();
+    route.admit_tier(&user.tier)?;
+    if let Some(key) = validated.api_key() {
+        route.admit_scopes(&key.scopes)?;
+    }
+    Ok(UserStanding {
+        id: user.id,
+        tier: user.tier.clone(),
+        is_active: user.is_active,
+    })
+}
+
+/// What a request wants of its user's quota.
+enum Wanted {
+    Nothing,
+    Look(QuotaWish),
+    Hold(QuotaRequest),
+}
+
+fn wanted(route: &Route, sent: &Headers<'_>) -> Result<Wanted> {
+    Ok(match &route.quota {
+        None => Wanted::Nothing,
+        Some(Quota::Look) => Wanted::Look(QuotaWish {
+            tokens: route.estimate.unwrap_or_default(),
+            model: route.model.clone(),
+        }),
+        Some(Quota::Reserve {
+            model,
+            tokens,
+            lifetime,
+        }) => {
+            let id = sent.get(REQUEST_ID.as_str()).unwrap_or_default();
+            Wanted::Hold(QuotaRequest {
+                // A gateway makes one; without it a repeat would hold twice.
+                request_id: only(|fields| fields.parse("x-request-id", id))?,
+                model: model.clone(),
+                tokens: *tokens,
+                mode: Mode::AllOrNothing,
+                lifetime: *lifetime,
+            })
+        }
+    })
+}
+
+/// What became of that.
+#[derive(Default)]
+struct Held {
+    quota: Option<QuotaState>,
+    handle: Option<String>,
+}
+
+impl From<Reserved> for Held {
+    fn from(reserved: Reserved) -> Self {
+        Self {
+            quota: reserved.quota,
+            handle: reserved.handle,
         }
     }
 }
 
 /// The answer for a request that may pass.
-fn admitted(
-    route: &Route,
-    identity: &Identity,
-    reserved: Option<Reserved>,
-    sent: &Headers<'_>,
-) -> CheckResponse {
+fn admitted(route: &Route, identity: &Identity, held: Held, sent: &Headers<'_>) -> CheckResponse {
     let mut facts = identity.metadata();
     facts.extend(route.model.iter().map(|model| ("model", model.to_string())));
     let estimate = route.estimate.iter();
     facts.extend(estimate.map(|tokens| ("estimate", tokens.to_string())));
-    let quota = reserved
-        .as_ref()
-        .and_then(|reserved| reserved.quota.as_ref());
+    let quota = held.quota.as_ref();
     facts.extend(quota.into_iter().flat_map(quota_facts));
     let limit = quota.and_then(|quota| Limit::monthly(quota, false, Utc::now()));
-    let handle = reserved.and_then(|reserved| reserved.handle);
+    let handle = held.handle.into_iter();
     facts.extend(handle.map(|handle| ("reservation", handle)));
     let told = limit.iter().flat_map(Limit::headers);
     CheckResponse {

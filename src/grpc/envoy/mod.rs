@@ -13,6 +13,9 @@ mod rate_limit;
 mod request;
 mod route;
 
+pub(super) use authorization::check_at_once;
+pub(super) use rate_limit::should_rate_limit_at_once;
+
 use prost_types::{Struct, Value, value::Kind};
 
 use crate::{

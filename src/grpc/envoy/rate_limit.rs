@@ -2,17 +2,19 @@ use std::time::Duration;
 
 use chrono::Utc;
 use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
 
 use super::{
     Handler,
     authorization::quota_facts,
     denial::Denial,
-    descriptor::{Ask, Hold, Of, Work},
+    descriptor::{self, Ask, Hold, Of, Work},
     header,
     limits::{Limit, Unit},
     metadata,
 };
 use crate::{
+    auth::{Auth, BootTime},
     error::{Error, Result},
     model::{Labels, QuotaState, TokenCounts, UserStanding},
     proto::envoy::service::ratelimit::v3::{
@@ -20,7 +22,7 @@ use crate::{
         rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit},
         rate_limit_service_server::RateLimitService,
     },
-    usage::QuotaWish,
+    usage::{QuotaWish, Reserved, Usage},
 };
 
 #[tonic::async_trait]
@@ -40,7 +42,9 @@ impl RateLimitService for Handler {
         let answer = async move { handler.carry_out(work, descriptors).await };
         // A gateway does not wait for what it says at the end of a stream, and never repeats it.
         let answer = if settles {
-            tokio::spawn(answer).await.map_err(Error::internal)?
+            tokio::spawn(answer.in_current_span())
+                .await
+                .map_err(Error::internal)?
         } else {
             answer.await
         };
@@ -48,11 +52,51 @@ impl RateLimitService for Handler {
     }
 }
 
+/// What [`RateLimitService::should_rate_limit`] would answer, if memory alone can say so and it is good
+/// news about one descriptor.
+pub(in crate::grpc) fn should_rate_limit_at_once(
+    auth: &Auth,
+    usage: &Usage,
+    request: &RateLimitRequest,
+    clock: BootTime,
+) -> Option<RateLimitResponse> {
+    let [descriptor] = request.descriptors.as_slice() else {
+        return None;
+    };
+    let granted = match descriptor::read(descriptor, request.hits_addend).ok()? {
+        Ask::Check(user, wish) => {
+            let user = auth.recall_user(user, clock)?;
+            Granted {
+                // Another decision is left to the long way.
+                quota: usage.check_quota_at_once(&user, &wish)?.1,
+                reservation: None,
+            }
+        }
+        Ask::Reserve(user, wish) => {
+            let user = auth.recall_user(user, clock)?;
+            usage.reserve_at_once(&user, &wish)?.into()
+        }
+        Ask::Book(..) | Ask::Release(_) => return None,
+    };
+    let mut answer = Answer::new(1);
+    answer.grant(&[0], granted);
+    answer.finish().ok()
+}
+
 /// What came of an ask that was granted.
 #[derive(Default)]
 struct Granted {
     quota: Option<QuotaState>,
     reservation: Option<String>,
+}
+
+impl From<Reserved> for Granted {
+    fn from(reserved: Reserved) -> Self {
+        Self {
+            quota: reserved.quota,
+            reservation: reserved.handle,
+        }
+    }
 }
 
 impl Handler {
@@ -88,10 +132,7 @@ impl Handler {
             Ask::Reserve(user, request) => {
                 let user = self.auth.user_standing(user).await?;
                 let reserved = self.usage.reserve(&user, &request).await?;
-                Ok(Granted {
-                    quota: reserved.quota,
-                    reservation: reserved.handle,
-                })
+                Ok(reserved.into())
             }
             Ask::Book(of, tokens) if tokens.total() > 0 => self.book(of, tokens).await,
             // Nothing was used.

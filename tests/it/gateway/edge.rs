@@ -116,7 +116,7 @@ async fn a_good_token_passes_and_the_upstream_is_told_who_calls() {
         let answer = site.edge.get("/anything", &[(name, value)]).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", site.edge.log());
         let answer = answer.json().await;
-        assert_eq!(told(&answer, "x-user-id"), [user.id.clone()]);
+        assert_eq!(told(&answer, "x-user-id"), [&*user.id]);
         assert_eq!(told(&answer, "x-user-tier"), ["starter"]);
         assert_eq!(told(&answer, "x-user-role"), ["user"]);
         assert_eq!(told(&answer, "x-user-credential"), [kind]);
@@ -149,7 +149,7 @@ async fn what_a_client_says_about_itself_reaches_the_upstream_on_no_route() {
         let answer = site.edge.get(path, &known).await;
         assert_eq!(answer.status, StatusCode::OK, "{path}");
         let answer = answer.json().await;
-        assert_eq!(told(&answer, "x-user-id"), [user.id.clone()], "{path}");
+        assert_eq!(told(&answer, "x-user-id"), [&*user.id], "{path}");
         assert_eq!(told(&answer, "x-user-tier"), ["advanced"], "{path}");
         assert_ne!(told(&answer, "x-request-id"), ["replayed"], "{path}");
         let ours = [
@@ -201,7 +201,7 @@ async fn a_gateway_that_guards_nothing_itself_still_lets_no_claim_through() {
     let answer = edge.get("/anything", &claims).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", edge.log());
     let answer = answer.json().await;
-    assert_eq!(told(&answer, "x-user-id"), [user.id.clone()]);
+    assert_eq!(told(&answer, "x-user-id"), [&*user.id]);
     assert_eq!(told(&answer, "x-user-tier"), ["starter"]);
     assert_eq!(told(&answer, "x-user-scopes"), [] as [&str; 0]);
     assert_eq!(told(&answer, "x-user-anything"), [] as [&str; 0]);

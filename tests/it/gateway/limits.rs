@@ -36,7 +36,7 @@ fn descriptor(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitDe
 }
 
 /// One that is about a request.
-fn about(op: &str, user: &str, request: &str, tokens: u64) -> RateLimitDescriptor {
+pub(super) fn about(op: &str, user: &str, request: &str, tokens: u64) -> RateLimitDescriptor {
     let entries = [
         ("op", op),
         ("user", user),
@@ -54,22 +54,26 @@ fn with(mut descriptor: RateLimitDescriptor, key: &str, value: &str) -> RateLimi
     descriptor
 }
 
-async fn limit_through(
+pub(super) fn asking_for(descriptors: Vec<RateLimitDescriptor>) -> RateLimitRequest {
+    RateLimitRequest {
+        descriptors,
+        hits_addend: 0,
+    }
+}
+
+pub(super) async fn limit_through(
     channel: &Channel,
     key: &str,
     descriptors: Vec<RateLimitDescriptor>,
 ) -> Result<RateLimitResponse, Status> {
-    let request = RateLimitRequest {
-        descriptors,
-        hits_addend: 0,
-    };
+    let request = asking_for(descriptors);
     let mut client = RateLimitServiceClient::new(channel.clone());
     let answer = client.should_rate_limit(with_bearer(request, key)).await?;
     Ok(answer.into_inner())
 }
 
 /// Asks, as a gateway with a key.
-async fn limit(
+pub(super) async fn limit(
     app: &TestApp,
     descriptors: Vec<RateLimitDescriptor>,
 ) -> Result<RateLimitResponse, Status> {

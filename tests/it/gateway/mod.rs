@@ -1,5 +1,6 @@
 //! Gateways that speak the protocols of the Envoy API.
 
+mod at_once;
 mod callers;
 mod check;
 mod edge;

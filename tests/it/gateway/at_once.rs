@@ -1,0 +1,136 @@
+//! What memory alone answers to a gateway, before the machinery for calls that wait.
+
+use std::{convert::Infallible, future::ready};
+
+use bytes::{BufMut as _, Bytes};
+use http::{Request, Response};
+use http_body_util::{BodyExt as _, Full};
+use prost::Message;
+use tollkeeper::{
+    grpc::{CallMetrics, MemoryLayer, Rules},
+    proto::{
+        DESCRIPTOR_SET,
+        envoy::service::{auth::v3::CheckResponse, ratelimit::v3::RateLimitResponse},
+    },
+};
+use tonic::{Status, body::Body};
+use tower::{Layer as _, Service as _};
+
+use super::{
+    asking, check,
+    limits::{about, asking_for, limit, limit_through},
+    metadata, passed,
+};
+use crate::{harness::TestApp, usage::quota::with_tiers};
+
+const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
+const LIMIT: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
+
+/// Asks memory as a gateway with a key; `None`: it leaves the call to the long way.
+async fn at_once<M: Message + Default>(
+    app: &TestApp,
+    key: &str,
+    path: &str,
+    message: &impl Message,
+) -> Option<M> {
+    // From now on the key is known; a service that is made meanwhile puts all keys in doubt.
+    let _ = limit_through(&app.channel, key, Vec::new()).await;
+    let rules = Rules::from_descriptor_set(DESCRIPTOR_SET).unwrap();
+    let metrics = CallMetrics::new(&rules);
+    let server = app.running();
+    let memory = MemoryLayer::new(server.auth.clone(), server.usage.clone(), &rules, &metrics);
+    let long = |_| {
+        ready(Ok::<Response<Body>, Infallible>(
+            Status::unimplemented("").into_http(),
+        ))
+    };
+    let mut frame = vec![0];
+    frame.put_u32(u32::try_from(message.encoded_len()).unwrap());
+    message.encode(&mut frame).unwrap();
+    let request = Request::post(path)
+        .header("content-type", "application/grpc")
+        .header("authorization", format!("Bearer {key}"))
+        .body(Body::new(Full::new(Bytes::from(frame))))
+        .unwrap();
+    let answer = memory
+        .layer(tower::service_fn(long))
+        .call(request)
+        .await
+        .unwrap();
+    // With a status among the headers it comes from behind.
+    if answer.headers().contains_key("grpc-status") {
+        return None;
+    }
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    Some(M::decode(&body[5..]).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn good_news_that_memory_knows_is_told_at_once_and_all_else_the_long_way() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await;
+    let (_, key) = app.service("edge", &["gateway"]).await;
+    let (_, unfit) = app.service("unfit", &["quota"]).await;
+    let authorization = format!("Bearer {}", app.login(&user).await.access_token);
+    let sent = [
+        ("authorization", authorization.as_str()),
+        ("x-request-id", "one"),
+        ("x-user-id", "somebody-else"),
+    ];
+    let hold = [
+        ("quota", "reserve"),
+        ("model", "a-model"),
+        ("estimate", "10"),
+    ];
+    let at = async |key: &str, extensions: &[(&str, &str)]| {
+        at_once::<CheckResponse>(&app, key, CHECK, &asking(&sent, extensions)).await
+    };
+    // Nobody has asked about the token yet.
+    assert!(at(&key, &[]).await.is_none());
+    for extensions in [&[][..], &[("quota", "look")], &hold] {
+        let long = check(&app, &sent, extensions).await.unwrap();
+        let short = at(&key, extensions).await.expect("it is known");
+        let facts = metadata(long.dynamic_metadata.clone());
+        let mut told = metadata(short.dynamic_metadata.clone());
+        // The same hold; its handle is written anew.
+        if let Some(handle) = told.get_mut("reservation") {
+            handle.clone_from(&facts["reservation"]);
+        }
+        assert_eq!(told, facts, "{extensions:?}");
+        assert_eq!(passed(short), passed(long), "{extensions:?}");
+        assert!(at(&unfit, extensions).await.is_none());
+    }
+    for refused in [
+        &[("tier", "large")][..],
+        &[("teir", "small")],
+        &[("quota", "look"), ("estimate", "61")],
+        &[("quota", "look"), ("estimate", "60"), ("model", "")],
+    ] {
+        assert!(at(&key, refused).await.is_none(), "{refused:?}");
+    }
+
+    let at = async |descriptors| {
+        let message = asking_for(descriptors);
+        at_once::<RateLimitResponse>(&app, &key, LIMIT, &message).await
+    };
+    let ask = |op: &str, tokens| about(op, &user.id, "two", tokens);
+    for op in ["check", "reserve"] {
+        let long = limit(&app, vec![ask(op, 5)]).await.unwrap();
+        let short = at(vec![ask(op, 5)]).await.expect("it is known");
+        assert_eq!(short.overall_code, long.overall_code);
+        assert_eq!(
+            short.statuses[0].limit_remaining,
+            long.statuses[0].limit_remaining
+        );
+    }
+    for left in [
+        vec![ask("check", 95)],
+        vec![ask("check", 5), ask("check", 5)],
+        vec![ask("commit", 5)],
+        vec![ask("release", 5)],
+        vec![ask("chek", 5)],
+        vec![],
+    ] {
+        assert!(at(left.clone()).await.is_none(), "{left:?}");
+    }
+}
