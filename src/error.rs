@@ -34,6 +34,8 @@ pub enum Error {
     UserNotFound,
     #[error("no such service account")]
     ServiceAccountNotFound,
+    #[error("no such session")]
+    SessionNotFound,
     #[error("no such API key")]
     ApiKeyNotFound,
     /// Rather than grow without bound.

@@ -1,13 +1,14 @@
 //! Logins and what follows: opening, refreshing and ending sessions.
 
 use chrono::{DateTime, Utc};
+use uuid::Uuid;
 
 use super::{Auth, LoginPassword, refresh_token};
 use crate::{
     error::{Credential, Error, Fault, Result},
     model::{
-        Change, Identifier, Origin, RefreshRefusal, RefreshStep, SessionId, SessionStanding, User,
-        UserId,
+        Change, Identifier, Origin, Page, PageRequest, RefreshRefusal, RefreshStep, SessionDetails,
+        SessionId, SessionStanding, User, UserId,
     },
     store::{Credentials, NewSession},
 };
@@ -141,9 +142,69 @@ impl Auth {
         origin: &Origin,
         now: DateTime<Utc>,
     ) -> Result<()> {
-        self.store.session_revoke(session_id, origin, now).await?;
+        match self
+            .revoke_session(session_id, user_id, "", origin, now)
+            .await
+        {
+            // Deleted meanwhile: nothing is left to end.
+            Ok(_) | Err(Error::SessionNotFound) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Lists a user's sessions that can still be refreshed, newest first.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn sessions(
+        &self,
+        user_id: UserId,
+        page: &PageRequest<Uuid>,
+        now: DateTime<Utc>,
+    ) -> Result<Page<SessionDetails>> {
+        self.store.session_list(user_id, page, now).await
+    }
+
+    /// Ends a session of a user, and says whether it had not ended before: then nothing changes.
+    /// `reason` is for the audit trail.
+    ///
+    /// # Errors
+    /// `SessionNotFound`, also when it is somebody else's · `Unavailable`
+    pub async fn revoke_session(
+        &self,
+        id: SessionId,
+        user_id: UserId,
+        reason: &str,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<(SessionDetails, bool)> {
+        let revoked = self
+            .store
+            .session_revoke(id, user_id, reason, origin, now)
+            .await?;
         self.apply(Change::User(user_id));
-        Ok(())
+        Ok(revoked)
+    }
+
+    /// Ends all sessions of a user but `kept`; returns how many that were. `reason` is for the audit
+    /// trail.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn revoke_sessions(
+        &self,
+        user_id: UserId,
+        kept: Option<SessionId>,
+        reason: &str,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<usize> {
+        let revoked = self
+            .store
+            .session_revoke_all(user_id, kept, reason, origin, now)
+            .await?;
+        self.apply(Change::User(user_id));
+        Ok(revoked)
     }
 
     fn issue(&self, standing: &SessionStanding, now: DateTime<Utc>) -> Result<IssuedTokens> {

@@ -4,6 +4,7 @@ use tonic::{Request, Response, Status};
 use super::{
     call::origin_of,
     convert::{self, Fields, only, time},
+    people,
     quota::{self, reason},
 };
 use crate::{
@@ -16,10 +17,12 @@ use crate::{
         DisableUserResponse, EnableUserRequest, EnableUserResponse, GetUserRequest,
         GetUserResponse, GrantCreditsRequest, GrantCreditsResponse, ListCreditsRequest,
         ListCreditsResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
-        ListUsersRequest, ListUsersResponse, LookupUserRequest, LookupUserResponse,
-        RotateServiceKeyRequest, RotateServiceKeyResponse, SetQuotaOverrideRequest,
-        SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse, VoidCreditsRequest,
-        VoidCreditsResponse, admin_service_server::AdminService, create_user_request,
+        ListUserSessionsRequest, ListUserSessionsResponse, ListUsersRequest, ListUsersResponse,
+        LookupUserRequest, LookupUserResponse, RevokeUserSessionsRequest,
+        RevokeUserSessionsResponse, RotateServiceKeyRequest, RotateServiceKeyResponse,
+        SetQuotaOverrideRequest, SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse,
+        VoidCreditsRequest, VoidCreditsResponse, admin_service_server::AdminService,
+        create_user_request,
     },
     usage::Usage,
 };
@@ -163,6 +166,55 @@ impl AdminService for Handler {
             .await?;
         Ok(Response::new(DisableUserResponse {
             user: Some(user.into()),
+            revision: convert::revision(self.auth.revision().await),
+        }))
+    }
+
+    async fn list_user_sessions(
+        &self,
+        request: Request<ListUserSessionsRequest>,
+    ) -> Result<Response<ListUserSessionsResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let user_id: Option<UserId> = fields.parse("user_id", &request.user_id);
+        let list = format!("sessions {user_id:?}");
+        let page = fields.page(request.page_size, &request.page_token, &list);
+        let (user_id, page) = fields.finish(user_id.zip(page))?;
+        self.auth.user(user_id).await?;
+        let page = self.auth.sessions(user_id, &page, Utc::now()).await?;
+        let page = page.map(|session| people::session(session, None));
+        Ok(Response::new(ListUserSessionsResponse {
+            sessions: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn revoke_user_sessions(
+        &self,
+        request: Request<RevokeUserSessionsRequest>,
+    ) -> Result<Response<RevokeUserSessionsResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let user_id: Option<UserId> = fields.parse("user_id", &message.user_id);
+        let one = fields.parse_optional("session_id", &message.session_id);
+        let reason = fields.take("reason", reason(&message.reason));
+        let ((user_id, one), reason) = fields.finish(user_id.zip(one).zip(reason))?;
+        let (origin, now) = (origin_of(&request), Utc::now());
+        self.auth.user(user_id).await?;
+        let revoked = match one {
+            Some(id) => {
+                let revoked = self.auth.revoke_session(id, user_id, reason, &origin, now);
+                usize::from(revoked.await?.1)
+            }
+            None => {
+                let revoked = self
+                    .auth
+                    .revoke_sessions(user_id, None, reason, &origin, now);
+                revoked.await?
+            }
+        };
+        Ok(Response::new(RevokeUserSessionsResponse {
+            revoked_count: people::count(revoked),
             revision: convert::revision(self.auth.revision().await),
         }))
     }

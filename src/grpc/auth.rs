@@ -9,7 +9,7 @@ use super::{
     bearer::bearer,
     call::origin_of,
     convert::{self, Fields, only},
-    watch,
+    people, watch,
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
@@ -18,11 +18,12 @@ use crate::{
     proto::tollkeeper::auth::v1::{
         BatchValidateTokensRequest, BatchValidateTokensResponse, CreateApiKeyRequest,
         CreateApiKeyResponse, GetCurrentUserRequest, GetCurrentUserResponse, GetJwksRequest,
-        GetJwksResponse, ListApiKeysRequest, ListApiKeysResponse, LoginRequest, LoginResponse,
-        LogoutRequest, LogoutResponse, RefreshTokensRequest, RefreshTokensResponse,
-        RegisterRequest, RegisterResponse, RevokeApiKeyRequest, RevokeApiKeyResponse,
-        ValidateTokenRequest, ValidateTokenResponse, WatchRevocationsRequest,
-        auth_service_server::AuthService,
+        GetJwksResponse, ListApiKeysRequest, ListApiKeysResponse, ListSessionsRequest,
+        ListSessionsResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,
+        RefreshTokensRequest, RefreshTokensResponse, RegisterRequest, RegisterResponse,
+        RevokeAllSessionsRequest, RevokeAllSessionsResponse, RevokeApiKeyRequest,
+        RevokeApiKeyResponse, RevokeSessionRequest, RevokeSessionResponse, ValidateTokenRequest,
+        ValidateTokenResponse, WatchRevocationsRequest, auth_service_server::AuthService,
     },
     usage::Usage,
 };
@@ -107,6 +108,55 @@ impl AuthService for Handler {
             .logout(session_id, user_id, &origin_of(&request), Utc::now())
             .await?;
         Ok(Response::new(LogoutResponse {
+            revision: convert::revision(self.auth.revision().await),
+        }))
+    }
+
+    async fn list_sessions(
+        &self,
+        request: Request<ListSessionsRequest>,
+    ) -> Result<Response<ListSessionsResponse>, Status> {
+        let (user_id, current) = Caller::session_of(&request)?;
+        let request = request.into_inner();
+        let list = format!("sessions {user_id}");
+        let page = only(|fields| fields.page(request.page_size, &request.page_token, &list))?;
+        let page = self.auth.sessions(user_id, &page, Utc::now()).await?;
+        let page = page.map(|session| people::session(session, Some(current)));
+        Ok(Response::new(ListSessionsResponse {
+            sessions: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn revoke_session(
+        &self,
+        request: Request<RevokeSessionRequest>,
+    ) -> Result<Response<RevokeSessionResponse>, Status> {
+        let (user_id, current) = Caller::session_of(&request)?;
+        let id = only(|fields| fields.parse("session_id", &request.get_ref().session_id))?;
+        let origin = origin_of(&request);
+        let revoked = self
+            .auth
+            .revoke_session(id, user_id, "", &origin, Utc::now());
+        let (session, _) = revoked.await?;
+        Ok(Response::new(RevokeSessionResponse {
+            session: Some(people::session(session, Some(current))),
+            revision: convert::revision(self.auth.revision().await),
+        }))
+    }
+
+    async fn revoke_all_sessions(
+        &self,
+        request: Request<RevokeAllSessionsRequest>,
+    ) -> Result<Response<RevokeAllSessionsResponse>, Status> {
+        let (user_id, current) = Caller::session_of(&request)?;
+        let kept = request.get_ref().keep_current.then_some(current);
+        let origin = origin_of(&request);
+        let revoked = self
+            .auth
+            .revoke_sessions(user_id, kept, "", &origin, Utc::now());
+        Ok(Response::new(RevokeAllSessionsResponse {
+            revoked_count: people::count(revoked.await?),
             revision: convert::revision(self.auth.revision().await),
         }))
     }

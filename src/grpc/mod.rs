@@ -15,6 +15,7 @@ pub mod fuzzing;
 pub mod health;
 mod memory;
 mod metrics;
+mod people;
 mod quota;
 mod reading;
 mod recording;

@@ -57,6 +57,7 @@ impl From<Error> for Status {
             Error::ServiceAccountNotFound => {
                 status(Code::NotFound, Reason::ServiceAccountNotFound, message)
             }
+            Error::SessionNotFound => status(Code::NotFound, Reason::SessionNotFound, message),
             Error::ApiKeyNotFound => status(Code::NotFound, Reason::ApiKeyNotFound, message),
             Error::TooManyKeys { limit } => {
                 let details = info(Reason::TooManyKeys, [("limit", &*limit.to_string())]);

@@ -50,7 +50,7 @@ pub use quota::{
 pub use revision::{MinFreshness, Revision};
 pub use scope::{Scope, ScopeSet};
 pub use service_account::{KeyOverlap, ServiceAccount};
-pub use session::{RefreshRefusal, RefreshStep, Session, SessionStanding};
+pub use session::{RefreshRefusal, RefreshStep, Session, SessionDetails, SessionStanding};
 pub use usage::{
     Booking, BookingOrigin, Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent,
     UsageRecord, UsageTotals,

@@ -1,3 +1,5 @@
+use std::net::IpAddr;
+
 use chrono::{DateTime, Utc};
 
 use super::{SessionId, User, UserId};
@@ -23,6 +25,18 @@ impl Session {
     pub fn is_live(&self, now: DateTime<Utc>) -> bool {
         self.revoked_at.is_none() && now < self.absolute_expires_at
     }
+}
+
+/// A session as shown to its user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionDetails {
+    pub session: Session,
+    pub created_at: DateTime<Utc>,
+    /// When it last gave tokens.
+    pub last_used_at: DateTime<Utc>,
+    /// Of the client that logged in.
+    pub user_agent: String,
+    pub address: Option<IpAddr>,
 }
 
 /// A session and its user as they stand now: what a token is checked against.

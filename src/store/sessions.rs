@@ -13,7 +13,8 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Origin, RefreshStep, Session, SessionId, SessionStanding, UserId,
+        AuditAction, AuditEvent, Origin, Page, PageRequest, RefreshStep, Session, SessionDetails,
+        SessionId, SessionStanding, UserId,
     },
 };
 
@@ -172,7 +173,10 @@ impl Store {
                 }
                 RefreshStep::Revoke => {
                     standing.session.revoked_at = Some(now);
-                    session_revoke_in_txn(id, now, conn).await?;
+                    diesel::update(sessions::table.find(id.0))
+                        .set(sessions::revoked_at.eq(now))
+                        .execute(conn)
+                        .await?;
                     let action = AuditAction::RefreshTokenReused;
                     session_audit_in_txn(action, id, standing.user.id, origin, conn).await?;
                 }
@@ -202,42 +206,132 @@ impl Store {
         .await
     }
 
-    /// Ends a session. Ending it again changes nothing.
+    /// Lists a user's sessions that can still be refreshed, newest first.
     ///
     /// # Errors
     /// `Unavailable`
+    pub async fn session_list(
+        &self,
+        user_id: UserId,
+        page: &PageRequest<Uuid>,
+        now: DateTime<Utc>,
+    ) -> Result<Page<SessionDetails>> {
+        let mut query = sessions::table
+            .filter(sessions::user_id.eq(user_id.0))
+            .filter(sessions::revoked_at.is_null())
+            .filter(sessions::idle_expires_at.gt(now))
+            .select(DetailsRow::as_select())
+            .order(sessions::id.desc())
+            .limit(page.size + 1)
+            .into_boxed();
+        if let Some(after) = page.after {
+            query = query.filter(sessions::id.lt(after));
+        }
+        let mut conn = self.conn().await?;
+        let rows: Vec<DetailsRow> = query.load(&mut conn).await?;
+        let rows = rows.into_iter().map(SessionDetails::from).collect();
+        Ok(Page::from_rows(rows, page, |row| row.session.id.0))
+    }
+
+    /// Ends a session of a user, and says whether it had not ended before: then nothing changes.
+    ///
+    /// # Errors
+    /// `SessionNotFound`, also when it is somebody else's · `Unavailable`
     pub async fn session_revoke(
         &self,
         id: SessionId,
+        user_id: UserId,
+        reason: &str,
         origin: &Origin,
         now: DateTime<Utc>,
-    ) -> Result<()> {
+    ) -> Result<(SessionDetails, bool)> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
-            if let Some(user) = session_revoke_in_txn(id, now, conn).await? {
-                let action = AuditAction::SessionEnded;
-                session_audit_in_txn(action, id, user, origin, conn).await?;
+            let own = sessions::table
+                .filter(sessions::id.eq(id.0))
+                .filter(sessions::user_id.eq(user_id.0));
+            let revoked: Option<DetailsRow> = diesel::update(own)
+                .filter(sessions::revoked_at.is_null())
+                .set(sessions::revoked_at.eq(now))
+                .returning(DetailsRow::as_returning())
+                .get_result(conn)
+                .await
+                .optional()?;
+            if let Some(row) = revoked {
+                let mut details = json!({"user_id": user_id.to_string()});
+                if !reason.is_empty() {
+                    details["reason"] = reason.into();
+                }
+                let event = AuditEvent::new(AuditAction::SessionEnded, id.0, origin);
+                audit_insert_in_txn(&event.with_details(details), conn).await?;
+                return Ok((row.into(), true));
             }
-            Ok(())
+            let ended: Option<DetailsRow> = own
+                .select(DetailsRow::as_select())
+                .first(conn)
+                .await
+                .optional()?;
+            Ok((ended.ok_or(Error::SessionNotFound)?.into(), false))
+        })
+        .await
+    }
+
+    /// Ends all sessions of a user but `kept`; returns how many could still have been refreshed.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn session_revoke_all(
+        &self,
+        user_id: UserId,
+        kept: Option<SessionId>,
+        reason: &str,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<usize> {
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let ended = session_revoke_all_in_txn(user_id, kept, now, conn).await?;
+            if ended > 0 {
+                let details = json!({
+                    "count": ended,
+                    "kept": kept.map(|id| id.to_string()),
+                    "reason": reason,
+                });
+                let event = AuditEvent::new(AuditAction::SessionsEnded, user_id.0, origin);
+                audit_insert_in_txn(&event.with_details(details), conn).await?;
+            }
+            Ok(ended)
         })
         .await
     }
 }
 
-/// Whose session it was, if it was not revoked before.
-async fn session_revoke_in_txn(
-    id: SessionId,
+/// See [`Store::session_revoke_all`]; writes no event.
+pub(super) async fn session_revoke_all_in_txn(
+    user_id: UserId,
+    kept: Option<SessionId>,
     now: DateTime<Utc>,
     conn: &mut AsyncPgConnection,
-) -> Result<Option<UserId>> {
-    let user_id: Option<Uuid> = diesel::update(sessions::table.find(id.0))
+) -> Result<usize> {
+    // Locked in the order of their ids, so that racing calls do not wait for each other in a circle.
+    let live: Vec<(Uuid, DateTime<Utc>)> = sessions::table
+        .filter(sessions::user_id.eq(user_id.0))
         .filter(sessions::revoked_at.is_null())
+        .filter(sessions::absolute_expires_at.gt(now))
+        .select((sessions::id, sessions::idle_expires_at))
+        .order(sessions::id)
+        .for_no_key_update()
+        .load(conn)
+        .await?;
+    let doomed = live
+        .into_iter()
+        .filter(|(id, _)| kept.is_none_or(|kept| kept.0 != *id));
+    let (ids, lapses): (Vec<Uuid>, Vec<DateTime<Utc>>) = doomed.unzip();
+    diesel::update(sessions::table.filter(sessions::id.eq_any(ids)))
         .set(sessions::revoked_at.eq(now))
-        .returning(sessions::user_id)
-        .get_result(conn)
-        .await
-        .optional()?;
-    Ok(user_id.map(UserId))
+        .execute(conn)
+        .await?;
+    Ok(lapses.iter().filter(|lapses| **lapses > now).count())
 }
 
 /// Names the user too: the trail outlives the session's row.
@@ -296,6 +390,29 @@ impl From<SessionRow> for Session {
             idle_expires_at: row.idle_expires_at,
             absolute_expires_at: row.absolute_expires_at,
             revoked_at: row.revoked_at,
+        }
+    }
+}
+
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = sessions, check_for_backend(diesel::pg::Pg))]
+struct DetailsRow {
+    #[diesel(embed)]
+    session: SessionRow,
+    created_at: DateTime<Utc>,
+    last_used_at: DateTime<Utc>,
+    user_agent: String,
+    address: Option<String>,
+}
+
+impl From<DetailsRow> for SessionDetails {
+    fn from(row: DetailsRow) -> Self {
+        Self {
+            session: row.session.into(),
+            created_at: row.created_at,
+            last_used_at: row.last_used_at,
+            user_agent: row.user_agent,
+            address: row.address.and_then(|address| address.parse().ok()),
         }
     }
 }

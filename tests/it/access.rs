@@ -123,7 +123,15 @@ fn rpcs_that_manage_credentials_or_sessions_ask_for_a_session() {
         .filter(|rpc| rpc.rule.session_only)
         .map(|rpc| rpc.path.rsplit('/').next().unwrap().to_owned())
         .collect();
-    for method in ["Logout", "CreateApiKey", "ListApiKeys", "RevokeApiKey"] {
+    for method in [
+        "Logout",
+        "ListSessions",
+        "RevokeSession",
+        "RevokeAllSessions",
+        "CreateApiKey",
+        "ListApiKeys",
+        "RevokeApiKey",
+    ] {
         assert!(asking.iter().any(|asking| asking == method), "{method}");
     }
 }

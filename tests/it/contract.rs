@@ -22,7 +22,12 @@ use crate::{
 };
 
 /// Fields that no value makes wrong, or not in this way, and why.
-const ANY_VALUE: [(&str, &str, &str); 11] = [
+const ANY_VALUE: [(&str, &str, &str); 12] = [
+    (
+        "auth.v1.AuthService/RevokeAllSessions",
+        "keep_current",
+        "a bool",
+    ),
     (
         "admin.v1.AdminService/SetQuotaOverride",
         "unlimited",

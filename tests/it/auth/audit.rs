@@ -3,11 +3,11 @@ use std::collections::HashMap;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{
         CreateServiceAccountRequest, DisableServiceAccountRequest, DisableUserRequest,
-        EnableUserRequest, RotateServiceKeyRequest, SetUserTierRequest,
+        EnableUserRequest, RevokeUserSessionsRequest, RotateServiceKeyRequest, SetUserTierRequest,
     },
     auth::v1::{
         CreateApiKeyRequest, LoginRequest, LogoutRequest, RefreshTokensRequest, RegisterRequest,
-        RevokeApiKeyRequest,
+        RevokeAllSessionsRequest, RevokeApiKeyRequest, RevokeSessionRequest,
     },
 };
 use tonic::{Code, Request};
@@ -347,6 +347,13 @@ async fn no_act_is_done_that_cannot_be_written() {
     let old = RefreshTokensRequest {
         refresh_token: first.refresh_token,
     };
+    let one = RevokeSessionRequest {
+        session_id: first.session_id,
+    };
+    let all = RevokeUserSessionsRequest {
+        user_id: user_id.clone(),
+        ..RevokeUserSessionsRequest::default()
+    };
     let tier = SetUserTierRequest {
         user_id: user_id.clone(),
         tier: "starter".to_owned(),
@@ -368,6 +375,11 @@ async fn no_act_is_done_that_cannot_be_written() {
         auth.register(register).await.map(drop),
         auth.login(login_of(&user, PASSWORD)).await.map(drop),
         auth.logout(LogoutRequest {}).await.map(drop),
+        auth.revoke_session(one).await.map(drop),
+        auth.revoke_all_sessions(RevokeAllSessionsRequest::default())
+            .await
+            .map(drop),
+        admin.revoke_user_sessions(all).await.map(drop),
         auth.refresh_tokens(old).await.map(drop),
         admin.set_user_tier(tier).await.map(drop),
         admin

@@ -14,6 +14,7 @@ mod refresh;
 mod refresh_races;
 mod register;
 mod service_accounts;
+mod sessions;
 mod timing;
 mod users;
 mod validate;

@@ -12,7 +12,7 @@ use tollkeeper::proto::tollkeeper::{
     },
     auth::v1::{
         GetCurrentUserRequest, ListApiKeysRequest, LogoutRequest, RefreshTokensRequest,
-        RegisterRequest, RevokeApiKeyRequest, ValidateTokenRequest,
+        RegisterRequest, RevokeApiKeyRequest, RevokeSessionRequest, ValidateTokenRequest,
     },
     usage::v1::{ListTiersRequest, RecordUsageRequest, TokenCounts, UsageEvent},
 };
@@ -201,6 +201,10 @@ async fn of_things(app: &TestApp) -> Vec<Status> {
     };
     let token = app.login(&user).await.access_token;
     let answer = app.auth(&token).revoke_api_key(request).await;
+    errors.push(answer.unwrap_err());
+    let session_id = NOBODY.to_owned();
+    let request = RevokeSessionRequest { session_id };
+    let answer = app.auth(&token).revoke_session(request).await;
     errors.push(answer.unwrap_err());
     let request = RegisterRequest {
         email: user.email.to_uppercase(),

@@ -1,5 +1,7 @@
 //! The table of wrong values: each row is right but for one field.
 
+mod people;
+
 use std::collections::HashMap;
 
 use bytes::Bytes;
@@ -132,6 +134,7 @@ pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
     reservations(&mut table, user);
     admin(&mut table, user);
     limits(&mut table, user);
+    people::sessions(&mut table, user);
     table.0
 }
 
