@@ -144,6 +144,8 @@ pub struct PasswordSettings {
     pub scheme: PasswordScheme,
     /// Shortest password, characters; 8 is the floor.
     pub min_length: usize,
+    /// How hard a new password must be to guess, 0 to 4 as zxcvbn scores; 0 asks for its length only.
+    pub min_strength: u8,
     /// Memory of an argon2id hash, KiB.
     pub argon2_memory_kib: u32,
     /// Passes of an argon2id hash.
@@ -336,6 +338,7 @@ impl Default for PasswordSettings {
         Self {
             scheme: PasswordScheme::Argon2id,
             min_length: 12,
+            min_strength: 3,
             argon2_memory_kib: 19 * 1024,
             argon2_iterations: 2,
             bcrypt_cost: 12,

@@ -1,13 +1,14 @@
 //! People's accounts: creation, look-up, tier and kill switch.
 
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::{Auth, BootTime, ImportedHash};
+use super::{Auth, BootTime, ImportedHash, LoginPassword};
 use crate::{
     error::{Error, Result},
     model::{
-        Change, Identifier, Origin, Page, PageRequest, Person, Role, TierName, Tiers, User,
-        UserFilter, UserId, UserStanding, Violation,
+        Change, Identifier, Origin, Page, PageRequest, Person, Role, SessionId, TierName, Tiers,
+        User, UserChanges, UserFilter, UserId, UserStanding, Violation,
     },
     store::NewUser,
 };
@@ -31,12 +32,13 @@ pub enum InitialCredential {
 }
 
 impl Auth {
-    /// Whether a password may be set; asked ahead to name it beside the other wrong fields.
+    /// Whether a password has a length that may be set; asked ahead to name it beside the other wrong
+    /// fields. How hard it is to guess is judged when it is set.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn check_password(&self, password: &str) -> Result<(), Violation> {
-        self.passwords.check(password)
+    pub fn check_password_length(&self, password: &str) -> Result<(), Violation> {
+        self.passwords.check_length(password)
     }
 
     /// Creates an account. The password is hashed before the database is asked, so that a taken
@@ -47,10 +49,8 @@ impl Auth {
     pub async fn create_account(&self, new: NewAccount, origin: &Origin) -> Result<User> {
         let password_hash = match new.credential {
             InitialCredential::Password(password) => {
-                self.passwords
-                    .check(&password)
-                    .map_err(|violation| Error::invalid("password", violation))?;
-                Some(self.passwords.hash(password).await?)
+                let hashed = self.passwords.hash_new("password", password, &new.person);
+                Some(hashed.await?)
             }
             InitialCredential::Hash(hash) => Some(hash.into_string()),
             InitialCredential::None => None,
@@ -106,6 +106,55 @@ impl Auth {
     /// `Unavailable`
     pub async fn users(&self, filter: &UserFilter, page: &PageRequest<Uuid>) -> Result<Page<User>> {
         self.store.user_list(filter, page).await
+    }
+
+    /// Changes what an account says of its user.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `AccountExists` · `Unavailable`
+    pub async fn update_user(
+        &self,
+        id: UserId,
+        changes: &UserChanges,
+        origin: &Origin,
+    ) -> Result<User> {
+        let user = self.store.user_update(id, changes, origin).await?;
+        self.apply(Change::User(id));
+        Ok(user)
+    }
+
+    /// Gives a user another password, and ends their sessions but `keep_only`, if that is given;
+    /// returns how many ended.
+    ///
+    /// # Errors
+    /// `InvalidCredentials` when `current` is wrong · `Invalid` (`new_password`) · `Overloaded` ·
+    /// `Unavailable`
+    pub async fn change_password(
+        &self,
+        id: UserId,
+        current: LoginPassword,
+        new: String,
+        keep_only: Option<SessionId>,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<usize> {
+        let known = self.store.credentials_by_id(id).await?;
+        let checked = known.password_hash;
+        let verdict = self.passwords.verify(current, checked.clone()).await?;
+        let (Some(checked), true) = (checked, verdict.matches) else {
+            return Err(Error::InvalidCredentials);
+        };
+        let person = known.user.person();
+        let hashed = self
+            .passwords
+            .hash_new("new_password", new, &person)
+            .await?;
+        let ended = self
+            .store
+            .user_set_password(id, &checked, &hashed, keep_only, origin, now)
+            .await?;
+        self.apply(Change::User(id));
+        Ok(ended)
     }
 
     /// Moves a user to another of the `tiers`; tokens already issued see it at once. Naming the present

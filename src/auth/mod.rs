@@ -16,6 +16,7 @@ mod key_text;
 mod keys;
 mod master_key;
 mod password;
+mod password_policy;
 mod random;
 mod refresh_token;
 mod service_accounts;

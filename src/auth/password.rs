@@ -10,18 +10,15 @@ use aws_lc_rs::rand;
 use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
 use pwhash::bcrypt::{BcryptSetup, BcryptVariant};
 
-use super::hash_pool::HashPool;
+use super::{
+    hash_pool::HashPool,
+    password_policy::{BCRYPT_MAX_BYTES, check_length, check_strength, names_of},
+};
 use crate::{
     config::{PasswordScheme, PasswordSettings},
     error::{Error, Result},
-    model::Violation,
+    model::{Person, Violation},
 };
-
-/// NIST 800-63B §3.1.1.2 asks for 64 at least.
-const MAX_CHARS: usize = 128;
-
-/// bcrypt reads no further (OWASP Password Storage Cheat Sheet).
-const BCRYPT_MAX_BYTES: usize = 72;
 
 /// Costs beyond these would let one login take a core for seconds.
 const MAX_ARGON2_MEMORY_KIB: u32 = 256 * 1024;
@@ -94,29 +91,32 @@ impl Passwords {
         })
     }
 
-    /// Whether a password may be set: length only, no rules of composition (NIST 800-63B §3.1.1.2).
-    pub(super) fn check(&self, password: &str) -> Result<(), Violation> {
-        let (min, chars) = (self.settings.min_length, password.chars().count());
-        if chars < min || chars > MAX_CHARS {
-            return Err(format!("must be {min} to {MAX_CHARS} characters").into());
-        }
-        if password.contains('\0') {
-            return Err("must not hold a NUL character".into());
-        }
-        let bcrypt = self.settings.scheme == PasswordScheme::Bcrypt;
-        if bcrypt && password.len() > BCRYPT_MAX_BYTES {
-            return Err(format!("must be at most {BCRYPT_MAX_BYTES} bytes").into());
-        }
-        Ok(())
+    /// Whether a password has a length that may be set.
+    pub(super) fn check_length(&self, password: &str) -> Result<(), Violation> {
+        check_length(password, &self.settings)
     }
 
-    /// Hashes a password that [`Self::check`] let pass.
+    /// Hashes a password that a person is to have from now on.
     ///
     /// # Errors
+    /// `Invalid` naming `field`: its length, or too easy to guess for who knows the person ·
     /// `Overloaded` · `Internal`
-    pub(super) async fn hash(&self, password: String) -> Result<String> {
+    pub(super) async fn hash_new(
+        &self,
+        field: &'static str,
+        password: String,
+        person: &Person,
+    ) -> Result<String> {
         let settings = self.settings.clone();
-        self.pool.run(move || hash(&settings, &password)).await?
+        let names = names_of(person);
+        self.pool
+            .run(move || {
+                check_length(&password, &settings)
+                    .and_then(|()| check_strength(&password, &names, &settings))
+                    .map_err(|violation| Error::invalid(field, violation))?;
+                hash(&settings, &password)
+            })
+            .await?
     }
 
     /// Checks a password against a hash, or against nothing at the same cost.

@@ -37,6 +37,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.cache_bytes: 1 << 20, 1 << 40;
         auth.api_keys_per_user: 1, 10_000;
         password.min_length: 8, 64;
+        password.min_strength: 0, 4;
         password.argon2_memory_kib: 7 * 1024, 1 << 20;
         password.argon2_iterations: 1, 20;
         password.bcrypt_cost: 10, 16;

@@ -51,7 +51,7 @@ impl AdminService for Handler {
         );
         let credential = match request.credential {
             Some(Credential::Password(password)) => fields
-                .take("password", self.auth.check_password(&password))
+                .take("password", self.auth.check_password_length(&password))
                 .map(|()| InitialCredential::Password(password)),
             Some(Credential::PasswordHash(hash)) => fields
                 .parse("password_hash", &hash)

@@ -16,13 +16,14 @@ use crate::{
     error::{Credential, Error},
     model::{ApiKeyScopes, Role, Violation},
     proto::tollkeeper::auth::v1::{
-        BatchValidateTokensRequest, BatchValidateTokensResponse, CreateApiKeyRequest,
-        CreateApiKeyResponse, GetCurrentUserRequest, GetCurrentUserResponse, GetJwksRequest,
-        GetJwksResponse, ListApiKeysRequest, ListApiKeysResponse, ListSessionsRequest,
-        ListSessionsResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,
-        RefreshTokensRequest, RefreshTokensResponse, RegisterRequest, RegisterResponse,
-        RevokeAllSessionsRequest, RevokeAllSessionsResponse, RevokeApiKeyRequest,
-        RevokeApiKeyResponse, RevokeSessionRequest, RevokeSessionResponse, ValidateTokenRequest,
+        BatchValidateTokensRequest, BatchValidateTokensResponse, ChangePasswordRequest,
+        ChangePasswordResponse, CreateApiKeyRequest, CreateApiKeyResponse, GetCurrentUserRequest,
+        GetCurrentUserResponse, GetJwksRequest, GetJwksResponse, ListApiKeysRequest,
+        ListApiKeysResponse, ListSessionsRequest, ListSessionsResponse, LoginRequest,
+        LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest, RefreshTokensResponse,
+        RegisterRequest, RegisterResponse, RevokeAllSessionsRequest, RevokeAllSessionsResponse,
+        RevokeApiKeyRequest, RevokeApiKeyResponse, RevokeSessionRequest, RevokeSessionResponse,
+        UpdateCurrentUserRequest, UpdateCurrentUserResponse, ValidateTokenRequest,
         ValidateTokenResponse, WatchRevocationsRequest, auth_service_server::AuthService,
     },
     usage::Usage,
@@ -49,7 +50,7 @@ impl AuthService for Handler {
             &request.username,
             &request.full_name,
         );
-        let acceptable = self.auth.check_password(&request.password);
+        let acceptable = self.auth.check_password_length(&request.password);
         let password = fields.take("password", acceptable.map(|()| request.password));
         let tier = self.usage.tiers().default_tier().name.clone();
         let (person, password) = fields.finish(person.zip(password))?;
@@ -168,6 +169,52 @@ impl AuthService for Handler {
         let user = self.auth.user(Caller::user_of(&request)?.id).await?;
         Ok(Response::new(GetCurrentUserResponse {
             user: Some(user.into()),
+        }))
+    }
+
+    async fn update_current_user(
+        &self,
+        request: Request<UpdateCurrentUserRequest>,
+    ) -> Result<Response<UpdateCurrentUserResponse>, Status> {
+        let (id, _) = Caller::session_of(&request)?;
+        let message = request.get_ref();
+        let changes = only(|fields| {
+            let user = fields.take("user", message.user.as_ref().ok_or("must be set".into()));
+            let mask = message.update_mask.as_ref();
+            people::changes(fields, user?, mask, people::OWN_FIELDS)
+        })?;
+        let origin = origin_of(&request);
+        let user = self.auth.update_user(id, &changes, &origin).await?;
+        Ok(Response::new(UpdateCurrentUserResponse {
+            user: Some(user.into()),
+            revision: convert::revision(self.auth.revision().await),
+        }))
+    }
+
+    async fn change_password(
+        &self,
+        request: Request<ChangePasswordRequest>,
+    ) -> Result<Response<ChangePasswordResponse>, Status> {
+        let (id, session) = Caller::session_of(&request)?;
+        let origin = origin_of(&request);
+        let message = request.into_inner();
+        let keep_only = (!message.keep_other_sessions).then_some(session);
+        let mut fields = Fields::default();
+        let current = fields.parse("current_password", &message.current_password);
+        let acceptable = self.auth.check_password_length(&message.new_password);
+        let another = message.new_password != message.current_password;
+        let acceptable = acceptable.and_then(|()| match another {
+            true => Ok(message.new_password),
+            false => Err("must be another than the present one".into()),
+        });
+        let new = fields.take("new_password", acceptable);
+        let (current, new) = fields.finish(current.zip(new))?;
+        let changed = self
+            .auth
+            .change_password(id, current, new, keep_only, &origin, Utc::now());
+        Ok(Response::new(ChangePasswordResponse {
+            revoked_count: people::count(changed.await?),
+            revision: convert::revision(self.auth.revision().await),
         }))
     }
 

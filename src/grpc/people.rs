@@ -1,10 +1,89 @@
-//! Messages about people: their sessions.
+//! Messages about people: their profiles and sessions.
 
-use super::convert::time;
+use std::str::FromStr;
+
+use prost_types::FieldMask;
+
+use super::convert::{Fields, time};
 use crate::{
-    model::{SessionDetails, SessionId},
+    model::{Role, SessionDetails, SessionId, UserChanges, Violation},
     proto::tollkeeper::auth::v1,
 };
+
+/// What people may change of their own account.
+pub(super) const OWN_FIELDS: &[&str] = &["username", "full_name"];
+
+/// Reads an update of a user (AIP-134): the fields that the mask names, or without one those that are
+/// not empty. Only fields of `may_change` can be named.
+pub(super) fn changes(
+    fields: &mut Fields,
+    user: &v1::User,
+    mask: Option<&FieldMask>,
+    may_change: &[&str],
+) -> Option<UserChanges> {
+    let paths = mask.map(|mask| &*mask.paths).unwrap_or_default();
+    let named = fields.take("update_mask", check_paths(paths, may_change));
+    let wants = |field: &str, is_empty: bool| {
+        may_change.contains(&field)
+            && match paths {
+                [] => !is_empty,
+                [all] if all == "*" => true,
+                paths => paths.iter().any(|path| path == field),
+            }
+    };
+    let email = read(
+        fields,
+        wants("email", user.email.is_empty()),
+        "email",
+        &user.email,
+    );
+    let wants_username = wants("username", user.username.is_empty());
+    let username = read(fields, wants_username, "username", &user.username);
+    let wants_full_name = wants("full_name", user.full_name.is_empty());
+    let full_name = read(fields, wants_full_name, "full_name", &user.full_name);
+    let role = match wants("role", user.role == 0) {
+        true => fields.take("user.role", role(user.role)).map(Some),
+        false => Some(None),
+    };
+    named?;
+    Some(UserChanges {
+        email: email?,
+        username: username?,
+        full_name: full_name?,
+        role: role?,
+    })
+}
+
+/// Parses a field of the user if it is wanted.
+fn read<T: FromStr<Err = Violation>>(
+    fields: &mut Fields,
+    is_wanted: bool,
+    field: &str,
+    text: &str,
+) -> Option<Option<T>> {
+    if is_wanted {
+        fields.parse(&format!("user.{field}"), text).map(Some)
+    } else {
+        Some(None)
+    }
+}
+
+fn check_paths(paths: &[String], may_change: &[&str]) -> Result<(), Violation> {
+    let all = [String::from("*")];
+    if paths == all || paths.iter().all(|path| may_change.contains(&&**path)) {
+        return Ok(());
+    }
+    let may_change = may_change.join(", ");
+    Err(format!("must name only {may_change}, or hold only *").into())
+}
+
+fn role(value: i32) -> Result<Role, Violation> {
+    match v1::Role::try_from(value) {
+        Ok(v1::Role::User) => Ok(Role::User),
+        Ok(v1::Role::Admin) => Ok(Role::Admin),
+        Ok(v1::Role::Unspecified) | Err(_) => Err("must be a known role".into()),
+    }
+}
 
 /// A session as shown to a caller whose own session is `current`.
 pub(super) fn session(details: SessionDetails, current: Option<SessionId>) -> v1::Session {

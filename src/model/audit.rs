@@ -61,10 +61,14 @@ impl Actor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AuditAction {
     UserCreated,
+    UserUpdated,
+    UserRoleSet,
+    UserDeleted,
     UserTierSet,
     UserEnabled,
     UserDisabled,
     PasswordRehashed,
+    PasswordChanged,
     SessionOpened,
     SessionEnded,
     SessionsEnded,
@@ -84,10 +88,14 @@ impl AuditAction {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::UserCreated => "user.created",
+            Self::UserUpdated => "user.updated",
+            Self::UserRoleSet => "user.role_set",
+            Self::UserDeleted => "user.deleted",
             Self::UserTierSet => "user.tier_set",
             Self::UserEnabled => "user.enabled",
             Self::UserDisabled => "user.disabled",
             Self::PasswordRehashed => "password.rehashed",
+            Self::PasswordChanged => "password.changed",
             Self::SessionOpened => "session.opened",
             Self::SessionEnded => "session.ended",
             Self::SessionsEnded => "user.sessions_ended",

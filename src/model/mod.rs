@@ -59,7 +59,7 @@ pub use usage_reads::{
     Interval, ReportBy, ReportLine, TimeRange, UsageCell, UsageCells, UsageFilter, UsageGroup,
     UsageGrouping, UsageSource,
 };
-pub use user::{Person, Role, User, UserFilter, UserStanding};
+pub use user::{Person, Role, User, UserChanges, UserFilter, UserStanding};
 
 /// What is wrong with a value, as a sentence that ends an error message: "must be …".
 pub type Violation = std::borrow::Cow<'static, str>;

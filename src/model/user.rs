@@ -24,6 +24,17 @@ pub struct User {
     pub last_login_at: Option<DateTime<Utc>>,
 }
 
+impl User {
+    /// The names by which the user is known.
+    pub fn person(&self) -> Person {
+        Person {
+            email: self.email.clone(),
+            username: self.username.clone(),
+            full_name: self.full_name.clone(),
+        }
+    }
+}
+
 /// What of a user decides about their usage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserStanding {
@@ -38,6 +49,15 @@ pub struct Person {
     pub email: Email,
     pub username: Username,
     pub full_name: FullName,
+}
+
+/// What to change of an account; `None` stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UserChanges {
+    pub email: Option<Email>,
+    pub username: Option<Username>,
+    pub full_name: Option<FullName>,
+    pub role: Option<Role>,
 }
 
 /// What a user may do beside their own affairs.

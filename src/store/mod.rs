@@ -28,6 +28,7 @@ mod usage;
 mod usage_cells;
 mod usage_export;
 mod usage_report;
+mod user_changes;
 mod users;
 
 use std::{sync::Arc, time::Duration};

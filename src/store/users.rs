@@ -146,6 +146,25 @@ impl Store {
             .transpose()
     }
 
+    /// What a known user's password is checked against.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn credentials_by_id(&self, id: UserId) -> Result<Credentials> {
+        let mut conn = self.conn().await?;
+        let found: Option<(UserRow, Option<String>)> = users::table
+            .find(id.0)
+            .select((UserRow::as_select(), users::password_hash))
+            .first(&mut conn)
+            .await
+            .optional()?;
+        let (row, password_hash) = found.ok_or(Error::UserNotFound)?;
+        Ok(Credentials {
+            user: row.try_into()?,
+            password_hash,
+        })
+    }
+
     /// Whether there is any administrator.
     ///
     /// # Errors

@@ -128,6 +128,8 @@ fn rpcs_that_manage_credentials_or_sessions_ask_for_a_session() {
         "ListSessions",
         "RevokeSession",
         "RevokeAllSessions",
+        "UpdateCurrentUser",
+        "ChangePassword",
         "CreateApiKey",
         "ListApiKeys",
         "RevokeApiKey",

@@ -8,6 +8,7 @@ mod key_rotation;
 mod keys;
 mod login;
 mod own_account;
+mod profile;
 mod python;
 mod python_hashes;
 mod refresh;

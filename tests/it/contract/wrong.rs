@@ -135,6 +135,7 @@ pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
     admin(&mut table, user);
     limits(&mut table, user);
     people::sessions(&mut table, user);
+    people::own_account(&mut table);
     table.0
 }
 

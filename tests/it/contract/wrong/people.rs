@@ -1,12 +1,19 @@
 //! Wrong values of what people and administrators do to accounts and sessions.
 
+use prost_types::FieldMask;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{ListUserSessionsRequest, RevokeUserSessionsRequest},
-    auth::v1::{ListSessionsRequest, RevokeSessionRequest},
+    auth::v1::{
+        ChangePasswordRequest, ListSessionsRequest, RevokeSessionRequest, UpdateCurrentUserRequest,
+        User,
+    },
 };
 
-use super::{IDS, PAGE_TOKENS, Table};
-use crate::harness::TestUser;
+use super::{FULL_NAMES, IDS, PAGE_TOKENS, PASSWORDS, Table, USERNAMES};
+use crate::harness::{PASSWORD, TestUser};
+
+const UPDATE_ME: &str = "auth.v1.AuthService/UpdateCurrentUser";
+const CHANGE_PASSWORD: &str = "auth.v1.AuthService/ChangePassword";
 
 const SESSIONS: &str = "auth.v1.AuthService/ListSessions";
 const REVOKE_SESSION: &str = "auth.v1.AuthService/RevokeSession";
@@ -78,4 +85,62 @@ pub(super) fn sessions(t: &mut Table, user: &TestUser) {
             ..revoke.clone()
         },
     );
+}
+
+pub(super) fn own_account(t: &mut Table) {
+    let message = UpdateCurrentUserRequest::default();
+    t.row(UPDATE_ME, "user", "unset", message);
+    let update = |user, path: &str| UpdateCurrentUserRequest {
+        user: Some(user),
+        update_mask: Some(mask(path)),
+    };
+    t.texts(UPDATE_ME, "user.username", USERNAMES, |username| {
+        let user = User {
+            username,
+            ..User::default()
+        };
+        update(user, "username")
+    });
+    t.texts(UPDATE_ME, "user.full_name", FULL_NAMES, |full_name| {
+        let user = User {
+            full_name,
+            ..User::default()
+        };
+        update(user, "full_name")
+    });
+    t.texts(UPDATE_ME, "update_mask", MASKS, |path| {
+        update(User::default(), &path)
+    });
+    t.texts(UPDATE_ME, "update_mask", &["email", "role"], |path| {
+        update(User::default(), &path)
+    });
+
+    let change = ChangePasswordRequest {
+        current_password: PASSWORD.to_owned(),
+        new_password: "a staple for the next battery".to_owned(),
+        keep_other_sessions: true,
+    };
+    let long = "x".repeat(1025);
+    t.texts(CHANGE_PASSWORD, "current_password", &["", &long], |text| {
+        ChangePasswordRequest {
+            current_password: text,
+            ..change.clone()
+        }
+    });
+    let weak = [PASSWORDS, &["password1234", "aaaaaaaaaaaa", PASSWORD]].concat();
+    t.texts(CHANGE_PASSWORD, "new_password", &weak, |new_password| {
+        ChangePasswordRequest {
+            new_password,
+            ..change.clone()
+        }
+    });
+}
+
+/// Paths that nobody may change.
+const MASKS: &[&str] = &["", "id", "tier", "full_name.first", "Username", "**"];
+
+fn mask(path: &str) -> FieldMask {
+    FieldMask {
+        paths: vec![path.to_owned()],
+    }
 }
