@@ -72,6 +72,10 @@ const KEYS: [&str; 7] = [
 pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
     let mut fields = Fields::default();
     let entries = &descriptor.entries;
+    if entries.len() > KEYS.len() {
+        let most = format!("must be {} at most", KEYS.len());
+        return Err(Error::invalid("entries", most));
+    }
     let keys = entries.iter().map(|entry| entry.key.as_str());
     if let Some(twice) = keys
         .clone()
@@ -88,6 +92,14 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
         let value = entry.map_or("", |entry| entry.value.as_str());
         if value == MISSING { "" } else { value }
     };
+    // What may be left out is not left out by a gateway that found nothing to put there.
+    let optional = |fields: &mut Fields, key: &str| {
+        let text = text(key);
+        if text.is_empty() && entries.iter().any(|entry| entry.key == key) {
+            fields.take::<()>(key, Err("must not be empty".into()));
+        }
+        text
+    };
     let op = fields.take("op", op(text("op")));
     let user = fields.parse("user", text("user"));
     let tokens = fields.take("hits_addend", tokens(descriptor, hits));
@@ -95,7 +107,8 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
         return fields.finish(None);
     };
     if op == Op::Check || (op == Op::Reserve && tokens == Some(0)) {
-        let model = fields.parse_optional("model", text("model"));
+        let model = optional(&mut fields, "model");
+        let model = fields.parse_optional("model", model);
         let wish = || {
             Some(QuotaWish {
                 tokens: tokens?,
@@ -107,7 +120,7 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
     let model = fields.parse("model", text("model"));
     let request_id = fields.parse("request_id", text("request_id"));
     if op == Op::Reserve {
-        let lifetime = match text("lifetime") {
+        let lifetime = match optional(&mut fields, "lifetime") {
             "" => Some(reservation::DEFAULT_LIFETIME),
             text => fields.take("lifetime", reservation::lifetime_from(text)),
         };
@@ -123,10 +136,8 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
         let asked = user.zip(request());
         return fields.finish(asked.map(|(user, request)| Ask::Reserve(user, request)));
     }
-    let counts = fields.take(
-        "dimension",
-        counts(text("dimension"), tokens.unwrap_or_default()),
-    );
+    let dimension = optional(&mut fields, "dimension");
+    let counts = fields.take("dimension", counts(dimension, tokens.unwrap_or_default()));
     let of = || {
         Some(Of {
             user: user?,
@@ -326,6 +337,10 @@ mod tests {
         ] {
             assert_eq!(wrong(&of_request("charge", &[more], None)), [field]);
         }
+        let unknown = [("op", "check"), ("user", USER), ("model", MISSING)];
+        assert_eq!(wrong(&descriptor(&unknown, None)), ["model"]);
+        let crowd: Vec<_> = (0..8).map(|_| ("op", "check")).collect();
+        assert_eq!(wrong(&descriptor(&crowd, None)), ["entries"]);
         let dimension = [("dimension", "total")];
         assert_eq!(
             wrong(&of_request("charge", &dimension, None)),

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use chrono::Utc;
 use tonic::{Request, Response, Status};
+use tracing::warn;
 use tracing::Instrument as _;
 
 use super::{
@@ -25,6 +26,9 @@ use crate::{
     usage::{QuotaWish, Reserved, Usage},
 };
 
+/// Of a call: more than any route has.
+const MAX_DESCRIPTORS: usize = 64;
+
 #[tonic::async_trait]
 impl RateLimitService for Handler {
     async fn should_rate_limit(
@@ -35,6 +39,10 @@ impl RateLimitService for Handler {
         let descriptors = message.descriptors.len();
         if descriptors == 0 {
             return Err(Error::invalid("descriptors", "must hold one at least").into());
+        }
+        if descriptors > MAX_DESCRIPTORS {
+            let most = format!("must be {MAX_DESCRIPTORS} at most");
+            return Err(Error::invalid("descriptors", most).into());
         }
         let work = Work::of(&message.descriptors, message.hits_addend);
         let settles = work.settles();
@@ -107,9 +115,16 @@ impl Handler {
             answer.refuse(&[place], error);
         }
         for (places, ask) in work.asks {
+            let books = matches!(ask, Ask::Book(..));
             match self.carry_out_one(ask).await {
                 Ok(granted) => answer.grant(&places, granted),
-                Err(error) => answer.refuse(&places, error),
+                Err(error) => {
+                    if books {
+                        // No gateway says it again, or heeds what it is told at the end of a stream.
+                        warn!(%error, "what a request used is not booked");
+                    }
+                    answer.refuse(&places, error);
+                }
             }
         }
         // The request does not pass: nothing is held for it.
