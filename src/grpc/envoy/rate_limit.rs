@@ -2,8 +2,8 @@ use std::time::Duration;
 
 use chrono::Utc;
 use tonic::{Request, Response, Status};
-use tracing::warn;
 use tracing::Instrument as _;
+use tracing::warn;
 
 use super::{
     Handler,
