@@ -14,14 +14,14 @@ use super::upstream::Upstream;
 use crate::harness::{Answer, Edge, RunningServer, TestApp, TestUser, eventually, reason};
 
 /// Everything that a request passes.
-struct Site {
-    app: TestApp,
-    edge: Edge,
-    upstream: Upstream,
+pub(super) struct Site {
+    pub(super) app: TestApp,
+    pub(super) edge: Edge,
+    pub(super) upstream: Upstream,
 }
 
 impl Site {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         let app = TestApp::spawn().await;
         Self::before(app).await
     }
@@ -38,7 +38,7 @@ impl Site {
     }
 
     /// Asks with a credential.
-    async fn get(&self, path: &str, token: &str) -> Answer {
+    pub(super) async fn get(&self, path: &str, token: &str) -> Answer {
         let authorization = format!("Bearer {token}");
         self.edge
             .get(path, &[("authorization", &authorization)])
@@ -46,7 +46,7 @@ impl Site {
     }
 
     /// A user who may use so many tokens this month, and a token of theirs.
-    async fn user(&self, tokens: i64) -> (TestUser, String) {
+    pub(super) async fn user(&self, tokens: i64) -> (TestUser, String) {
         let user = self.app.user().tier("advanced").create().await;
         let request = SetQuotaOverrideRequest {
             user_id: user.id.clone(),
@@ -60,7 +60,7 @@ impl Site {
     }
 
     /// Input, output, and how many events.
-    async fn used(&self, user: &TestUser) -> (i64, i64, i64) {
+    pub(super) async fn used(&self, user: &TestUser) -> (i64, i64, i64) {
         let totals = self
             .app
             .month(&user.id, "")
@@ -71,7 +71,7 @@ impl Site {
         (tokens.input, tokens.output, totals.request_count)
     }
 
-    async fn held(&self, user: &TestUser) -> i64 {
+    pub(super) async fn held(&self, user: &TestUser) -> i64 {
         let request = GetQuotaRequest {
             user_id: user.id.clone(),
         };
@@ -305,207 +305,6 @@ async fn a_wrong_tier_or_scope_is_403_until_it_is_right() {
     assert!(challenge.contains("error=\"insufficient_scope\", scope=\"premium\""));
     let key = site.app.api_key(&user, &["premium"]).await.text;
     assert_eq!(site.get("/premium/x", &key).await.status, StatusCode::OK);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn over_quota_is_429_with_how_much_there_is_and_when_there_is_more() {
-    let site = Site::start().await;
-    let (_, token) = site.user(999).await;
-    let model = "/v1/chat/completions";
-    // Less than the estimate of the route.
-    let answer = site.get(model, &token).await;
-    assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
-    let policy = answer.header("ratelimit-policy").to_owned();
-    assert!(
-        policy.starts_with("\"monthly-tokens\";q=999;qu=\"tokens\";w="),
-        "{policy}"
-    );
-    let standing = answer.header("ratelimit").to_owned();
-    let wait = answer.header("retry-after").to_owned();
-    assert!(wait.parse::<u64>().unwrap() > 0);
-    assert!(
-        standing.starts_with("\"monthly-tokens\";r=999;t="),
-        "{standing}"
-    );
-    assert_eq!(answer.headers.get_all("ratelimit").iter().count(), 1);
-    let problem = answer.json().await;
-    assert_eq!(problem["code"], "QUOTA_EXCEEDED");
-    assert_eq!(problem["violated-policies"][0], "monthly-tokens");
-    assert_eq!(site.upstream.asked(), 0);
-
-    // The other way, by descriptors: it answers as long as something is left.
-    let (user, token) = site.user(100).await;
-    let answer = site.get("/tools/x?tokens=60", &token).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", site.edge.log());
-    assert!(
-        answer
-            .header("ratelimit")
-            .starts_with("\"monthly-tokens\";r=100;t=")
-    );
-    eventually("it is charged", async || site.used(&user).await.1 == 60).await;
-    let answer = site.get("/tools/x?tokens=70", &token).await;
-    assert!(
-        answer
-            .header("ratelimit")
-            .starts_with("\"monthly-tokens\";r=40;t=")
-    );
-    eventually("it is charged", async || {
-        site.used(&user).await == (0, 130, 2)
-    })
-    .await;
-    let before = site.upstream.asked();
-    let answer = site.get("/tools/x?tokens=1", &token).await;
-    assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
-    assert!(
-        answer
-            .header("ratelimit")
-            .starts_with("\"monthly-tokens\";r=0;t=")
-    );
-    assert_eq!(answer.header("content-type"), "application/problem+json");
-    assert!(answer.header("retry-after").parse::<u64>().unwrap() > 0);
-    assert_eq!(answer.json().await["code"], "QUOTA_EXCEEDED");
-    assert_eq!(site.upstream.asked(), before);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_refund_is_denied() {
-    let app = TestApp::spawn().await;
-    let (_, key) = app.service("edge", &["gateway"]).await;
-    let upstream = Upstream::start().await;
-    let edge = Edge::start_with(app.address, &key, upstream.address, |delivered| {
-        let look = "hits_addend: { number: 0 }";
-        assert_eq!(delivered.matches(look).count(), 1);
-        delivered.replace(look, "hits_addend: { number: 5, is_negative_hits: true }")
-    })
-    .await;
-    let token = app.login(&app.user().create().await).await.access_token;
-    let authorization = format!("Bearer {token}");
-    let answer = edge
-        .get("/tools/x", &[("authorization", &authorization)])
-        .await;
-    assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
-    let problem = answer.json().await;
-    assert_eq!(problem["code"], "INVALID_FIELD");
-    assert!(problem["detail"].as_str().unwrap().contains("hits_addend"));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_answer_is_charged_once_and_exactly_as_it_reports_streamed_or_whole() {
-    let site = Site::start().await;
-    let (user, token) = site.user(1_000_000).await;
-    let (mut input, mut output) = (0, 0);
-    for (count, more) in [(1, ""), (2, "&whole=yes"), (3, "")] {
-        let path = format!("/v1/chat/completions?input={count}7&output=3{count}{more}");
-        let answer = site.get(&path, &token).await;
-        assert_eq!(answer.status, StatusCode::OK, "{}", site.edge.log());
-        assert!(
-            answer
-                .header("ratelimit")
-                .starts_with("\"monthly-tokens\";r=")
-        );
-        answer.text().await;
-        input += count * 10 + 7;
-        output += 30 + count;
-        // Both dimensions are one event.
-        eventually("it is charged", async || {
-            site.used(&user).await == (input, output, count)
-        })
-        .await;
-    }
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
-    site.app.assert_books_balance(3).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_the_gateway_had_to_ask_for_twice_is_charged_once() {
-    let app = TestApp::spawn().await;
-    let (_, key) = app.service("edge", &["gateway"]).await;
-    let upstream = Upstream::start().await;
-    let edge = Edge::start_with(app.address, &key, upstream.address, |delivered| {
-        let route = "route: { cluster: app, timeout: 600s }";
-        assert_eq!(delivered.matches(route).count(), 1);
-        let retries = "retry_policy: { retry_on: 5xx, num_retries: 2 }";
-        let with = format!("route: {{ cluster: app, timeout: 600s, {retries} }}");
-        let delivered = delivered.replace(route, &with);
-        let hosts = "domains: [\"*\"]";
-        let counting = format!("{hosts}\n              include_request_attempt_count: true");
-        delivered.replace(hosts, &counting)
-    })
-    .await;
-    let site = Site {
-        app,
-        edge,
-        upstream,
-    };
-    let (user, token) = site.user(1_000_000).await;
-    let path = "/v1/chat/completions?input=5&output=6&fail-first=yes";
-    let answer = site.get(path, &token).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", site.edge.log());
-    answer.text().await;
-    assert_eq!(site.upstream.asked(), 2);
-    eventually("it is charged", async || {
-        site.used(&user).await == (5, 6, 1)
-    })
-    .await;
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
-    site.app.assert_books_balance(1).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_hangs_up_pays_what_was_reported_until_then() {
-    let site = Site::start().await;
-    let (user, token) = site.user(1_000_000).await;
-    let path = "/v1/chat/completions?input=11&output=22&end=no";
-    let mut answer = site.get(path, &token).await;
-    assert_eq!(answer.status, StatusCode::OK);
-    answer.read_until("completion_tokens").await;
-    assert_eq!(site.used(&user).await, (0, 0, 0));
-    drop(answer);
-    eventually("it is charged", async || {
-        site.used(&user).await == (11, 22, 1)
-    })
-    .await;
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
-
-    // Nothing was reported: nothing is charged, and what was held is free again.
-    let mut answer = site
-        .get("/v1/chat/completions?usage=no&end=no", &token)
-        .await;
-    answer.read_until("word-4").await;
-    assert_eq!(site.held(&user).await, 1000);
-    drop(answer);
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
-    site.app.assert_books_balance(1).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn parallel_streams_do_not_overspend() {
-    let site = Site::start().await;
-    // Three times the estimate of the route, and a rest.
-    let (user, token) = site.user(3_500).await;
-    let asks = (0..12).map(|_| async {
-        let path = "/v1/chat/completions?input=400&output=600&end=no";
-        let mut answer = site.get(path, &token).await;
-        if answer.status == StatusCode::OK {
-            answer.read_until("completion_tokens").await;
-        }
-        answer
-    });
-    let answers = futures_util::future::join_all(asks).await;
-    let (admitted, denied): (Vec<_>, Vec<_>) = answers
-        .into_iter()
-        .partition(|answer| answer.status == StatusCode::OK);
-    assert_eq!(admitted.len(), 3);
-    for answer in denied {
-        assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
-    }
-    drop(admitted);
-    eventually("all is charged", async || {
-        site.used(&user).await == (1200, 1800, 3)
-    })
-    .await;
-    println!("12 asked, 3 admitted: 3000 of 3500 tokens used, in 3 events");
-    site.app.assert_books_balance(3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

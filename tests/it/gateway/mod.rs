@@ -2,6 +2,7 @@
 
 mod at_once;
 mod callers;
+mod charges;
 mod check;
 mod edge;
 mod limits;
