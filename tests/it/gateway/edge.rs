@@ -6,7 +6,7 @@ use http::StatusCode;
 use serde_json::Value;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{SetQuotaOverrideRequest, set_quota_override_request::Limit},
-    usage::v1::GetQuotaRequest,
+    usage::v1::{CheckQuotaRequest, GetQuotaRequest},
 };
 use tonic::Code;
 
@@ -69,6 +69,17 @@ impl Site {
             .unwrap_or_default();
         let tokens = totals.tokens.unwrap_or_default();
         (tokens.input, tokens.output, totals.request_count)
+    }
+
+    /// Tokens, as the server looks at them: a moment after they are booked.
+    pub(super) async fn known(&self, user: &TestUser) -> i64 {
+        let request = CheckQuotaRequest {
+            user_id: user.id.clone(),
+            ..CheckQuotaRequest::default()
+        };
+        let mut usage = self.app.usage(&self.app.service_key);
+        let checked = usage.check_quota(request).await.unwrap();
+        checked.into_inner().quota.unwrap().used_tokens
     }
 
     pub(super) async fn held(&self, user: &TestUser) -> i64 {
