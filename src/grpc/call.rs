@@ -33,6 +33,10 @@ use crate::{
 /// would now and then be first, and answer CANCELLED without details.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(1);
 
+/// When a call came, of one that another layer has looked at since.
+#[derive(Clone, Copy)]
+pub(super) struct Arrived(pub(super) Instant);
+
 /// Methods called once per request of somebody else's traffic, or by tools: their successes are no
 /// news.
 const HOT_METHODS: [&str; 12] = [
@@ -129,7 +133,8 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let started = Instant::now();
+        let arrived = request.extensions_mut().remove::<Arrived>();
+        let started = arrived.map_or_else(Instant::now, |Arrived(at)| at);
         let metrics = self.layer.metrics.of(request.uri().path()).clone();
         let method = request.uri().path().trim_start_matches('/').to_owned();
         let id = request_id::of(request.headers());
@@ -145,7 +150,7 @@ where
         let request_id = context.request_id.clone();
         let span = tracing::info_span!("call", method, request_id);
         request.extensions_mut().insert(context);
-        // Counted from here, as the transport does: a busy machine may poll the call much later.
+        // Counted from its arrival, as the transport does: a busy machine may poll the call much later.
         let deadline = started + deadline(request.headers(), self.layer.max_deadline);
         let mut cut = self.layer.cut.clone();
         let handled = is_grpc(request.headers()).then(|| self.inner.call(request));

@@ -32,7 +32,7 @@ use tracing::Level;
 use super::{
     access::Rules,
     bearer::bearer,
-    call::is_grpc,
+    call::{Arrived, is_grpc},
     convert::only,
     envoy,
     metrics::{CallMetrics, RpcMetrics},
@@ -195,13 +195,13 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        MemoryFuture::Asked(self.0.clone(), Some(request))
+        MemoryFuture::Asked(self.0.clone(), Some((request, Instant::now())))
     }
 }
 
 /// A call under way.
 pub enum MemoryFuture<S: Service<Request<Body>>> {
-    Asked(Arc<Shared<S>>, Option<Request<Body>>),
+    Asked(Arc<Shared<S>>, Option<(Request<Body>, Instant)>),
     Passed(Oneshot<S, Request<Body>>),
 }
 
@@ -214,10 +214,11 @@ where
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         if let Self::Asked(shared, request) = &mut *self {
-            let request = request.take().expect("polled once in this state");
-            match shared.look(request, cx) {
+            let (request, arrived) = request.take().expect("polled once in this state");
+            match shared.look(request, arrived, cx) {
                 ControlFlow::Break(response) => return Poll::Ready(Ok(response)),
-                ControlFlow::Continue(request) => {
+                ControlFlow::Continue(mut request) => {
+                    request.extensions_mut().insert(Arrived(arrived));
                     let passed = shared.inner.clone().oneshot(request);
                     *self = Self::Passed(passed);
                 }
@@ -235,6 +236,7 @@ impl<S> Shared<S> {
     fn look(
         &self,
         request: Request<Body>,
+        arrived: Instant,
         cx: &mut Context<'_>,
     ) -> ControlFlow<Response<Body>, Request<Body>> {
         // Where successes are logged, they take the way that logs.
@@ -243,7 +245,6 @@ impl<S> Shared<S> {
         let Some(way) = way.filter(|_| !tracing::enabled!(Level::DEBUG)) else {
             return ControlFlow::Continue(request);
         };
-        let started = Instant::now();
         let moment = Moment {
             now: Utc::now(),
             clock: BootTime::now(),
@@ -260,7 +261,7 @@ impl<S> Shared<S> {
             Ok(data) if body.is_end_stream() => {
                 if let Some(answer) = (way.answer)(&self.layer, &data, moment) {
                     let response = respond(&head.headers, answer);
-                    way.metrics.record(Code::Ok, started.elapsed());
+                    way.metrics.record(Code::Ok, arrived.elapsed());
                     return ControlFlow::Break(response);
                 }
                 Frame::data(data)
