@@ -9,7 +9,7 @@ use super::{
     Usage,
     keeper::{Reservation, Standing, Wish},
     lease::{Mode, RequestKey},
-    reservations::denial,
+    reservations::{denial, may_ask},
 };
 use crate::{
     error::{Error, Result},
@@ -133,9 +133,7 @@ impl Usage {
     ) -> Option<(Decision, Option<QuotaState>)> {
         let tiers = self.tiers.load();
         let limits = tiers.limits_of(&user.tier);
-        if limits.exceeded_by(wish.tokens).is_some() || !user.is_active {
-            return None;
-        }
+        may_ask(user, limits, wish.tokens).ok()?;
         let look = wish.look(user, wish.tokens);
         match self.keeper.reserve_at_once(&look)? {
             Reservation::Enough(total) => Some((Decision::Allowed, self.stands(user, total))),
@@ -154,12 +152,7 @@ impl Usage {
     ) -> Result<Option<QuotaState>> {
         let tiers = self.tiers();
         let limits = tiers.limits_of(&user.tier);
-        if !user.is_active {
-            return Err(Error::AccountDisabled);
-        }
-        if let Some(limit) = limits.exceeded_by(wish.tokens) {
-            return Err(Error::RequestTooLarge { limit });
-        }
+        may_ask(user, limits, wish.tokens)?;
         match self.keeper.reserve(&wish.look(user, wish.tokens)).await {
             Reservation::Enough(total) => Ok(self.stands(user, total)),
             refused => Err(denial(user, limits, refused)),

@@ -94,12 +94,7 @@ impl Usage {
         limits: &TierLimits,
         request: &'a QuotaRequest,
     ) -> Result<Wish<'a>> {
-        if !user.is_active {
-            return Err(Error::AccountDisabled);
-        }
-        if let Some(limit) = limits.exceeded_by(request.tokens) {
-            return Err(Error::RequestTooLarge { limit });
-        }
+        may_ask(user, limits, request.tokens)?;
         Ok(Wish {
             user_id: user.id,
             tier: &user.tier,
@@ -335,6 +330,20 @@ impl Usage {
         };
         self.counters.count_committed(outcome, is_late);
         Ok((outcome, event_id))
+    }
+}
+
+/// What is refused whatever is left.
+///
+/// # Errors
+/// `AccountDisabled` · `RequestTooLarge`
+pub(super) fn may_ask(user: &UserStanding, limits: &TierLimits, tokens: Tokens) -> Result<()> {
+    if !user.is_active {
+        return Err(Error::AccountDisabled);
+    }
+    match limits.exceeded_by(tokens) {
+        Some(limit) => Err(Error::RequestTooLarge { limit }),
+        None => Ok(()),
     }
 }
 
