@@ -2,9 +2,9 @@
 //!
 //! Internal services ask `ValidateToken`, and gateways `ReserveQuota`, `CheckQuota` or what Envoy asks,
 //! for every request of their own, so those calls have a way of their own through the server: no task,
-//! no timer. It knows good news only. Whatever is not at once a known caller, a whole plain message and something
-//! that memory says yes to goes on to the other layers as if it had not been looked at; they decide,
-//! refuse, explain and log.
+//! no timer. It knows good news only. Whatever is not at once a known caller, a whole plain message
+//! and something that memory says yes to goes on to the other layers as if it had not been looked at;
+//! they decide, refuse, explain and log.
 
 use std::{
     ops::ControlFlow,

@@ -2,10 +2,10 @@ use chrono::{DateTime, Utc};
 use tonic::{Request, Response, Status};
 
 use super::{
-    Handler, Said,
+    Granted, Handler,
     denial::Denial,
     identity::Identity,
-    limits::Limit,
+    limits::{Limit, quota_facts},
     metadata, overwriting,
     request::Headers,
     route::{Quota, Route},
@@ -14,12 +14,12 @@ use crate::{
     auth::{Auth, BootTime, Validated},
     error::{Credential, Error, Result},
     grpc::{convert::only, request_id::REQUEST_ID},
-    model::{MinFreshness, QuotaState, UserStanding},
+    model::{MinFreshness, UserStanding},
     proto::envoy::service::auth::v3::{
         CheckRequest, CheckResponse, OkHttpResponse, authorization_server::Authorization,
         check_response::HttpResponse,
     },
-    usage::{QuotaRequest, QuotaWish, Reserved, Usage, lease::Mode},
+    usage::{QuotaRequest, QuotaWish, Usage, lease::Mode},
 };
 
 #[tonic::async_trait]
@@ -55,10 +55,10 @@ impl Handler {
             .await?;
         let user = admit_user(route, &validated)?;
         let held = match wanted(route, sent)? {
-            Wanted::Nothing => Held::default(),
-            Wanted::Look(wish) => Held {
+            Wanted::Nothing => Granted::default(),
+            Wanted::Look(wish) => Granted {
                 quota: self.usage.require_quota(&user, &wish).await?,
-                handle: None,
+                reservation: None,
             },
             Wanted::Hold(request) => self.usage.reserve(&user, &request).await?.into(),
         };
@@ -80,11 +80,11 @@ pub(in crate::grpc) fn check_at_once(
     let validated = auth.recall(sent.credential().ok()?, now, clock)?;
     let user = admit_user(&route, &validated).ok()?;
     let held = match wanted(&route, &sent).ok()? {
-        Wanted::Nothing => Held::default(),
-        Wanted::Look(wish) => Held {
+        Wanted::Nothing => Granted::default(),
+        Wanted::Look(wish) => Granted {
             // Another decision is left to the long way.
             quota: usage.check_quota_at_once(&user, &wish)?.1,
-            handle: None,
+            reservation: None,
         },
         Wanted::Hold(request) => usage.reserve_at_once(&user, &request)?.into(),
     };
@@ -137,24 +137,13 @@ fn wanted(route: &Route, sent: &Headers<'_>) -> Result<Wanted> {
     })
 }
 
-/// What became of that.
-#[derive(Default)]
-struct Held {
-    quota: Option<QuotaState>,
-    handle: Option<String>,
-}
-
-impl From<Reserved> for Held {
-    fn from(reserved: Reserved) -> Self {
-        Self {
-            quota: reserved.quota,
-            handle: reserved.handle,
-        }
-    }
-}
-
 /// The answer for a request that may pass.
-fn admitted(route: &Route, identity: &Identity, held: Held, sent: &Headers<'_>) -> CheckResponse {
+fn admitted(
+    route: &Route,
+    identity: &Identity,
+    held: Granted,
+    sent: &Headers<'_>,
+) -> CheckResponse {
     let mut facts = identity.metadata();
     facts.extend(route.model.iter().map(|model| ("model", model.to_string())));
     let estimate = route.estimate.iter();
@@ -162,7 +151,7 @@ fn admitted(route: &Route, identity: &Identity, held: Held, sent: &Headers<'_>) 
     let quota = held.quota.as_ref();
     facts.extend(quota.into_iter().flat_map(quota_facts));
     let limit = quota.and_then(|quota| Limit::monthly(quota, false, Utc::now()));
-    let handle = held.handle.into_iter();
+    let handle = held.reservation.into_iter();
     facts.extend(handle.map(|handle| ("reservation", handle)));
     let told = limit.iter().flat_map(Limit::headers);
     CheckResponse {
@@ -174,17 +163,4 @@ fn admitted(route: &Route, identity: &Identity, held: Held, sent: &Headers<'_>) 
             response_headers_to_add: told.map(overwriting).collect(),
         })),
     }
-}
-
-/// How a quota stands, exactly. Of what is unlimited nothing is said.
-pub(super) fn quota_facts(quota: &QuotaState) -> Vec<Said> {
-    let number = |name, tokens: Option<i64>| Some((name, tokens?.to_string()));
-    [
-        Some(("month", quota.period.to_string())),
-        number("limit_tokens", quota.limit),
-        number("remaining_tokens", quota.remaining),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
 }

@@ -91,6 +91,19 @@ impl Limit {
     }
 }
 
+/// How a quota stands, exactly. Of what is unlimited nothing is said.
+pub(super) fn quota_facts(quota: &QuotaState) -> Vec<Said> {
+    let number = |name, tokens: Option<i64>| Some((name, tokens?.to_string()));
+    [
+        Some(("month", quota.period.to_string())),
+        number("limit_tokens", quota.limit),
+        number("remaining_tokens", quota.remaining),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
 /// Whole seconds, so that whoever waits so long is not too early.
 pub(super) fn seconds(time: Duration) -> u64 {
     time.as_secs() + u64::from(time.subsec_nanos() > 0)

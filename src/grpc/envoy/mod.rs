@@ -20,10 +20,11 @@ use prost_types::{Struct, Value, value::Kind};
 
 use crate::{
     auth::Auth,
+    model::QuotaState,
     proto::envoy::config::core::v3::{
         HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction,
     },
-    usage::Usage,
+    usage::{Reserved, Usage},
 };
 
 /// Both services.
@@ -31,6 +32,24 @@ use crate::{
 pub(super) struct Handler {
     pub(super) auth: Auth,
     pub(super) usage: Usage,
+}
+
+/// What a user was granted.
+#[derive(Default)]
+struct Granted {
+    /// How the total stands; `None`: nobody looked, or the tier's policy said so.
+    quota: Option<QuotaState>,
+    /// The handle of what is held.
+    reservation: Option<String>,
+}
+
+impl From<Reserved> for Granted {
+    fn from(reserved: Reserved) -> Self {
+        Self {
+            quota: reserved.quota,
+            reservation: reserved.handle,
+        }
+    }
 }
 
 /// A name and what it says: of a header, or of metadata.

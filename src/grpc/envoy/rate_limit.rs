@@ -6,12 +6,11 @@ use tracing::Instrument as _;
 use tracing::warn;
 
 use super::{
-    Handler,
-    authorization::quota_facts,
+    Granted, Handler,
     denial::Denial,
     descriptor::{self, Ask, Hold, Of, Work},
     header,
-    limits::{Limit, Unit},
+    limits::{Limit, Unit, quota_facts},
     metadata,
 };
 use crate::{
@@ -23,7 +22,7 @@ use crate::{
         rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit},
         rate_limit_service_server::RateLimitService,
     },
-    usage::{QuotaWish, Reserved, Usage},
+    usage::{QuotaWish, Usage},
 };
 
 /// Of a call: more than any route has.
@@ -89,22 +88,6 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
     let mut answer = Answer::new(1);
     answer.grant(&[0], granted);
     answer.finish().ok()
-}
-
-/// What came of an ask that was granted.
-#[derive(Default)]
-struct Granted {
-    quota: Option<QuotaState>,
-    reservation: Option<String>,
-}
-
-impl From<Reserved> for Granted {
-    fn from(reserved: Reserved) -> Self {
-        Self {
-            quota: reserved.quota,
-            reservation: reserved.handle,
-        }
-    }
 }
 
 impl Handler {
