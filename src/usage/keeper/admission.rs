@@ -91,31 +91,18 @@ impl Keeper {
                         // Postgres has no more, and nobody else has any, or did not give it back.
                         _ if is_last && was_told || elsewhere.is_some_and(|tokens| tokens <= 0) => {
                             let standings = inner.standings(keys());
-                            // Others waited as well, and what was asked for was what the least of
-                            // them needed: there is enough, and this look has asked for it.
-                            let suffices = |(_, standing): &(MeterName, Standing)| {
-                                let obtainable = standing.obtainable();
-                                obtainable.is_none_or(|obtainable| obtainable >= tokens)
-                            };
-                            if !standings.is_empty() && standings.iter().all(suffices) {
-                                if is_last {
-                                    return inner.admit_open(wish);
+                            match left(&standings, tokens) {
+                                Left::Enough if is_last => return inner.admit_open(wish),
+                                Left::Enough => {
+                                    first = Some(short);
+                                    let _ = timeout_at(until, answered).await;
                                 }
-                                first = Some(short);
-                                let _ = timeout_at(until, answered).await;
-                                continue;
-                            }
-                            if mode != Mode::AllOrNothing || wish.mode == mode {
-                                return Reservation::Denied(standings);
-                            }
-                            // Less, then: what Postgres has, or at last what is free here.
-                            let all = standings.iter();
-                            let less = all.filter_map(|(_, standing)| standing.obtainable()).min();
-                            match less {
-                                Some(less) if 0 < less && less < tokens && !is_last => {
-                                    // What was sent until now did not ask for this.
-                                    (tokens, first) = (less, None);
+                                _ if mode != Mode::AllOrNothing || wish.mode == mode => {
+                                    return Reservation::Denied(standings);
                                 }
+                                // What was sent until now did not ask for this.
+                                Left::Less(less) if !is_last => (tokens, first) = (less, None),
+                                // At last, what is free here.
                                 _ => mode = wish.mode,
                             }
                             continue;
@@ -146,12 +133,34 @@ impl Keeper {
     }
 }
 
+/// What is left when nobody else has any.
+enum Left {
+    /// Others waited as well, and what was asked for was what the least of them needed: the look that
+    /// came before has asked for it.
+    Enough,
+    /// Of the least of the meters.
+    Less(Tokens),
+    Nothing,
+}
+
+fn left(standings: &[(MeterName, Standing)], tokens: Tokens) -> Left {
+    let obtainable = standings.iter().map(|(_, standing)| standing.obtainable());
+    // `None` is without a limit.
+    match obtainable.flatten().min() {
+        None if standings.is_empty() => Left::Nothing,
+        None => Left::Enough,
+        Some(least) if least >= tokens => Left::Enough,
+        Some(least) if least > 0 => Left::Less(least),
+        Some(_) => Left::Nothing,
+    }
+}
+
 /// What one look at the book brought.
 enum Tried {
     /// There is nothing to wait for.
     Done(Reservation),
-    /// These meters, with the operation of each that was sent last; and what others have of one of them, if an
-    /// operation that was sent since the first look has told.
+    /// These meters, with the operation of each that was sent last; and what others have of one of
+    /// them, if an operation that was sent since the first look has told.
     Short {
         short: Vec<(MeterKey, u64)>,
         elsewhere: Option<Tokens>,
