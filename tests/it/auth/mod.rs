@@ -55,6 +55,20 @@ fn assert_invalid<T: Debug>(outcome: Result<T, Status>, fields: &[&str]) {
     assert_eq!(named, fields);
 }
 
+/// Whoever is nobody with a session, and how they are refused what only people may do: a key of
+/// theirs among them.
+fn without_session<'a>(app: &'a TestApp, key: &'a str) -> [(&'a str, Code, &'static str); 3] {
+    [
+        ("", Code::Unauthenticated, "CREDENTIAL_MISSING"),
+        (key, Code::PermissionDenied, "SESSION_REQUIRED"),
+        (
+            &app.service_key,
+            Code::PermissionDenied,
+            "CALLER_NOT_ALLOWED",
+        ),
+    ]
+}
+
 /// Which credential a refusal is about.
 fn credential(status: &Status) -> String {
     let mut info = status.get_details_error_info().expect("an ErrorInfo");

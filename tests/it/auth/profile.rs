@@ -12,7 +12,7 @@ use tollkeeper::{
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use super::{assert_invalid, assert_refused, refresh, stored_hash};
+use super::{assert_invalid, assert_refused, refresh, stored_hash, without_session};
 use crate::harness::{PASSWORD, TestApp, eventually, reason, validate_through};
 
 const NEW: &str = "a staple for the next battery";
@@ -374,15 +374,7 @@ async fn bcrypt_is_asked_for_no_more_than_it_reads() {
 async fn an_api_key_and_a_program_have_no_profile_and_no_password() {
     let app = TestApp::spawn().await;
     let key = app.api_key(&app.user().create().await, &[]).await.text;
-    for (credential, code, why) in [
-        ("", Code::Unauthenticated, "CREDENTIAL_MISSING"),
-        (&*key, Code::PermissionDenied, "SESSION_REQUIRED"),
-        (
-            &*app.service_key,
-            Code::PermissionDenied,
-            "CALLER_NOT_ALLOWED",
-        ),
-    ] {
+    for (credential, code, why) in without_session(&app, &key) {
         let refused = update(&app, credential, named("somebody", ""), None).await;
         assert_refused(refused, code, why);
         let refused = change(&app, credential, PASSWORD, NEW).await;

@@ -12,7 +12,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{assert_invalid, assert_refused, refresh, refreshed};
+use super::{assert_invalid, assert_refused, refresh, refreshed, without_session};
 use crate::harness::{PASSWORD, TestApp, TestUser, eventually, reason, validate_through};
 
 const NOBODY: &str = "01890a5d-ac96-774b-bcce-b302099a8057";
@@ -291,15 +291,7 @@ async fn a_refresh_that_races_the_end_of_all_sessions_does_not_survive_it() {
 async fn an_api_key_and_a_program_have_no_sessions() {
     let app = TestApp::spawn().await;
     let key = app.api_key(&app.user().create().await, &[]).await.text;
-    for (credential, code, why) in [
-        ("", Code::Unauthenticated, "CREDENTIAL_MISSING"),
-        (&*key, Code::PermissionDenied, "SESSION_REQUIRED"),
-        (
-            &*app.service_key,
-            Code::PermissionDenied,
-            "CALLER_NOT_ALLOWED",
-        ),
-    ] {
+    for (credential, code, why) in without_session(&app, &key) {
         let mut auth = app.auth(credential);
         let refused = auth.list_sessions(ListSessionsRequest::default()).await;
         assert_refused(refused, code, why);

@@ -41,7 +41,7 @@ async fn at_once<M: Message + Default>(
     let memory = MemoryLayer::new(server.auth.clone(), server.usage.clone(), &rules, &metrics);
     let long = |_| {
         ready(Ok::<Response<Body>, Infallible>(
-            Status::unimplemented("").into_http(),
+            Status::aborted("the long way").into_http(),
         ))
     };
     let mut frame = vec![0];
