@@ -31,7 +31,7 @@ use crate::{
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
     tasks::{self, Delivery, Upkeep},
-    usage::{TiersError, Usage, load_tiers},
+    usage::{HandleKey, TiersError, Usage, load_tiers},
     webhook::Webhook,
 };
 
@@ -129,7 +129,7 @@ impl Server {
             tiers,
             &settings.usage,
             &settings.quota,
-            master_key.mac_key("reservation/v1"),
+            HandleKey::new(&master_key.secret("reservation/v1")),
             threads,
         )?;
         match usage.missing_tiers().await {

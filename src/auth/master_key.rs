@@ -11,9 +11,16 @@ impl MasterKey {
 
     /// A key for `purpose` alone: what leaks there tells nothing elsewhere.
     pub fn mac_key(&self, purpose: &str) -> hmac::Key {
-        self.0
-            .expand(&[purpose.as_bytes()], hmac::HMAC_SHA256)
-            .expect("one block is within the limit of the expansion")
-            .into()
+        hmac::Key::new(hmac::HMAC_SHA256, &self.secret(purpose))
+    }
+
+    /// The bytes of a key for `purpose` alone.
+    pub fn secret(&self, purpose: &str) -> [u8; 32] {
+        let mut secret = [0; 32];
+        let info = [purpose.as_bytes()];
+        let expanded = self.0.expand(&info, hkdf::HKDF_SHA256);
+        let filled = expanded.and_then(|okm| okm.fill(&mut secret));
+        filled.expect("one block is within the limit of the expansion");
+        secret
     }
 }

@@ -1,12 +1,14 @@
 use std::{fmt, str::FromStr};
 
+use smol_str::SmolStr;
+
 use super::Violation;
 
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $check:path) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(String);
+        pub struct $name(SmolStr);
 
         impl $name {
             pub fn as_str(&self) -> &str {
@@ -14,7 +16,7 @@ macro_rules! name {
             }
 
             pub fn into_string(self) -> String {
-                self.0
+                self.0.into()
             }
         }
 
@@ -23,7 +25,7 @@ macro_rules! name {
 
             fn from_str(text: &str) -> Result<Self, Violation> {
                 $check(text)?;
-                Ok(Self(text.to_owned()))
+                Ok(Self(text.into()))
             }
         }
 

@@ -1,8 +1,13 @@
 //! Handles of reservations: what is held, described and signed, so that every replica can settle it.
 
-use aws_lc_rs::{digest, hmac};
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+
+use aws_lc_rs::digest;
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use chrono::{DateTime, Utc};
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::Sha256;
+use siphasher::sip128::{Hasher128 as _, SipHasher13};
 use uuid::{Builder, Uuid};
 
 use super::lease::RequestKey;
@@ -29,13 +34,33 @@ const VERSION: u8 = 1;
 /// Enough that none is ever guessed (RFC 2104 §5: at least half of the hash).
 const TAG_BYTES: usize = 16;
 
+/// Without the names.
+const FIXED_BYTES: usize = 2 + 16 + 8 + 16 + 8 + 2 * 8 + 2 + TAG_BYTES;
+
 /// Longer text is no handle.
 const MAX_CHARS: usize = 1024;
 
+/// Signs handles, by HMAC-SHA256 (RFC 2104). As it is once the key is in, for the next one to begin with.
+#[derive(Clone)]
+pub struct HandleKey(Hmac<Sha256>);
+
+impl HandleKey {
+    pub fn new(secret: &[u8; 32]) -> Self {
+        Self(Hmac::new_from_slice(secret).expect("a key of any length will do"))
+    }
+
+    fn tag(&self, said: &[u8]) -> Hmac<Sha256> {
+        let mut mac = self.0.clone();
+        mac.update(said);
+        mac
+    }
+}
+
 impl Handle {
     /// Writes it down, as ASCII.
-    pub(super) fn sign(&self, key: &hmac::Key) -> String {
-        let mut bytes = Vec::with_capacity(128);
+    pub(super) fn sign(&self, key: &HandleKey) -> String {
+        let names = self.model.as_str().len() + self.request_id.as_str().len();
+        let mut bytes = Vec::with_capacity(FIXED_BYTES + names);
         bytes.extend([VERSION, u8::from(self.may_wait)]);
         bytes.extend(self.hold.owner.0.as_bytes());
         bytes.extend(self.hold.hold.0.to_be_bytes());
@@ -49,22 +74,20 @@ impl Handle {
             bytes.push(u8::try_from(text.len()).expect("a name is shorter"));
             bytes.extend(text.as_bytes());
         }
-        let tag = hmac::sign(key, &bytes);
-        bytes.extend(&tag.as_ref()[..TAG_BYTES]);
+        let tag = key.tag(&bytes).finalize().into_bytes();
+        bytes.extend(&tag[..TAG_BYTES]);
         BASE64_URL_SAFE_NO_PAD.encode(bytes)
     }
 
     /// Reads what [`Handle::sign`] wrote with the same key; `None` for all else.
-    pub(super) fn read(text: &str, key: &hmac::Key) -> Option<Self> {
+    pub(super) fn read(text: &str, key: &HandleKey) -> Option<Self> {
         if text.len() > MAX_CHARS {
             return None;
         }
         let bytes = BASE64_URL_SAFE_NO_PAD.decode(text).ok()?;
         let (said, tag) = bytes.split_at_checked(bytes.len().checked_sub(TAG_BYTES)?)?;
-        let expected = hmac::sign(key, said);
         // In a time that does not depend on where they differ.
-        aws_lc_rs::constant_time::verify_slices_are_equal(&expected.as_ref()[..TAG_BYTES], tag)
-            .ok()?;
+        key.tag(said).verify_truncated_left(tag).ok()?;
         let mut rest = Rest(said);
         if rest.array()? != [VERSION] {
             return None;
@@ -91,36 +114,48 @@ impl Handle {
     }
 }
 
-/// What makes a repeated request the same: of another model it is another one, for that has limits of
-/// its own.
-pub(super) fn request_key(
-    user_id: UserId,
-    request_id: &RequestId,
-    model: &ModelName,
-) -> RequestKey {
-    let model = model.as_str().as_bytes();
-    RequestKey(u128::from_be_bytes(hash(user_id, request_id, model)))
-}
-
 /// The same on every replica: version 8 (RFC 9562 §5.8) of a hash of user and request.
 pub(super) fn event_id(user_id: UserId, request_id: &RequestId) -> EventId {
-    let bytes = hash(user_id, request_id, b"");
+    let mut hash = digest::Context::new(&digest::SHA256);
+    hash.update(b"tollkeeper reservation");
+    spell(user_id, request_id, |bytes| hash.update(bytes));
+    let hash = hash.finish();
+    let bytes = hash.as_ref()[..16].try_into().expect("it is longer");
     EventId(Builder::from_custom_bytes(bytes).into_uuid())
 }
 
-fn hash(user_id: UserId, request_id: &RequestId, model: &[u8]) -> [u8; 16] {
+/// Names requests in this process: by a hash with a key that nobody knows, for whom two requests of
+/// one name cannot be found.
+#[derive(Clone)]
+pub(super) struct RequestKeys(SipHasher13);
+
+impl RequestKeys {
+    pub(super) fn new() -> Self {
+        let random = || RandomState::new().hash_one(());
+        Self(SipHasher13::new_with_keys(random(), random()))
+    }
+
+    /// What makes a repeated request the same: of another model it is another one, for that has limits
+    /// of its own.
+    pub(super) fn key(
+        &self,
+        user_id: UserId,
+        request_id: &RequestId,
+        model: &ModelName,
+    ) -> RequestKey {
+        let mut hash = self.0;
+        spell(user_id, request_id, |bytes| hash.write(bytes));
+        hash.write(model.as_str().as_bytes());
+        RequestKey(hash.finish128().as_u128())
+    }
+}
+
+/// A request of a user, so that nothing else reads like it, whatever follows.
+fn spell(user_id: UserId, request_id: &RequestId, mut write: impl FnMut(&[u8])) {
     let request_id = request_id.as_str().as_bytes();
-    let length = u8::try_from(request_id.len()).expect("a name is shorter");
-    let mut hash = digest::Context::new(&digest::SHA256);
-    hash.update(b"tollkeeper reservation");
-    hash.update(user_id.0.as_bytes());
-    // With its length: nothing else reads like it together with what follows.
-    hash.update(&[length]);
-    hash.update(request_id);
-    hash.update(model);
-    hash.finish().as_ref()[..16]
-        .try_into()
-        .expect("it is longer")
+    write(user_id.0.as_bytes());
+    write(&[u8::try_from(request_id.len()).expect("a name is shorter")]);
+    write(request_id);
 }
 
 /// Bytes that are still to be read.
@@ -151,8 +186,8 @@ mod tests {
 
     use super::*;
 
-    fn key(secret: &[u8]) -> hmac::Key {
-        hmac::Key::new(hmac::HMAC_SHA256, secret)
+    fn key(secret: u8) -> HandleKey {
+        HandleKey::new(&[secret; 32])
     }
 
     fn handle(model: &str, request: &str, tokens: i64, micros: i64) -> Handle {
@@ -178,7 +213,7 @@ mod tests {
             model in "[!-~]{1,128}", request in "[!-~]{1,128}",
             tokens in 0..i64::MAX, micros in 0..4_000_000_000_000_000_i64,
         ) {
-            let (key, handle) = (key(b"secret"), handle(&model, &request, tokens, micros));
+            let (key, handle) = (key(1), handle(&model, &request, tokens, micros));
             let text = handle.sign(&key);
             prop_assert!(text.len() <= MAX_CHARS);
             prop_assert_eq!(Handle::read(&text, &key), Some(handle));
@@ -186,15 +221,15 @@ mod tests {
 
         #[test]
         fn nothing_else_is(text in "[A-Za-z0-9_-]{0,300}") {
-            prop_assert_eq!(Handle::read(&text, &key(b"secret")), None);
+            prop_assert_eq!(Handle::read(&text, &key(1)), None);
         }
     }
 
     #[test]
     fn what_was_altered_is_not_read() {
-        let key_here = key(b"secret");
+        let key_here = key(1);
         let text = handle("model", "request", 5, 0).sign(&key_here);
-        assert_eq!(Handle::read(&text, &key(b"another")), None);
+        assert_eq!(Handle::read(&text, &key(2)), None);
         for (at, _) in text.char_indices() {
             let mut other = text.clone().into_bytes();
             other[at] = if other[at] == b'A' { b'B' } else { b'A' };

@@ -21,12 +21,12 @@ mod writer;
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use aws_lc_rs::hmac;
 use chrono::{DateTime, Utc};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 
 pub use counters::Counters;
 pub use export::{Export, ExportFormat, Written};
+pub use handle::HandleKey;
 pub use keeper::{Holding, Keeper, KeeperSettings, Reservation, Standing, Wish};
 pub use ledger::{Recorded, check_occurred_at};
 pub use query::{GroupBy, UsageQuery, UsageSeries, UsageSeriesSet};
@@ -36,6 +36,7 @@ pub use reservations::{Committed, QuotaRequest, Reserved};
 pub use tiers::{TiersError, load_tiers};
 pub use writer::WhenFull;
 
+use handle::RequestKeys;
 use notices::Marks;
 use spool::Spool;
 use writer::Writers;
@@ -59,7 +60,8 @@ pub struct Usage {
     spool: Spool,
     marks: Marks,
     /// Signs handles of reservations.
-    handle_key: hmac::Key,
+    handle_key: HandleKey,
+    request_keys: RequestKeys,
     counters: Arc<Counters>,
     closing: watch::Sender<bool>,
     exports: Arc<Semaphore>,
@@ -88,7 +90,7 @@ impl Usage {
         tiers: Tiers,
         settings: &UsageSettings,
         quota: &QuotaSettings,
-        handle_key: hmac::Key,
+        handle_key: HandleKey,
         threads: usize,
     ) -> Result<Self> {
         let counters = Arc::<Counters>::default();
@@ -103,6 +105,7 @@ impl Usage {
             spool: Spool::default(),
             marks,
             handle_key,
+            request_keys: RequestKeys::new(),
             counters,
             closing: watch::Sender::new(false),
             exports: Arc::new(Semaphore::new(MAX_EXPORTS)),

@@ -4,7 +4,7 @@ use chrono::SubsecRound as _;
 
 use super::{
     Usage,
-    handle::{Handle, event_id, request_key},
+    handle::{Handle, event_id},
     lease::Ended,
     ledger::Recorded,
     reservations::Committed,
@@ -90,7 +90,9 @@ impl Usage {
     fn handle_of(&self, user: &UserStanding, request: &RequestName) -> Option<Handle> {
         let now = self.now().trunc_subsecs(6);
         let period = Period::containing(now);
-        let key = request_key(user.id, &request.request_id, &request.model);
+        let key = self
+            .request_keys
+            .key(user.id, &request.request_id, &request.model);
         let last_month = period.start() - chrono::TimeDelta::microseconds(1);
         let (created_at, (hold, tokens)) = [now, last_month].into_iter().find_map(|at| {
             let held = self

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 
 use super::{
     Usage,
-    handle::{Handle, request_key},
+    handle::Handle,
     keeper::{Holding, Reservation, Standing, Wish},
     lease::{Ended, Mode, Refusal},
     ledger::{Recorded, check_occurred_at},
@@ -99,7 +99,9 @@ impl Usage {
             user_id: user.id,
             tier: &user.tier,
             model: Some(&request.model),
-            request: request_key(user.id, &request.request_id, &request.model),
+            request: self
+                .request_keys
+                .key(user.id, &request.request_id, &request.model),
             tokens: request.tokens,
             mode: request.mode,
             lasts: request.lifetime,
@@ -213,7 +215,9 @@ impl Usage {
             user_id: user.id,
             tier: &user.tier,
             model: Some(&handle.model),
-            request: request_key(user.id, &handle.request_id, &handle.model),
+            request: self
+                .request_keys
+                .key(user.id, &handle.request_id, &handle.model),
             tokens: handle.tokens,
             mode: Mode::AllOrNothing,
             lasts: lifetime,
