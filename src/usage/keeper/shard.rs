@@ -165,10 +165,10 @@ impl Shard {
     }
 
     pub(super) fn standing(&self, key: MeterKey) -> Option<Standing> {
+        let (told, sight) = self.book.view(key)?;
         let Told {
             granted, balance, ..
-        } = self.book.told(key)?;
-        let sight = self.book.sight(key)?;
+        } = told;
         Some(Standing {
             limit: balance.limit,
             committed: balance.committed,

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::{
     hash::Map,
     hold::{Held, Hold, Holds, NONE, RequestKey, State},
-    meter::{Boot, Flight, Meter, MeterKey, Pace, Told},
+    meter::{Boot, Flight, Meter, MeterKey, Pace, Sight, Told},
     meters::Meters,
     registration::Standing,
 };
@@ -110,15 +110,6 @@ pub struct Answered {
     pub gained: Tokens,
     /// It was not what somebody here needs: time to recall what others have, or to deny.
     pub short: bool,
-}
-
-/// What a meter looks like from here.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sight {
-    pub free: Tokens,
-    pub held: Tokens,
-    /// Booked, and still counted as leased in Postgres.
-    pub spent: Tokens,
 }
 
 /// One shard's state. Whoever has it decides; nothing here waits.
@@ -273,17 +264,18 @@ impl Book {
 
     /// Looks at a meter and consumes nothing.
     pub fn sight(&self, key: MeterKey) -> Option<Sight> {
-        let meter = self.meters.get(key)?;
-        Some(Sight {
-            free: meter.free(),
-            held: meter.held,
-            spent: meter.spent,
-        })
+        self.meters.get(key).map(Meter::sight)
     }
 
     /// What Postgres said of a meter last.
     pub fn told(&self, key: MeterKey) -> Option<Told> {
         self.meters.get(key)?.told
+    }
+
+    /// Both, of a meter that Postgres said something of.
+    pub fn view(&self, key: MeterKey) -> Option<(Told, Sight)> {
+        let meter = self.meters.get(key)?;
+        Some((meter.told?, meter.sight()))
     }
 
     /// The number of the operation of a meter that was sent last; 0 is none.

@@ -16,13 +16,11 @@ mod registration;
 mod simulation;
 mod slots;
 
-pub use book::{
-    Answered, Ask, Begun, Book, Bounds, Ended, Mode, Outcome, Refusal, Reserved, Sight,
-};
+pub use book::{Answered, Ask, Begun, Book, Bounds, Ended, Mode, Outcome, Refusal, Reserved};
 pub use gcra::{Gcra, Rate};
 pub(super) use hash::Map;
 pub use hold::{Held, RequestKey};
-pub use meter::{Boot, MeterKey, ModelKey, Pace, Told};
+pub use meter::{Boot, MeterKey, ModelKey, Pace, Sight, Told};
 pub use registration::{Heartbeat, Lasting, Registration, Standing};
 
 pub use crate::model::{
