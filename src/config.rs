@@ -322,7 +322,7 @@ impl Default for AuthSettings {
             leeway: Duration::from_secs(5),
             staleness_bound: Duration::from_secs(2),
             max_stale: Duration::from_secs(30),
-            cache_bytes: 256 << 20,
+            cache_bytes: 288 << 20,
             api_keys_per_user: 50,
             api_key_max_ttl: Duration::from_hours(365 * 24),
             key_dir: PathBuf::new(),

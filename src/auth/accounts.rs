@@ -81,15 +81,9 @@ impl Auth {
         answer.value.clone().ok_or(Error::UserNotFound)
     }
 
-    /// What `look` makes of what [`Auth::user_standing`] would answer, if memory alone can say so.
-    pub fn recall_user<T>(
-        &self,
-        id: UserId,
-        clock: BootTime,
-        look: impl FnOnce(&UserStanding) -> Option<T>,
-    ) -> Option<T> {
-        let known = self.cache.known_user(id, clock)?;
-        look(known.value.as_ref()?)
+    /// What [`Auth::user_standing`] would answer, if memory alone can say so.
+    pub fn recall_user(&self, id: UserId, clock: BootTime) -> Option<UserStanding> {
+        self.cache.known_user(id, clock)
     }
 
     /// A user by e-mail address or username, in any case.

@@ -14,20 +14,25 @@ use super::{
     api_key_uses::LastUse,
     counters::Counters,
     freshness::{BootTime, Freshness, Trust},
+    recent::Recent,
     stamps::{Stamp, Stamps},
     validation::Validated,
 };
 use crate::{
     error::{Error, Result},
-    model::{ApiKey, ApiKeyStanding, Change, SessionId, SessionStanding, UserId, UserStanding},
+    model::{
+        ApiKey, ApiKeyStanding, Change, SessionId, SessionStanding, TierName, UserId, UserStanding,
+    },
     store::{ServiceStanding, Store},
 };
 
-/// Sixteenths of the byte budget for the texts of credentials, for API keys and for users without
-/// either; the rest is for sessions.
-const CREDENTIALS_SIXTEENTHS: u64 = 6;
-const API_KEYS_SIXTEENTHS: u64 = 2;
-const USERS_SIXTEENTHS: u64 = 2;
+/// Of the byte budget, in eighteenths: for the texts of credentials, for API keys, for users without
+/// either and for those of them that were asked for last; the rest is for sessions.
+const CREDENTIALS_SHARE: u64 = 6;
+const API_KEYS_SHARE: u64 = 2;
+const USERS_SHARE: u64 = 2;
+const RECENT_USERS_SHARE: u64 = 2;
+const SHARES: u64 = 18;
 
 /// The text of an access token, about.
 const TOKEN_BYTES: u64 = 600;
@@ -57,6 +62,7 @@ pub(super) struct CredentialCache {
     credentials: Cache<Box<str>, Verified, ByLength>,
     standings: Answers<SessionId, SessionStanding>,
     users: Answers<UserId, UserStanding>,
+    recent_users: Recent<UserId, RecentUser>,
     /// By the hash of a key, as are the next ones.
     api_keys: Answers<Vec<u8>, KnownApiKey, ByScopes>,
     unknown_api_keys: Answers<Vec<u8>, KnownApiKey>,
@@ -93,6 +99,14 @@ pub struct Memory {
     pub bytes_limit: u64,
 }
 
+/// A user as last read, but for the id.
+#[derive(Clone)]
+struct RecentUser {
+    tier: TierName,
+    is_active: bool,
+    stamp: Stamp,
+}
+
 /// Where an answer may come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Source {
@@ -114,10 +128,11 @@ pub(super) struct Answer<T> {
 impl CredentialCache {
     /// A cache of about `bytes` at most.
     pub(super) fn new(store: Store, bytes: u64, freshness: Freshness) -> Self {
-        let credentials = bytes / 16 * CREDENTIALS_SIXTEENTHS;
-        let api_keys = bytes / 16 * API_KEYS_SIXTEENTHS;
-        let users = bytes / 16 * USERS_SIXTEENTHS;
-        let standings = bytes - credentials - api_keys - users;
+        let credentials = bytes / SHARES * CREDENTIALS_SHARE;
+        let api_keys = bytes / SHARES * API_KEYS_SHARE;
+        let users = bytes / SHARES * USERS_SHARE;
+        let recent_users = bytes / SHARES * RECENT_USERS_SHARE;
+        let standings = bytes - credentials - api_keys - users - recent_users;
         let items = |bytes: u64, each: u64| {
             let items = (bytes / each).max(1);
             usize::try_from(items).unwrap_or(usize::MAX)
@@ -128,6 +143,7 @@ impl CredentialCache {
             credentials: Cache::with_weighter(typical, credentials, ByLength),
             standings: Cache::new(items(standings, STANDING_BYTES)),
             users: Cache::new(items(users, USER_BYTES)),
+            recent_users: Recent::new(recent_users),
             api_keys: Cache::with_weighter(items(api_keys, STANDING_BYTES), api_keys, ByScopes),
             unknown_api_keys: Cache::new(UNKNOWN_KEYS),
             services: Cache::new(SERVICE_KEYS),
@@ -152,11 +168,13 @@ impl CredentialCache {
             bytes: self.credentials.weight()
                 + self.standings.weight() * STANDING_BYTES
                 + self.api_keys.weight()
-                + self.users.weight() * USER_BYTES,
+                + self.users.weight() * USER_BYTES
+                + self.recent_users.bytes(),
             bytes_limit: self.credentials.capacity()
                 + self.standings.capacity() * STANDING_BYTES
                 + self.api_keys.capacity()
-                + self.users.capacity() * USER_BYTES,
+                + self.users.capacity() * USER_BYTES
+                + self.recent_users.bytes_limit(),
         }
     }
 
@@ -214,7 +232,11 @@ impl CredentialCache {
 
     /// Whether an answer may be given again.
     pub(super) fn holds<T>(&self, answer: &Answer<T>, now: BootTime) -> bool {
-        self.stamps.is_current(answer.stamp) && self.freshness.trust(now) == Trust::Live
+        self.is_good(answer.stamp, now)
+    }
+
+    fn is_good(&self, stamp: Stamp, now: BootTime) -> bool {
+        self.stamps.is_current(stamp) && self.freshness.trust(now) == Trust::Live
     }
 
     /// The session of a token of `user_id` as it stands.
@@ -238,12 +260,24 @@ impl CredentialCache {
     }
 
     /// As [`Self::user`] does, from memory that may be trusted.
-    pub(super) fn known_user(
-        &self,
-        id: UserId,
-        now: BootTime,
-    ) -> Option<Arc<Answer<UserStanding>>> {
-        self.users.get(&id).filter(|known| self.holds(known, now))
+    pub(super) fn known_user(&self, id: UserId, now: BootTime) -> Option<UserStanding> {
+        let recent = self.recent_users.get(id);
+        if let Some(recent) = recent.filter(|recent| self.is_good(recent.stamp, now)) {
+            return Some(UserStanding {
+                id,
+                tier: recent.tier,
+                is_active: recent.is_active,
+            });
+        }
+        let answer = self.users.get(&id).filter(|known| self.holds(known, now))?;
+        let standing = answer.value.clone()?;
+        let recent = RecentUser {
+            tier: standing.tier.clone(),
+            is_active: standing.is_active,
+            stamp: answer.stamp,
+        };
+        self.recent_users.insert(id, recent);
+        Some(standing)
     }
 
     /// What decides about a user's usage, as it stands.

@@ -18,6 +18,7 @@ mod master_key;
 mod password;
 mod password_policy;
 mod random;
+mod recent;
 mod refresh_token;
 mod service_accounts;
 mod sessions;

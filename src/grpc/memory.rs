@@ -126,16 +126,16 @@ impl MemoryLayer {
     fn reserve_quota(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
         let request = ReserveQuotaRequest::decode(message_of(call)?).ok()?;
         let (user_id, wish) = only(|fields| reservation::request(fields, &request)).ok()?;
-        let reserve = |user: &_| self.usage.reserve_at_once(user, &wish);
-        let reserved = self.auth.recall_user(user_id, clock, reserve)?;
+        let user = self.auth.recall_user(user_id, clock)?;
+        let reserved = self.usage.reserve_at_once(&user, &wish)?;
         Some(framed(&ReserveQuotaResponse::from(reserved)))
     }
 
     fn check_quota(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
         let request = CheckQuotaRequest::decode(message_of(call)?).ok()?;
         let (user_id, wish) = only(|fields| quota::check(fields, &request)).ok()?;
-        let check = |user: &_| self.usage.check_quota_at_once(user, &wish);
-        let checked = self.auth.recall_user(user_id, clock, check)?;
+        let user = self.auth.recall_user(user_id, clock)?;
+        let checked = self.usage.check_quota_at_once(&user, &wish)?;
         Some(framed(&CheckQuotaResponse::from(checked)))
     }
 

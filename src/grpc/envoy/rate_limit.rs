@@ -72,16 +72,16 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
     };
     let granted = match descriptor::read(descriptor, request.hits_addend).ok()? {
         Ask::Check(user, wish) => {
-            let check = |user: &_| usage.check_quota_at_once(user, &wish);
+            let user = auth.recall_user(user, clock)?;
             Granted {
                 // Another decision is left to the long way.
-                quota: auth.recall_user(user, clock, check)?.1,
+                quota: usage.check_quota_at_once(&user, &wish)?.1,
                 reservation: None,
             }
         }
         Ask::Reserve(user, wish) => {
-            let reserve = |user: &_| usage.reserve_at_once(user, &wish);
-            auth.recall_user(user, clock, reserve)?.into()
+            let user = auth.recall_user(user, clock)?;
+            usage.reserve_at_once(&user, &wish)?.into()
         }
         Ask::Book(..) | Ask::Release(_) => return None,
     };
