@@ -8,7 +8,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const PROTOS: [&str; 7] = [
+const PROTOS: [&str; 8] = [
     "tollkeeper/access/v1/access.proto",
     "tollkeeper/error/v1/error_reason.proto",
     "tollkeeper/auth/v1/auth_service.proto",
@@ -16,6 +16,8 @@ const PROTOS: [&str; 7] = [
     "tollkeeper/admin/v1/admin_service.proto",
     "envoy/service/auth/v3/external_auth.proto",
     "envoy/service/ratelimit/v3/rls.proto",
+    // Nothing imports it: what errors carry, for those that turn them into JSON.
+    "google/rpc/error_details.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -37,6 +39,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_transport(true)
         // The one that errors are made of.
         .extern_path(".google.rpc", "::tonic_types::pb")
+        // How others map RPCs to HTTP; nothing here reads it.
+        .extern_path(".google.api", "()")
         .compile_fds(prost_types_of(&descriptor_set)?)?;
     Ok(())
 }

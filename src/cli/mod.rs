@@ -11,6 +11,7 @@ mod tiers;
 mod usage;
 
 use std::{
+    io::Write as _,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -24,6 +25,7 @@ use crate::{
     config::{self, Loaded},
     grpc::health,
     model::Violation,
+    proto::DESCRIPTOR_SET,
 };
 
 /// Knows who is calling and how much they may still use.
@@ -106,6 +108,8 @@ enum Command {
     },
     /// Print every setting and where it comes from; secrets stay hidden
     Config,
+    /// Write the compiled protos, which gateways turn JSON into RPCs by, to standard output
+    Descriptor,
 }
 
 /// Parses the arguments and runs the command.
@@ -160,6 +164,9 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        Command::Descriptor => std::io::stdout()
+            .write_all(DESCRIPTOR_SET)
+            .context("cannot write the descriptor set"),
     }
 }
 

@@ -15,6 +15,8 @@ pub(crate) struct Rpc {
     pub(crate) input: String,
     pub(crate) server_streaming: bool,
     pub(crate) rule: Rule,
+    /// Method and path by which it is called with JSON, if it is.
+    pub(crate) http: Option<(String, String)>,
 }
 
 /// The access rule of an RPC as declared.
@@ -51,13 +53,15 @@ pub(crate) fn rpcs() -> Vec<Rpc> {
         for service in file.service {
             for method in service.method {
                 let path = format!("/{}.{}/{}", file.package, service.name, method.name);
-                let rule = method.options.and_then(|options| options.rule);
+                let options = method.options.unwrap_or_default();
+                let rule = options.rule;
                 let rule = rule.unwrap_or_else(|| panic!("{path} declares no rule"));
                 rpcs.push(Rpc {
                     path,
                     input: method.input.trim_start_matches('.').to_owned(),
                     server_streaming: method.server_streaming,
                     rule: rule.into(),
+                    http: options.http.map(mirror::Http::method_and_path),
                 });
             }
         }
@@ -187,6 +191,38 @@ mod mirror {
     pub(super) struct Options {
         #[prost(message, optional, tag = "50611")]
         pub(super) rule: Option<Rule>,
+        #[prost(message, optional, tag = "72295728")]
+        pub(super) http: Option<Http>,
+    }
+
+    /// As much of `google.api.HttpRule`.
+    #[derive(prost::Message)]
+    pub(super) struct Http {
+        #[prost(string, tag = "2")]
+        pub(super) get: String,
+        #[prost(string, tag = "3")]
+        pub(super) put: String,
+        #[prost(string, tag = "4")]
+        pub(super) post: String,
+        #[prost(string, tag = "5")]
+        pub(super) delete: String,
+        #[prost(string, tag = "6")]
+        pub(super) patch: String,
+    }
+
+    impl Http {
+        pub(super) fn method_and_path(self) -> (String, String) {
+            let patterns = [
+                ("GET", self.get),
+                ("PUT", self.put),
+                ("POST", self.post),
+                ("DELETE", self.delete),
+                ("PATCH", self.patch),
+            ];
+            let mut set = patterns.into_iter().filter(|(_, path)| !path.is_empty());
+            let (method, path) = set.next().expect("a pattern");
+            (method.to_owned(), path)
+        }
     }
 
     #[derive(prost::Message)]

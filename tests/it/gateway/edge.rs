@@ -26,7 +26,7 @@ impl Site {
         Self::before(app).await
     }
 
-    async fn before(app: TestApp) -> Self {
+    pub(super) async fn before(app: TestApp) -> Self {
         let (_, key) = app.service("edge", &["gateway"]).await;
         let upstream = Upstream::start().await;
         let edge = Edge::start(app.address, &key, upstream.address).await;
@@ -156,7 +156,14 @@ async fn what_a_client_says_about_itself_reaches_the_upstream_on_no_route() {
     ];
     let mut known = claims.to_vec();
     known.push(("authorization", &authorization));
-    for path in ["/", "/anything", "/premium/x", "/tools/x", "/public/../x"] {
+    for path in [
+        "/",
+        "/anything",
+        "/premium/x",
+        "/tools/x",
+        "/public/../x",
+        "/v1/chat/completions?echo=yes",
+    ] {
         let answer = site.edge.get(path, &known).await;
         assert_eq!(answer.status, StatusCode::OK, "{path}");
         let answer = answer.json().await;
@@ -182,6 +189,55 @@ async fn what_a_client_says_about_itself_reaches_the_upstream_on_no_route() {
         assert_eq!(told(&answer, "authorization"), [] as [&str; 0]);
         assert_ne!(told(&answer, "x-request-id"), ["replayed"]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_says_about_itself_reaches_not_even_tollkeeper() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let authorization = format!("Bearer {}", app.login(&user).await.access_token);
+    let (_, key) = app.service("edge", &["gateway"]).await;
+    let upstream = Upstream::start().await;
+    // The route of Tollkeeper's own RPCs, to an upstream that says what it was told.
+    let edge = Edge::start_with(app.address, &key, upstream.address, |delivered| {
+        let route = "route: { cluster: tollkeeper, ";
+        assert_eq!(delivered.matches(route).count(), 1);
+        delivered.replace(route, "route: { cluster: app, ")
+    })
+    .await;
+    let claims = [
+        ("authorization", authorization.as_str()),
+        ("x-user-id", "somebody-else"),
+        ("x_user_id", "somebody-else"),
+        ("x-user-anything", "yes"),
+        ("x-request-id", "replayed"),
+    ];
+    let answer = edge.get("/api/auth/me", &claims).await.json().await;
+    assert_eq!(identity(&answer), BTreeSet::new());
+    assert_eq!(told(&answer, "authorization"), [authorization]);
+    assert_ne!(told(&answer, "x-request-id"), ["replayed"]);
+}
+
+/// A route that is added must be looked at as well.
+#[test]
+fn the_routes_on_which_claims_are_sent_are_all_there_are() {
+    let delivered = include_str!("../../../deploy/envoy/envoy.yaml");
+    let matches = delivered.lines().filter_map(|line| {
+        let (_, rest) = line.split_once("- match: { ")?;
+        rest.split('"').nth(1)
+    });
+    assert_eq!(
+        matches.collect::<Vec<_>>(),
+        [
+            ".*;.*",
+            "/public/",
+            "/premium",
+            "/v1/chat/completions",
+            "/tools",
+            "/api/(auth|usage)/.*",
+            "/",
+        ]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,8 @@ mod charges;
 mod check;
 mod edge;
 mod limits;
-mod upstream;
+mod rest;
+pub(crate) mod upstream;
 
 use std::collections::HashMap;
 

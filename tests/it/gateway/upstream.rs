@@ -25,8 +25,8 @@ use serde_json::json;
 use tokio::{net::TcpListener, task::JoinSet};
 
 /// Answers what it was asked, or like a language model.
-pub(super) struct Upstream {
-    pub(super) address: SocketAddr,
+pub(crate) struct Upstream {
+    pub(crate) address: SocketAddr,
     asked: Arc<AtomicUsize>,
     _serving: JoinSet<()>,
 }
@@ -34,7 +34,7 @@ pub(super) struct Upstream {
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 impl Upstream {
-    pub(super) async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("bound");
         let asked = Arc::<AtomicUsize>::default();
@@ -65,7 +65,7 @@ impl Upstream {
     }
 
     /// How many requests have come through.
-    pub(super) fn asked(&self) -> usize {
+    pub(crate) fn asked(&self) -> usize {
         self.asked.load(Ordering::Relaxed)
     }
 }
@@ -82,7 +82,8 @@ fn answer(request: &Request<Incoming>) -> Response<Body> {
         let refusal = Response::builder().status(503);
         return refusal.body(Full::default().boxed_unsync()).expect("valid");
     }
-    if request.uri().path().starts_with("/v1/chat/completions") {
+    let is_model = request.uri().path().starts_with("/v1/chat/completions");
+    if is_model && !query.contains_key("echo") {
         return completion(&query);
     }
     // Says what it was told, so that a test sees it.

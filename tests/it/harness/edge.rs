@@ -1,16 +1,17 @@
 use std::{
     env, fs,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::{Path, PathBuf, absolute},
     process::{Child, Command, Stdio},
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, StatusCode};
-use http_body_util::{BodyExt as _, Empty};
+use http::{HeaderMap, Method, Request, StatusCode};
+use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, task::JoinHandle};
+use tollkeeper::proto::DESCRIPTOR_SET;
 
 use super::eventually;
 
@@ -57,10 +58,13 @@ impl Edge {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let config = folder.path().join("envoy.yaml");
         fs::write(&config, change(configuration(tollkeeper, upstream))).expect("written");
+        // As `tollkeeper descriptor` writes it.
+        fs::write(folder.path().join("tollkeeper.binpb"), DESCRIPTOR_SET).expect("written");
         let admin = folder.path().join("admin");
         let log = fs::File::create(folder.path().join("log")).expect("a file");
         let binary = binary();
         let child = Command::new(&binary)
+            .current_dir(folder.path())
             .env("TOLLKEEPER_GATEWAY_KEY", key)
             .args(["--concurrency", "1", "--disable-hot-restart"])
             .args([
@@ -104,7 +108,18 @@ impl Edge {
     }
 
     pub(crate) async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
-        get(self.address, path, headers).await.expect("answered")
+        self.send(Method::GET, path, headers, "").await
+    }
+
+    pub(crate) async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
+        let answer = send(self.address, method, path, headers, body).await;
+        answer.expect("answered")
     }
 }
 
@@ -146,20 +161,29 @@ impl Answer {
     }
 }
 
-async fn get(
+async fn get(address: SocketAddr, path: &str) -> Result<Answer, Box<dyn std::error::Error>> {
+    send(address, Method::GET, path, &[], "").await
+}
+
+async fn send(
     address: SocketAddr,
+    method: Method,
     path: &str,
     headers: &[(&str, &str)],
+    body: &str,
 ) -> Result<Answer, Box<dyn std::error::Error>> {
     let stream = TcpStream::connect(address).await?;
     let (mut send, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let connection = Connection(tokio::spawn(async move { drop(connection.await) }));
-    let mut request = Request::get(path).header("host", "edge.test");
+    let mut request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "edge.test");
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
     let answer = send
-        .send_request(request.body(Empty::<Bytes>::new())?)
+        .send_request(request.body(Full::new(Bytes::copy_from_slice(body.as_bytes())))?)
         .await?;
     let (head, body) = answer.into_parts();
     Ok(Answer {
@@ -173,11 +197,11 @@ async fn get(
 /// Where its listener is, once it is there.
 async fn listens_on(admin: &Path) -> Option<SocketAddr> {
     let admin: SocketAddr = fs::read_to_string(admin).ok()?.trim().parse().ok()?;
-    let ready = get(admin, "/ready", &[]).await.ok()?;
+    let ready = get(admin, "/ready").await.ok()?;
     if ready.status != StatusCode::OK {
         return None;
     }
-    let listeners = get(admin, "/listeners?format=json", &[]).await.ok()?;
+    let listeners = get(admin, "/listeners?format=json").await.ok()?;
     let listeners = listeners.json().await;
     let address = &listeners["listener_statuses"][0]["local_address"]["socket_address"];
     let port = u16::try_from(address["port_value"].as_u64()?).ok()?;
@@ -207,5 +231,6 @@ fn binary() -> PathBuf {
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python"),
         PathBuf::from,
     );
-    python.with_file_name("envoy")
+    // It runs in a folder of its own.
+    absolute(python.with_file_name("envoy")).expect("a path")
 }

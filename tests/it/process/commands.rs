@@ -239,6 +239,13 @@ async fn health_tells_by_its_exit_code() {
 }
 
 #[test]
+fn the_descriptor_set_is_written_whole() {
+    let written = Home::new().command(&["descriptor"]).output().unwrap();
+    assert!(written.status.success());
+    assert_eq!(written.stdout, tollkeeper::proto::DESCRIPTOR_SET);
+}
+
+#[test]
 fn config_shows_where_each_value_is_from_and_hides_secrets() {
     let home = Home::with_database();
     let file = home.path().join("settings.toml");

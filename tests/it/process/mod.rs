@@ -3,6 +3,7 @@
 mod commands;
 mod first_start;
 mod full_disk;
+mod gateway;
 mod home;
 mod ledger_kills;
 mod ledger_load;
