@@ -122,15 +122,42 @@ make_venv() {
   cp "$wanted" "$made"
 }
 
-# need_buf VERSION: buf, at $TARGET/tools/buf-VERSION/node_modules/.bin.
-need_buf() {
-  local home=$TARGET/tools/buf-$1
+# need_npm_tool NAME VERSION [PACKAGE]: a program of npm, in $TARGET/tools.
+need_npm_tool() {
+  local home=$TARGET/tools/$1-$2
   PATH=$home/node_modules/.bin:$PATH
-  [[ -x $home/node_modules/.bin/buf ]] && return
+  [[ -x $home/node_modules/.bin/$1 ]] && return
   have npm || apt_install nodejs npm
-  say "installing buf $1 (npm)"
+  say "installing $1 $2 (npm)"
   mkdir -p "$home"
-  quietly npm install --no-save --prefix "$home" "@bufbuild/buf@$1" || die "npm failed"
+  quietly npm install --no-save --prefix "$home" "${3:-$1}@$2" || die "npm failed"
+}
+
+# need_buf VERSION
+need_buf() {
+  need_npm_tool buf "$1" @bufbuild/buf
+}
+
+# need_swagger_generator VERSION: protoc-gen-swagger out of Debian's package, which is not installed.
+need_swagger_generator() {
+  local home=$TARGET/tools/grpc-gateway-$1 packages
+  PATH=$home/usr/bin:$PATH
+  [[ -x $home/usr/bin/protoc-gen-swagger ]] && return
+  have apt-get || die "protoc-gen-swagger $1 is needed: Debian's package golang-grpc-gateway has it"
+  say "fetching protoc-gen-swagger $1 (apt)"
+  packages=$(mktemp -d)
+  download_package "$packages" "golang-grpc-gateway=$1-*" ||
+    { quietly apt_get update; download_package "$packages" "golang-grpc-gateway=$1-*"; } ||
+    die "Debian's golang-grpc-gateway $1 cannot be had"
+  mkdir -p "$home"
+  dpkg -x "$packages"/*.deb "$home"
+  rm -rf "$packages"
+}
+
+download_package() {
+  # Apt drops root's rights for that, where it can.
+  chmod 777 "$1"
+  (cd "$1" && quietly apt-get download "$2")
 }
 
 need_shellcheck() {

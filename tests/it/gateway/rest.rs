@@ -26,13 +26,73 @@ impl Site {
             .await
     }
 
-    /// The body of a success.
+    /// The body of a success, which is as `docs/openapi.json` has it.
+    async fn done(&self, path: &str, token: &str, body: &Value) -> Value {
+        let answer = self.post(path, token, body).await;
+        assert_eq!(answer.status, StatusCode::OK, "{path}");
+        assert_eq!(answer.header("content-type"), "application/json");
+        assert_eq!(answer.header("cache-control"), "no-store");
+        let answer = answer.json().await;
+        assert_described("post", path, &answer);
+        answer
+    }
+
+    /// The same of what is only read.
     async fn read(&self, path: &str, token: &str) -> Value {
         let answer = self.json(Method::GET, path, token, "").await;
         assert_eq!(answer.status, StatusCode::OK, "{path}");
         assert_eq!(answer.header("content-type"), "application/json");
-        answer.json().await
+        let answer = answer.json().await;
+        assert_described("get", path.split('?').next().unwrap(), &answer);
+        answer
     }
+}
+
+fn openapi() -> Value {
+    serde_json::from_str(include_str!("../../../docs/openapi.json")).expect("JSON")
+}
+
+/// Asserts that a body has what the document says of it, and nothing else.
+fn assert_described(method: &str, path: &str, body: &Value) {
+    let document = openapi();
+    let done = &document["paths"][path][method]["responses"]["200"];
+    let schema = &done["content"]["application/json"]["schema"];
+    assert!(schema.is_object(), "{method} {path} is not described");
+    assert_fits(&document, schema, body, path);
+}
+
+fn assert_fits(document: &Value, schema: &Value, value: &Value, at: &str) {
+    if let Some(name) = schema["$ref"].as_str() {
+        let schema = document.pointer(name.trim_start_matches('#'));
+        return assert_fits(document, schema.expect(name), value, at);
+    }
+    let fits = match schema["type"].as_str().expect(at) {
+        "string" => value
+            .as_str()
+            .is_some_and(|text| match schema["enum"].as_array() {
+                Some(names) => names.iter().any(|name| name == text),
+                None => schema["format"] != "int64" || text.parse::<i64>().is_ok(),
+            }),
+        "integer" => value.is_i64(),
+        "boolean" => value.is_boolean(),
+        "array" => {
+            for (index, item) in value.as_array().expect(at).iter().enumerate() {
+                assert_fits(document, &schema["items"], item, &format!("{at}[{index}]"));
+            }
+            true
+        }
+        "object" => {
+            for (name, value) in value.as_object().expect(at) {
+                let known = schema["properties"].get(name);
+                let schema = known.or_else(|| schema.get("additionalProperties"));
+                let at = format!("{at}.{name}");
+                assert_fits(document, schema.expect(&at), value, &at);
+            }
+            true
+        }
+        other => panic!("{at}: {other}"),
+    };
+    assert!(fits, "{at}: {value} is no {schema}");
 }
 
 /// The code and the request id that a body tells, as a problem or as a status of gRPC.
@@ -81,18 +141,12 @@ async fn people_register_log_in_refresh_and_log_out_by_json() {
         "full_name": "Ada",
         "password": PASSWORD,
     });
-    let answer = site.post("/api/auth/register", "", &ada).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", site.edge.log());
-    assert_eq!(answer.header("cache-control"), "no-store");
-    assert_eq!(answer.header("content-type"), "application/json");
-    let registered = answer.json().await["user"].clone();
+    let registered = site.done("/api/auth/register", "", &ada).await["user"].clone();
     assert_eq!(registered["full_name"], "Ada");
     assert_eq!(registered["is_active"], true);
 
     let login = json!({"identifier": "ADA", "password": PASSWORD});
-    let answer = site.post("/api/auth/login", "", &login).await;
-    assert_eq!(answer.header("cache-control"), "no-store");
-    let answer = answer.json().await;
+    let answer = site.done("/api/auth/login", "", &login).await;
     assert_eq!(answer["user"]["id"], registered["id"]);
     let text = |value: &Value| value.as_str().expect("text").to_owned();
     let access = text(&answer["tokens"]["access_token"]);
@@ -103,16 +157,43 @@ async fn people_register_log_in_refresh_and_log_out_by_json() {
     assert_eq!(me["user"]["email"], "ada@example.com");
 
     let refreshed = json!({"refresh_token": refresh});
-    let answer = site.post("/api/auth/refresh", "", &refreshed).await;
-    let answer = answer.json().await;
+    let answer = site.done("/api/auth/refresh", "", &refreshed).await;
     assert_eq!(answer["repeated"], false);
     let latest = text(&answer["tokens"]["access_token"]);
     assert_eq!(site.read("/api/auth/me", &latest).await, me);
 
-    let answer = site.post("/api/auth/logout", &latest, &json!({})).await;
-    assert_eq!(answer.status, StatusCode::OK);
+    site.done("/api/auth/logout", &latest, &json!({})).await;
     let answer = site.json(Method::GET, "/api/auth/me", &latest, "").await;
     assert_refused(answer, 401, "SESSION_ENDED", "after the logout").await;
+}
+
+/// That it says the right things of them a step of CI sees to.
+#[test]
+fn the_document_describes_the_rpcs_with_a_rule_for_http_and_health() {
+    let mut expected: Vec<_> = descriptor::own_rpcs()
+        .into_iter()
+        .filter_map(|rpc| {
+            let name = rpc.path.rsplit('/').next().unwrap().to_owned();
+            let (method, path) = rpc.http?;
+            Some((path, method.to_lowercase(), name, rpc.rule.public))
+        })
+        .collect();
+    let health = ["/health", "get", "Health"].map(str::to_owned);
+    let [path, method, name] = health;
+    expected.push((path, method, name, true));
+    expected.sort();
+    let document = openapi();
+    let paths = document["paths"].as_object().unwrap();
+    let mut described = Vec::new();
+    for (path, operations) in paths {
+        for (method, operation) in operations.as_object().unwrap() {
+            let name = operation["operationId"].as_str().unwrap().to_owned();
+            let public = operation["security"].as_array().unwrap().is_empty();
+            described.push((path.clone(), method.clone(), name, public));
+        }
+    }
+    described.sort();
+    assert_eq!(described, expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -376,7 +457,9 @@ async fn health_tells_healthy_from_unhealthy() {
     let answer = edge.get("/health", &[]).await;
     assert_eq!(answer.status, StatusCode::OK);
     assert_eq!(answer.header("content-type"), "application/json");
-    assert_eq!(answer.json().await, json!({"status": "healthy"}));
+    let answer = answer.json().await;
+    assert_described("get", "/health", &answer);
+    assert_eq!(answer, json!({"status": "healthy"}));
     replica.stop().await.unwrap();
     eventually("it is noticed", async || {
         edge.get("/health", &[]).await.status == StatusCode::SERVICE_UNAVAILABLE
