@@ -200,7 +200,7 @@ async fn what_a_client_says_about_itself_reaches_not_even_tollkeeper() {
     let upstream = Upstream::start().await;
     // The route of Tollkeeper's own RPCs, to an upstream that says what it was told.
     let edge = Edge::start_with(app.address, &key, upstream.address, |delivered| {
-        let route = "route: { cluster: tollkeeper, ";
+        let route = "route: { cluster: tollkeeper_rest, ";
         assert_eq!(delivered.matches(route).count(), 1);
         delivered.replace(route, "route: { cluster: app, ")
     })

@@ -178,8 +178,7 @@ fn the_document_describes_the_rpcs_with_a_rule_for_http_and_health() {
             Some((path, method.to_lowercase(), name, rpc.rule.public))
         })
         .collect();
-    let health = ["/health", "get", "Health"].map(str::to_owned);
-    let [path, method, name] = health;
+    let [path, method, name] = ["/health", "get", "Health"].map(str::to_owned);
     expected.push((path, method, name, true));
     expected.sort();
     let document = openapi();
@@ -446,6 +445,24 @@ async fn what_has_no_rule_for_http_cannot_be_called_through_the_gateway() {
         );
     }
     assert_eq!(site.app.count("SELECT count(*) FROM users").await, before);
+}
+
+/// What a gateway shows to say who it is must not speak for those that it forwards.
+#[test]
+fn clients_of_rest_come_by_other_connections_than_the_questions_of_the_gateway() {
+    let delivered = include_str!("../../../deploy/envoy/envoy.yaml");
+    let routes = delivered
+        .lines()
+        .filter(|line| line.contains("route: { cluster: tollkeeper"));
+    let routes: Vec<_> = routes.map(str::trim).collect();
+    assert_eq!(
+        routes,
+        ["route: { cluster: tollkeeper_rest, timeout: 30s }"]
+    );
+    assert!(delivered.contains("envoy_grpc: { cluster_name: tollkeeper }"));
+    let (_, rest) = delivered.split_once("- name: tollkeeper_rest").unwrap();
+    let (rest, _) = rest.split_once("\n  - name:").unwrap();
+    assert!(!rest.contains("tls_certificates"), "{rest}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
