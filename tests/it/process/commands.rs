@@ -329,7 +329,7 @@ fn help_says_what_each_command_does() {
         (
             &[],
             &[
-                "serve     Run the service",
+                "serve       Run the service",
                 "--database-url <URL>",
                 "[env: DATABASE_URL]",
             ],
