@@ -114,6 +114,15 @@ impl Fixture {
         Server::service(&self.program, &settings, &log)
     }
 
+    /// Carries out statements, as the owner of the database.
+    pub(crate) async fn sql(&self, statements: &str) -> anyhow::Result<()> {
+        let (client, connection) = tokio_postgres::connect(self.database_url(), NoTls).await?;
+        let connection = tokio::spawn(connection);
+        client.batch_execute(statements).await?;
+        drop(client);
+        Ok(connection.await??)
+    }
+
     pub(crate) fn database_url(&self) -> &str {
         self.postgres.database_url()
     }
@@ -207,6 +216,8 @@ impl Fixture {
             "usage.read",
             "--scope",
             "admin",
+            "--scope",
+            "gateway",
         ])?;
         let key = said.lines().find_map(|line| line.strip_prefix("key "));
         Ok(key.context("no key was printed")?.trim().to_owned())

@@ -28,6 +28,8 @@ pub(crate) struct Calls {
     path: &'static str,
     headers: Vec<(&'static str, String)>,
     bodies: Bodies,
+    /// Credentials in turn, in place of a caller that is always the same.
+    bearers: Vec<String>,
     next: AtomicUsize,
     /// The `grpc-status` that is right.
     expected: u32,
@@ -76,6 +78,7 @@ impl Calls {
             path,
             headers,
             bodies,
+            bearers: Vec::new(),
             next: AtomicUsize::new(0),
             expected: u32::try_from(i32::from(expected)).unwrap_or_default(),
         }
@@ -87,6 +90,11 @@ impl Calls {
             other => other,
         };
         Self { bodies, ..self }
+    }
+
+    /// Each call is by another caller, whose credential goes uncompressed.
+    pub(crate) fn by(self, bearers: Vec<String>) -> Self {
+        Self { bearers, ..self }
     }
 
     /// How many there are; of fresh ones there is no end.
@@ -103,6 +111,11 @@ impl Calls {
 
     pub(crate) fn headers(&self) -> &[(&'static str, String)] {
         &self.headers
+    }
+
+    fn bearer(&self, call: usize) -> Option<&str> {
+        let turn = scattered(call).checked_rem(self.bearers.len())?;
+        Some(&self.bearers[turn])
     }
 
     /// The body of a call, as it is on the wire.
@@ -224,6 +237,20 @@ pub(crate) fn run(
     threads: usize,
     until: Until,
 ) -> anyhow::Result<Slice> {
+    let cpu = || server.cpu();
+    run_at(server.address, cpu, calls, in_flight, threads, until)
+}
+
+/// [`run`] where more than one process answers: `server_cpu` tells the processor time so far of those
+/// that count.
+pub(crate) fn run_at(
+    address: SocketAddr,
+    server_cpu: impl Fn() -> anyhow::Result<Duration>,
+    calls: &Calls,
+    in_flight: InFlight,
+    threads: usize,
+    until: Until,
+) -> anyhow::Result<Slice> {
     let threads = threads.clamp(1, in_flight.connections);
     let budget = AtomicUsize::new(until.calls);
     let own_cpu = cpu_of("/proc/self/stat")?;
@@ -236,7 +263,7 @@ pub(crate) fn run(
                 let (budget, ready) = (&budget, &ready);
                 scope.spawn(move || {
                     let run = Run {
-                        address: server.address,
+                        address,
                         calls,
                         streams: in_flight.streams,
                         until,
@@ -247,13 +274,13 @@ pub(crate) fn run(
             })
             .collect();
         ready.wait();
-        let (begun, cpu) = (Instant::now(), server.cpu()?);
+        let (begun, cpu) = (Instant::now(), server_cpu()?);
         let mut tally = Tally::default();
         for worker in workers {
             tally.add(worker.join().expect("the generator does not panic")?);
         }
         let ended = tally.last.unwrap_or_else(Instant::now);
-        let cpu = server.cpu()? - cpu;
+        let cpu = server_cpu()? - cpu;
         let slice = tally.slice(ended - begun, cpu)?;
         let own_cpu = cpu_of("/proc/self/stat")? - own_cpu;
         Ok(Slice {
@@ -474,12 +501,14 @@ impl<'a> Connection<'a> {
         self.due -= 1;
         let stream = self.next_stream;
         self.next_stream += 2;
-        if self.indexed.is_empty() {
-            let first = self.learn();
-            frame(&mut self.out, HEADERS, END_HEADERS, stream, &first);
-        } else {
-            frame(&mut self.out, HEADERS, END_HEADERS, stream, &self.indexed);
+        let mut block = match self.indexed.is_empty() {
+            true => Cow::from(self.learn()),
+            false => Cow::from(&self.indexed),
+        };
+        if let Some(bearer) = calls.bearer(next) {
+            literal_authorization(block.to_mut(), bearer);
         }
+        frame(&mut self.out, HEADERS, END_HEADERS, stream, &block);
         frame(&mut self.out, DATA, END_STREAM, stream, &body);
         self.begun.insert(stream, now);
         self.tally.sent_bytes += body.len() as u64;
@@ -587,6 +616,25 @@ impl<'a> Connection<'a> {
         }
         Ok(())
     }
+}
+
+/// `authorization` of the static table with a value that no table keeps (RFC 7541 §6.2.3, §5.1).
+fn literal_authorization(block: &mut Vec<u8>, bearer: &str) {
+    block.extend([0x1f, 23 - 15]);
+    let value = format!("Bearer {bearer}");
+    let mut length = value.len();
+    if length < 127 {
+        block.push(length as u8);
+    } else {
+        block.push(127);
+        length -= 127;
+        while length >= 128 {
+            block.push((length % 128) as u8 | 0x80);
+            length /= 128;
+        }
+        block.push(length as u8);
+    }
+    block.extend_from_slice(value.as_bytes());
 }
 
 fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {

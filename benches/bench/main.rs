@@ -5,6 +5,7 @@
 //! ratios within a round and processor time per call are what to look at.
 
 mod echo;
+mod envoy;
 mod fixture;
 mod h2load;
 mod layers;
@@ -115,6 +116,29 @@ enum Command {
         /// What is measured, beside the echo [default: all]
         #[arg(long, value_enum, value_delimiter = ',')]
         parts: Vec<quota::Part>,
+    },
+    /// What asking this service adds to a real gateway, beside one that answers at once
+    Envoy {
+        #[command(flatten)]
+        options: Options,
+        /// Calls under way at once [default: 32,128; quick 32]
+        #[arg(long, value_delimiter = ',', value_name = "N,…")]
+        in_flight: Vec<usize>,
+        /// Users who call [default: 100000, quick 2000]
+        #[arg(long)]
+        users: Option<usize>,
+        /// The gateway
+        #[arg(long, env = "BENCH_ENVOY", value_name = "PROGRAM", hide = true)]
+        envoy: PathBuf,
+    },
+    /// Answers a gateway always the same, until standard input ends
+    #[command(hide = true)]
+    EnvoyNoop {
+        /// The answers of its two services, base64
+        #[arg(long)]
+        check: String,
+        #[arg(long)]
+        limit: String,
     },
     /// Checks quota as one would write it first, until standard input ends
     #[command(hide = true)]
@@ -277,6 +301,24 @@ fn main() -> anyhow::Result<()> {
                 .max(1),
             options,
         }),
+        Command::Envoy {
+            options,
+            in_flight,
+            users,
+            envoy,
+        } => envoy::run(&envoy::Plan {
+            in_flight: match (in_flight.is_empty(), options.quick) {
+                (true, true) => vec![32],
+                (true, false) => vec![32, 128],
+                (false, _) => in_flight,
+            },
+            users: users
+                .unwrap_or(if options.quick { 2_000 } else { 100_000 })
+                .max(1),
+            envoy,
+            options,
+        }),
+        Command::EnvoyNoop { check, limit } => envoy::serve_noop(&check, &limit),
         Command::NaiveQuota { shape, url } => quota::serve_naively(shape, &url),
         Command::Burn => {
             process::burn();

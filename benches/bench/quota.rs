@@ -16,7 +16,6 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use prost::Message as _;
 use serde_json::json;
 use tokio::runtime::Runtime;
-use tokio_postgres::NoTls;
 use tollkeeper::proto::tollkeeper::{
     auth::v1::ValidateTokenRequest,
     usage::v1::{
@@ -270,14 +269,7 @@ impl Stage<'_> {
     }
 
     fn sql(&self, statement: &str) -> anyhow::Result<()> {
-        self.runtime.block_on(async {
-            let url = self.fixture.database_url();
-            let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
-            let connection = tokio::spawn(connection);
-            client.batch_execute(statement).await?;
-            drop(client);
-            Ok(connection.await??)
-        })
+        self.runtime.block_on(self.fixture.sql(statement))
     }
 
     fn caller(&self) -> Option<&str> {
@@ -522,7 +514,7 @@ impl Stage<'_> {
 }
 
 /// Lets all rows have their turns, round by round, in a rotated order.
-fn panel(
+pub(crate) fn panel(
     options: &Options,
     title: String,
     mut rows: Vec<Row>,

@@ -101,12 +101,25 @@ impl Panel {
         self.rows.iter().find(|row| row.part == part)
     }
 
-    /// Prints the rows with their ratios to the rows `base` and `other`.
+    /// Prints the rows with their ratios to the rows `base`, an echo, and `other`.
     pub(crate) fn print(&self, base: &str, other: &str) {
+        self.print_with(base, other, "× echo", "× def.");
+    }
+
+    /// [`Self::print`] with names for the two.
+    pub(crate) fn print_with(&self, base: &str, other: &str, times_base: &str, times_other: &str) {
         println!("\n{}", self.title);
         println!(
             "  {:<44} {:>9} {:>7} {:>11} {:>7} {:>7} {:>7} {:>9} {:>9}",
-            "", "calls/s", "× echo", "spread", "× def.", "CPU µs", "× echo", "p50 µs", "p99 µs"
+            "",
+            "calls/s",
+            times_base,
+            "spread",
+            times_other,
+            "CPU µs",
+            times_base,
+            "p50 µs",
+            "p99 µs"
         );
         for row in &self.rows {
             let rate = |to: &str| self.row(to).map(|to| row.ratio(to, Slice::per_second));

@@ -1,9 +1,11 @@
-//! See Cargo.toml. Prints its address and serves until its standard input ends.
+//! See Cargo.toml. Prints its address and serves until its standard input ends: the echo, or with the
+//! argument `limits` a rate limit.
 
 #[path = "../bench/echo.rs"]
 mod echo;
+mod limits;
 
-use std::{error::Error, io::Read as _, thread};
+use std::{env, error::Error, io::Read as _, thread};
 
 use tokio::net::TcpListener;
 use tonic::transport::Server;
@@ -18,8 +20,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
     });
     // As `Server::serve` does.
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-    Ok(Server::builder()
-        .add_service(echo::Echo)
-        .serve_with_incoming(incoming)
-        .await?)
+    let mut server = Server::builder();
+    let server = match env::args().nth(1).as_deref() {
+        Some("limits") => server.add_service(limits::Limits::new()),
+        _ => server.add_service(echo::Echo),
+    };
+    Ok(server.serve_with_incoming(incoming).await?)
 }
