@@ -34,7 +34,6 @@ impl Limit {
     /// A month's tokens; `None`: unlimited.
     pub(super) fn monthly(quota: &QuotaState, of_model: bool, now: DateTime<Utc>) -> Option<Self> {
         let (start, end) = (quota.period.start(), quota.period.end());
-        let remaining: Tokens = quota.remaining?;
         Some(Self {
             policy: if of_model {
                 "monthly-tokens-of-model"
@@ -43,8 +42,7 @@ impl Limit {
             },
             unit: Unit::Tokens,
             quota: quota.limit?,
-            // What is held for others is not to be had.
-            remaining: remaining.saturating_sub(quota.held).max(0),
+            remaining: free(quota)?,
             window: (end - start).to_std().unwrap_or_default(),
             resets_in: (end - now).to_std().unwrap_or_default(),
         })
@@ -91,13 +89,18 @@ impl Limit {
     }
 }
 
+/// What may still be used: what is held for others is not to be had. `None`: unlimited.
+fn free(quota: &QuotaState) -> Option<Tokens> {
+    Some(quota.remaining?.saturating_sub(quota.held).max(0))
+}
+
 /// How a quota stands, exactly. Of what is unlimited nothing is said.
 pub(super) fn quota_facts(quota: &QuotaState) -> Vec<Said> {
     let number = |name, tokens: Option<i64>| Some((name, tokens?.to_string()));
     [
         Some(("month", quota.period.to_string())),
         number("limit_tokens", quota.limit),
-        number("remaining_tokens", quota.remaining),
+        number("remaining_tokens", free(quota)),
     ]
     .into_iter()
     .flatten()
@@ -136,6 +139,8 @@ mod tests {
         let [(_, policy), (_, standing)] = limit.headers();
         assert_eq!(policy, "\"monthly-tokens\";q=1000;qu=\"tokens\";w=2592000");
         assert_eq!(standing, "\"monthly-tokens\";r=500;t=60");
+        let facts = quota_facts(&quota(Some(1000), 300, 200));
+        assert!(facts.contains(&("remaining_tokens", "500".to_owned())));
         assert_eq!(Limit::monthly(&quota(None, 300, 0), false, now), None);
     }
 
