@@ -1,6 +1,6 @@
 //! What requests used, by the names of user and request: for gateways that keep no handle.
 
-use chrono::SubsecRound as _;
+use chrono::{DateTime, SubsecRound as _, TimeDelta, Utc};
 
 use super::{
     Usage,
@@ -17,6 +17,9 @@ use crate::{
     },
 };
 
+/// How long after the turn of a month a request may be told of again that was booked before it.
+const TURN: TimeDelta = TimeDelta::days(1);
+
 /// A request of a user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestName {
@@ -26,7 +29,8 @@ pub struct RequestName {
 
 impl Usage {
     /// Books what a request used that nothing was held for. The same event as its commit would be: it
-    /// counts once, however often and whichever way it is told, within a month.
+    /// counts once, however often and whichever way it is told, within a month and the first day of the
+    /// next.
     ///
     /// The caller has checked that the user exists. Durable when it returns; a dropped future leaves it
     /// behind to be booked.
@@ -39,10 +43,34 @@ impl Usage {
         request: &RequestName,
         tokens: TokenCounts,
     ) -> Result<Recorded> {
+        // As exactly as the database keeps it.
+        self.charge_at(user, request, tokens, self.now().trunc_subsecs(6))
+            .await
+    }
+
+    /// [`Usage::charge`] at a time.
+    ///
+    /// # Errors
+    /// Those of [`Usage::charge`]
+    pub async fn charge_at(
+        &self,
+        user: &UserStanding,
+        request: &RequestName,
+        tokens: TokenCounts,
+        now: DateTime<Utc>,
+    ) -> Result<Recorded> {
+        let event_id = event_id(user.id, &request.request_id);
+        let last_month = before(Period::containing(now));
+        let is_turn = now - Period::containing(now).start() < TURN;
+        let was_told = is_turn && {
+            let period = Period::containing(last_month);
+            let is_booked = self.store.is_booked(period, user.id, event_id);
+            is_booked.await?
+        };
         let event = UsageEvent {
-            event_id: event_id(user.id, &request.request_id),
-            // As exactly as the database keeps it.
-            occurred_at: self.now().trunc_subsecs(6),
+            event_id,
+            // Told again it is the event of that month, or a conflict with it.
+            occurred_at: if was_told { last_month } else { now },
             user_id: user.id,
             model: request.model.clone(),
             tokens,
@@ -93,7 +121,7 @@ impl Usage {
         let key = self
             .request_keys
             .key(user.id, &request.request_id, &request.model);
-        let last_month = period.start() - chrono::TimeDelta::microseconds(1);
+        let last_month = before(period);
         let (created_at, (hold, tokens)) = [now, last_month].into_iter().find_map(|at| {
             let held = self
                 .keeper
@@ -113,4 +141,9 @@ impl Usage {
             may_wait: tiers.limits_of(&user.tier).on_outage != OnOutage::Closed,
         })
     }
+}
+
+/// The end of the month before, as exactly as the database keeps it.
+fn before(period: Period) -> DateTime<Utc> {
+    period.start() - TimeDelta::microseconds(1)
 }

@@ -23,6 +23,8 @@ pub(super) enum Ask {
     Reserve(UserId, QuotaRequest),
     /// To book what a request used.
     Book(Of, TokenCounts),
+    /// To book this unless it is told what the request used.
+    Settle(Of, TokenCounts),
     /// To hold nothing more for a request.
     Release(Of),
 }
@@ -33,6 +35,12 @@ pub(super) struct Of {
     pub(super) user: UserId,
     pub(super) request: RequestName,
     pub(super) hold: Hold,
+}
+
+impl Of {
+    fn is_same_request(&self, other: &Self) -> bool {
+        (self.user, &self.request) == (other.user, &other.request)
+    }
 }
 
 /// Which hold of a request is meant.
@@ -52,10 +60,11 @@ enum Op {
     Reserve,
     Commit,
     Charge,
+    Settle,
     Release,
 }
 
-const KEYS: [&str; 7] = [
+const KEYS: [&str; 8] = [
     "op",
     "user",
     "model",
@@ -63,7 +72,11 @@ const KEYS: [&str; 7] = [
     "reservation",
     "dimension",
     "lifetime",
+    "status",
 ];
+
+/// Statuses of HTTP from here on are errors: their request used nothing that is not told.
+const ERRORS_FROM: u16 = 400;
 
 /// Reads a descriptor; `hits` are those of the whole request.
 ///
@@ -102,7 +115,10 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
     };
     let op = fields.take("op", op(text("op")));
     let user = fields.parse("user", text("user"));
-    let tokens = fields.take("hits_addend", tokens(descriptor, hits));
+    let tokens = match op {
+        Some(Op::Release) => Some(0),
+        _ => fields.take("hits_addend", tokens(descriptor, hits)),
+    };
     let Some(op) = op else {
         return fields.finish(None);
     };
@@ -136,8 +152,18 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
         let asked = user.zip(request());
         return fields.finish(asked.map(|(user, request)| Ask::Reserve(user, request)));
     }
-    let dimension = optional(&mut fields, "dimension");
-    let counts = fields.take("dimension", counts(dimension, tokens.unwrap_or_default()));
+    let counts = match op {
+        Op::Release => Some(TokenCounts::default()),
+        _ => {
+            let dimension = optional(&mut fields, "dimension");
+            fields.take("dimension", counts(dimension, tokens.unwrap_or_default()))
+        }
+    };
+    // A request without an answer has none.
+    let status = match text("status") {
+        "" => Some(None),
+        status => fields.take("status", http_status(status)).map(Some),
+    };
     let of = || {
         Some(Of {
             user: user?,
@@ -152,11 +178,16 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
             },
         })
     };
-    let used = tokens.and(counts).zip(of()).map(|(counts, of)| match op {
-        Op::Release => Ask::Release(of),
-        _ => Ask::Book(of, counts),
-    });
-    fields.finish(used)
+    let used = || {
+        let (counts, of, status) = (tokens.and(counts)?, of()?, status?);
+        Some(match op {
+            Op::Release => Ask::Release(of),
+            Op::Settle if status.is_some_and(|status| status >= ERRORS_FROM) => Ask::Release(of),
+            Op::Settle => Ask::Settle(of, counts),
+            _ => Ask::Book(of, counts),
+        })
+    };
+    fields.finish(used())
 }
 
 fn op(text: &str) -> Result<Op, Violation> {
@@ -165,8 +196,16 @@ fn op(text: &str) -> Result<Op, Violation> {
         "reserve" => Ok(Op::Reserve),
         "commit" => Ok(Op::Commit),
         "charge" => Ok(Op::Charge),
+        "settle" => Ok(Op::Settle),
         "release" => Ok(Op::Release),
-        _ => Err("must be check, reserve, commit, charge or release".into()),
+        _ => Err("must be check, reserve, commit, charge, settle or release".into()),
+    }
+}
+
+fn http_status(text: &str) -> Result<u16, Violation> {
+    match text.parse() {
+        Ok(status @ 100..=599) => Ok(status),
+        _ => Err("must be a status of HTTP".into()),
     }
 }
 
@@ -204,10 +243,12 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Reads all descriptors. The dimensions of one request are one event. What was used comes first,
-    /// then what is released, since that may be what others need.
+    /// Reads all descriptors. The dimensions of one request are one event, and what ends the request
+    /// is one with it. What was used comes first, then what is released, since that may be what others
+    /// need.
     pub(super) fn of(descriptors: &[RateLimitDescriptor], hits: u32) -> Self {
         let (mut wrong, mut asks) = (Vec::new(), Vec::<(Vec<usize>, Ask)>::new());
+        let mut ends = Vec::new();
         for (place, descriptor) in descriptors.iter().enumerate() {
             match read(descriptor, hits) {
                 Err(error) => wrong.push((place, error)),
@@ -224,11 +265,25 @@ impl Work {
                         None => asks.push((vec![place], Ask::Book(of, counts))),
                     }
                 }
+                Ok(Ask::Settle(of, counts)) => ends.push((place, of, Some(counts))),
+                Ok(Ask::Release(of)) => ends.push((place, of, None)),
                 Ok(ask) => asks.push((vec![place], ask)),
             }
         }
+        for (place, of, unless_told) in ends {
+            let told = asks.iter_mut().find_map(|(places, ask)| match ask {
+                Ask::Book(other, _) if other.is_same_request(&of) => Some((places, &other.hold)),
+                _ => None,
+            });
+            match (told, unless_told) {
+                // A commit ends its hold; one that fails still needs it.
+                (Some((places, hold)), _) if *hold != Hold::None => places.push(place),
+                (None, Some(counts)) => asks.push((vec![place], Ask::Book(of, counts))),
+                _ => asks.push((vec![place], Ask::Release(of))),
+            }
+        }
         asks.sort_by_key(|(_, ask)| match ask {
-            Ask::Book(..) => 0,
+            Ask::Book(..) | Ask::Settle(..) => 0,
             Ask::Release(_) => 1,
             Ask::Check(..) | Ask::Reserve(..) => 2,
         });
@@ -285,7 +340,7 @@ mod tests {
             Ask::Check(_, wish) => wish.tokens,
             Ask::Reserve(_, request) => request.tokens,
             Ask::Book(_, counts) => counts.total(),
-            Ask::Release(_) => panic!("has none"),
+            Ask::Settle(..) | Ask::Release(_) => panic!("has none"),
         }
     }
 
@@ -322,7 +377,7 @@ mod tests {
         assert_eq!(wrong(&descriptor(&[], None)), ["op", "user"]);
         let missing = [("op", "check"), ("user", MISSING)];
         assert_eq!(wrong(&descriptor(&missing, None)), ["user"]);
-        for op in ["reserve", "commit", "charge", "release"] {
+        for op in ["reserve", "commit", "charge", "settle", "release"] {
             let bare = [("op", op), ("user", USER)];
             assert_eq!(
                 wrong(&descriptor(&bare, None)),
@@ -339,7 +394,7 @@ mod tests {
         }
         let unknown = [("op", "check"), ("user", USER), ("model", MISSING)];
         assert_eq!(wrong(&descriptor(&unknown, None)), ["model"]);
-        let crowd: Vec<_> = (0..8).map(|_| ("op", "check")).collect();
+        let crowd: Vec<_> = (0..9).map(|_| ("op", "check")).collect();
         assert_eq!(wrong(&descriptor(&crowd, None)), ["entries"]);
         let dimension = [("dimension", "total")];
         assert_eq!(
@@ -383,12 +438,60 @@ mod tests {
         assert_eq!(work.wrong[0].0, 3);
         assert!(work.settles());
         let places: Vec<_> = work.asks.iter().map(|(places, _)| places.clone()).collect();
-        assert_eq!(places, [vec![2, 4], vec![5], vec![1], vec![0]]);
+        assert_eq!(places, [vec![2, 4, 1], vec![5], vec![0]]);
         let counts = TokenCounts {
             input: 3,
             output: 4,
             ..TokenCounts::default()
         };
         assert!(matches!(&work.asks[0].1, Ask::Book(_, sum) if *sum == counts));
+    }
+
+    /// What is asked for, in order, and the tokens of what is booked.
+    fn asked(descriptors: &[RateLimitDescriptor]) -> Vec<(Vec<usize>, Option<i64>)> {
+        let asks = Work::of(descriptors, 0).asks.into_iter();
+        let tokens = |ask| match ask {
+            Ask::Book(_, counts) => Some(counts.total()),
+            Ask::Release(_) => None,
+            other => panic!("{other:?}"),
+        };
+        asks.map(|(places, ask)| (places, tokens(ask))).collect()
+    }
+
+    #[test]
+    fn a_request_is_settled_by_what_it_used_else_by_its_estimate() {
+        let settle = |status| of_request("settle", &[("status", status)], Some(1000));
+        let commit = of_request("commit", &[], Some(3));
+        let nothing = of_request("commit", &[], Some(0));
+        let charge = of_request("charge", &[], Some(3));
+        for (descriptors, expected) in [
+            (vec![settle("200")], vec![(vec![0], Some(1000))]),
+            // The client went before there was an answer.
+            (vec![settle(MISSING)], vec![(vec![0], Some(1000))]),
+            (vec![settle("503")], vec![(vec![0], None)]),
+            (
+                vec![settle("200"), commit.clone()],
+                vec![(vec![1, 0], Some(3))],
+            ),
+            (
+                vec![commit.clone(), settle("503")],
+                vec![(vec![0, 1], Some(3))],
+            ),
+            (vec![nothing, settle("200")], vec![(vec![0, 1], Some(0))]),
+            // A charge holds nothing, so it ends no hold.
+            (
+                vec![charge, settle("200")],
+                vec![(vec![0], Some(3)), (vec![1], None)],
+            ),
+        ] {
+            assert_eq!(asked(&descriptors), expected, "{descriptors:?}");
+        }
+        assert_eq!(wrong(&settle("teapot")), ["status"]);
+    }
+
+    #[test]
+    fn a_release_looks_at_no_number_and_no_dimension() {
+        let release = of_request("release", &[("dimension", "total")], Some(u64::MAX));
+        assert!(matches!(read(&release, 0), Ok(Ask::Release(_))));
     }
 }

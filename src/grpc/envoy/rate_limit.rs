@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use chrono::Utc;
+use tokio::time::{Instant, sleep};
 use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 use tracing::warn;
@@ -24,6 +25,10 @@ use crate::{
     },
     usage::{QuotaWish, Usage},
 };
+
+/// How long what a request used waits to be booked. Holds last at least about as long, but what waits
+/// takes memory.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Of a call: more than any route has.
 const MAX_DESCRIPTORS: usize = 64;
@@ -83,7 +88,7 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
             let user = auth.recall_user(user, clock)?;
             usage.reserve_at_once(&user, &wish)?.into()
         }
-        Ask::Book(..) | Ask::Release(_) => return None,
+        Ask::Book(..) | Ask::Settle(..) | Ask::Release(_) => return None,
     };
     let mut answer = Answer::new(1);
     answer.grant(&[0], granted);
@@ -132,7 +137,9 @@ impl Handler {
                 let reserved = self.usage.reserve(&user, &request).await?;
                 Ok(reserved.into())
             }
-            Ask::Book(of, tokens) if tokens.total() > 0 => self.book(of, tokens).await,
+            Ask::Book(of, tokens) | Ask::Settle(of, tokens) if tokens.total() > 0 => {
+                self.book_patiently(&of, tokens).await
+            }
             // Nothing was used.
             Ask::Book(of, _) if of.hold == Hold::None => {
                 let user = self.auth.user_standing(of.user).await?;
@@ -142,7 +149,7 @@ impl Handler {
                 };
                 self.look(&user, &wish).await
             }
-            Ask::Book(of, _) | Ask::Release(of) => self.release(of).await,
+            Ask::Book(of, _) | Ask::Settle(of, _) | Ask::Release(of) => self.release(of).await,
         }
     }
 
@@ -154,7 +161,20 @@ impl Handler {
         })
     }
 
-    async fn book(&self, of: Of, tokens: TokenCounts) -> Result<Granted> {
+    /// Waits while too much is to be booked: what is told here is not told again.
+    async fn book_patiently(&self, of: &Of, tokens: TokenCounts) -> Result<Granted> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.book(of, tokens).await {
+                Err(Error::Overloaded { retry_after }) if Instant::now() + retry_after < until => {
+                    sleep(retry_after).await;
+                }
+                booked => return booked,
+            }
+        }
+    }
+
+    async fn book(&self, of: &Of, tokens: TokenCounts) -> Result<Granted> {
         let user = async || self.auth.user_standing(of.user).await;
         match &of.hold {
             Hold::Named(handle) => {

@@ -109,6 +109,11 @@ async fn an_answer_is_charged_once_and_exactly_as_it_reports_streamed_or_whole()
         .await;
     }
     eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    println!(
+        "reported {:?}, charged {:?}",
+        (input, output),
+        site.used(&user).await
+    );
     site.app.assert_books_balance(3).await;
 }
 
@@ -162,16 +167,46 @@ async fn a_client_that_hangs_up_pays_what_was_reported_until_then() {
     })
     .await;
     eventually("nothing stays held", async || site.held(&user).await == 0).await;
-
-    // Nothing was reported: nothing is charged, and what was held is free again.
-    let mut answer = site
-        .get("/v1/chat/completions?usage=no&end=no", &token)
-        .await;
-    answer.read_until("word-4").await;
-    assert_eq!(site.held(&user).await, 1000);
-    drop(answer);
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    println!("reported until then: {:?}", site.used(&user).await);
     site.app.assert_books_balance(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_does_not_say_what_it_used_costs_the_estimate() {
+    let site = Site::start().await;
+    let (user, token) = site.user(1_000_000).await;
+    let path = "/v1/chat/completions?usage=no";
+    let estimate = 1000;
+
+    // The client hangs up in the middle.
+    let mut answer = site.get(&format!("{path}&end=no"), &token).await;
+    answer.read_until("word-4").await;
+    assert_eq!(site.held(&user).await, estimate);
+    drop(answer);
+    let charged = async |count| site.used(&user).await == (0, count * estimate, count);
+    eventually("the estimate is charged", async || charged(1).await).await;
+
+    // It comes to its end, without.
+    site.get(path, &token).await.text().await;
+    eventually("the estimate is charged", async || charged(2).await).await;
+
+    // The client is gone before anything is answered.
+    let asked = site.upstream.asked();
+    let unanswered = format!("{path}&answer=no");
+    tokio::select! {
+        answer = site.get(&unanswered, &token) => panic!("{}", answer.status),
+        () = eventually("it is asked", async || site.upstream.asked() > asked) => {}
+    }
+    eventually("the estimate is charged", async || charged(3).await).await;
+    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+
+    // An error is free.
+    let answer = site.get(&format!("{path}&fail=yes"), &token).await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    println!("three answers without usage: {:?}", site.used(&user).await);
+    assert!(charged(3).await);
+    site.app.assert_books_balance(3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -195,11 +230,15 @@ async fn parallel_streams_do_not_overspend() {
     for answer in denied {
         assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
     }
-    drop(admitted);
+    let admitted = admitted.into_iter().map(drop).count();
     eventually("all is charged", async || {
         site.used(&user).await == (1200, 1800, 3)
     })
     .await;
-    println!("12 asked, 3 admitted: 3000 of 3500 tokens used, in 3 events");
+    let (input, output, events) = site.used(&user).await;
+    println!(
+        "12 asked, {admitted} admitted: {} of 3500 tokens used, in {events} events",
+        input + output
+    );
     site.app.assert_books_balance(3).await;
 }

@@ -1,21 +1,32 @@
 //! `ShouldRateLimit`: whether a user may use tokens, and what was used.
 
-use tollkeeper::proto::{
-    envoy::{
-        extensions::common::ratelimit::v3::{RateLimitDescriptor, rate_limit_descriptor::Entry},
-        service::ratelimit::v3::{
-            RateLimitRequest, RateLimitResponse,
-            rate_limit_response::{Code as Verdict, rate_limit::Unit},
-            rate_limit_service_client::RateLimitServiceClient,
+use std::time::Duration;
+
+use chrono::{TimeDelta, Utc};
+use tokio::time::timeout;
+use tollkeeper::{
+    error::Error,
+    model::{Period, TokenCounts, UserStanding},
+    proto::{
+        envoy::{
+            extensions::common::ratelimit::v3::{
+                RateLimitDescriptor, rate_limit_descriptor::Entry,
+            },
+            service::ratelimit::v3::{
+                RateLimitRequest, RateLimitResponse,
+                rate_limit_response::{Code as Verdict, rate_limit::Unit},
+                rate_limit_service_client::RateLimitServiceClient,
+            },
         },
+        tollkeeper::usage::v1::{GetQuotaRequest, ListUsageRecordsRequest},
     },
-    tollkeeper::usage::v1::ListUsageRecordsRequest,
+    usage::{Recorded, RequestName},
 };
 use tonic::{Code, Status, transport::Channel};
 
 use super::{metadata, unique};
 use crate::{
-    harness::{TestApp, eventually, with_bearer},
+    harness::{Blocker, TestApp, eventually, with_bearer},
     usage::{
         quota::{use_tokens, with_tiers},
         reservations::Client,
@@ -86,6 +97,15 @@ async fn verdict(app: &TestApp, descriptor: RateLimitDescriptor) -> Verdict {
     assert_eq!(answer.statuses.len(), 1);
     assert_eq!(answer.statuses[0].code, answer.overall_code);
     answer.overall_code()
+}
+
+async fn held(app: &TestApp, user: &str) -> i64 {
+    let request = GetQuotaRequest {
+        user_id: user.to_owned(),
+    };
+    let mut usage = app.usage(&app.service_key);
+    let quota = usage.get_quota(request).await.unwrap().into_inner().quota;
+    quota.unwrap().held_tokens
 }
 
 /// Tokens of the month, as everybody reads them.
@@ -456,4 +476,79 @@ async fn while_the_database_is_away_the_call_fails_and_recovers_by_itself() {
             .is_ok_and(|answer| answer.overall_code() == Verdict::Ok)
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_waits_for_room_in_a_full_ledger_and_keeps_its_hold_until_then() {
+    const ROOM: usize = 4;
+    let app = TestApp::spawn_with(|settings| settings.usage.queue_events = ROOM).await;
+    let user = app.user().tier("advanced").create().await.id;
+    let answer = limit(&app, vec![about("reserve", &user, "r", 500)]).await;
+    let handle = metadata(answer.unwrap().dynamic_metadata)["reservation"].clone();
+    let (_, key) = app.service("edge", &["gateway"]).await;
+    let ask = |descriptors| {
+        let (channel, key) = (app.channel.clone(), key.clone());
+        tokio::spawn(async move { limit_through(&channel, &key, descriptors).await })
+    };
+    let blocker = Blocker::lock(&app, "usage_records").await;
+    let charges: Vec<_> = (0..ROOM)
+        .map(|n| ask(vec![about("charge", &user, &format!("charge-{n}"), 1)]))
+        .collect();
+    let backlog = || {
+        let (waiting, writing) = app.running().usage.backlog();
+        waiting + writing
+    };
+    eventually("the queue is full", async || backlog() == ROOM).await;
+    let mut settled = ask(vec![
+        with(about("commit", &user, "r", 30), "reservation", &handle),
+        with(about("settle", &user, "r", 500), "reservation", &handle),
+        with(about("release", &user, "r", 0), "reservation", &handle),
+    ]);
+    let early = timeout(Duration::from_secs(1), &mut settled).await;
+    assert!(early.is_err(), "{early:?}");
+    assert_eq!(held(&app, &user).await, 500);
+    blocker.release().await;
+    for answer in charges {
+        assert_eq!(answer.await.unwrap().unwrap().overall_code(), Verdict::Ok);
+    }
+    let answer = settled.await.unwrap().unwrap();
+    let codes: Vec<_> = answer.statuses.iter().map(|status| status.code()).collect();
+    assert_eq!(codes, [Verdict::Ok; 3]);
+    assert_eq!(used(&app, &user).await, 30 + ROOM as i64);
+    eventually("nothing stays held", async || held(&app, &user).await == 0).await;
+    app.assert_books_balance(ROOM as i64 + 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_booked_before_the_turn_of_a_month_counts_once_when_it_is_told_after() {
+    let app = TestApp::spawn().await;
+    let user = app.user().tier("advanced").create().await.id;
+    let standing = UserStanding {
+        id: user.parse().unwrap(),
+        tier: "advanced".parse().unwrap(),
+        is_active: true,
+    };
+    let usage = &app.running().usage;
+    let turn = Period::containing(Utc::now()).start();
+    let charge = async |request: &str, output, at| {
+        let request = RequestName {
+            request_id: request.parse().unwrap(),
+            model: "a-model".parse().unwrap(),
+        };
+        let tokens = TokenCounts {
+            output,
+            ..TokenCounts::default()
+        };
+        usage.charge_at(&standing, &request, tokens, at).await
+    };
+    let (before, after) = (turn - TimeDelta::seconds(1), turn + TimeDelta::hours(1));
+    assert_eq!(charge("old", 7, before).await.unwrap(), Recorded::Now);
+    assert_eq!(charge("old", 7, after).await.unwrap(), Recorded::Before);
+    // Other numbers are refused there as they are within a month.
+    let other = charge("old", 8, after).await.unwrap_err();
+    assert!(matches!(other, Error::EventConflict), "{other:?}");
+    assert_eq!(charge("new", 5, after).await.unwrap(), Recorded::Now);
+    assert_eq!(charge("new", 5, after).await.unwrap(), Recorded::Before);
+    assert_eq!(used(&app, &user).await, 5);
+    app.assert_books_balance(2).await;
 }

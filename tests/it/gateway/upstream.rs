@@ -47,7 +47,16 @@ impl Upstream {
                 let count = count.clone();
                 let answer = service_fn(move |request| {
                     count.fetch_add(1, Ordering::Relaxed);
-                    async move { Ok::<_, Infallible>(answer(&request)) }
+                    async move {
+                        if request
+                            .uri()
+                            .query()
+                            .is_some_and(|q| q.contains("answer=no"))
+                        {
+                            std::future::pending::<()>().await;
+                        }
+                        Ok::<_, Infallible>(answer(&request))
+                    }
                 });
                 open.spawn(async move {
                     let served =
@@ -78,7 +87,8 @@ fn answer(request: &Request<Incoming>) -> Response<Body> {
     {
         panic!("the gateway is to count its attempts");
     }
-    if query.contains_key("fail-first") && request.headers()["x-envoy-attempt-count"] == "1" {
+    let is_first = || request.headers()["x-envoy-attempt-count"] == "1";
+    if query.contains_key("fail") || (query.contains_key("fail-first") && is_first()) {
         let refusal = Response::builder().status(503);
         return refusal.body(Full::default().boxed_unsync()).expect("valid");
     }
