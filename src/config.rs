@@ -5,6 +5,7 @@
 //! An unknown key is an error.
 
 mod layers;
+mod tls;
 mod validate;
 mod webhook;
 
@@ -13,6 +14,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, ti
 use serde::{Deserialize, Serialize};
 
 pub use layers::{Loaded, Origin, SettingsError, load};
+pub use tls::TlsSettings;
 pub use webhook::WebhookSettings;
 
 /// All settings, checked: see [`load`].
@@ -24,6 +26,7 @@ pub struct Settings {
     /// Where the private Postgres and the keys of dev mode live.
     pub data_dir: PathBuf,
     pub server: ServerSettings,
+    pub tls: TlsSettings,
     pub database: DatabaseSettings,
     pub auth: AuthSettings,
     pub password: PasswordSettings,
@@ -269,6 +272,7 @@ impl Default for Settings {
             dev: false,
             data_dir: default_data_dir(),
             server: ServerSettings::default(),
+            tls: TlsSettings::default(),
             database: DatabaseSettings::default(),
             auth: AuthSettings::default(),
             password: PasswordSettings::default(),

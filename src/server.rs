@@ -1,6 +1,7 @@
 //! The composition root: builds every part, serves, drains. The only room that sees them all.
 
 mod connection;
+mod tls;
 mod workers;
 
 use std::{future::Future, io, net::SocketAddr, time::Duration};
@@ -17,6 +18,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{error, info, warn};
 
 pub use connection::Connection;
+pub use tls::{Tls, TlsError};
 pub use workers::{Incoming, WorkerGone, Workers};
 
 use crate::{
@@ -57,6 +59,8 @@ pub enum ServerError {
     #[error(transparent)]
     Tiers(#[from] TiersError),
     #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
     Rules(#[from] RulesError),
     #[error("the descriptor set cannot be read: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -76,6 +80,7 @@ pub enum ServerError {
 pub struct Server {
     settings: ServerSettings,
     gateway: GatewaySettings,
+    tls: Option<Tls>,
     listener: TcpListener,
     ops: Option<TcpListener>,
     rules: Rules,
@@ -98,6 +103,7 @@ impl Server {
     ) -> Result<Self, ServerError> {
         let rules = Rules::from_descriptor_set(DESCRIPTOR_SET)?;
         let tiers = load_tiers(&settings.usage.tiers_file)?;
+        let tls = Tls::load(&settings.tls)?;
         let webhook = Webhook::new(&settings.webhook).map_err(Error::internal)?;
         let address = settings.server.listen;
         let listener = TcpListener::bind(address)
@@ -149,6 +155,7 @@ impl Server {
         Ok(Self {
             settings: settings.server.clone(),
             gateway: settings.gateway.clone(),
+            tls,
             listener,
             ops,
             rules,
@@ -173,6 +180,11 @@ impl Server {
         self.ops.as_ref()?.local_addr().ok()
     }
 
+    /// Its TLS, if it speaks it.
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
+    }
+
     pub fn auth(&self) -> &Auth {
         &self.auth
     }
@@ -194,6 +206,7 @@ impl Server {
         let Self {
             settings,
             gateway,
+            tls,
             listener,
             ops,
             rules,
@@ -240,7 +253,7 @@ impl Server {
             }
         };
         let threads = config::or_cores(settings.threads);
-        let mut workers = Workers::start(threads, settings.max_connections, serve)
+        let mut workers = Workers::start(threads, settings.max_connections, tls.as_ref(), serve)
             .map_err(ServerError::Threads)?;
 
         // Watches to the very end.

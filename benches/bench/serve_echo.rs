@@ -35,11 +35,12 @@ pub(crate) fn serve(shape: Shape) -> anyhow::Result<()> {
                 server.serve_with_incoming(incoming).await?;
             }
             Shape::Workers => {
-                let workers = Workers::start(cores(), 10_000, |incoming: Incoming, _stop| {
-                    Server::builder()
-                        .add_service(Echo)
-                        .serve_with_incoming(incoming)
-                })?;
+                let workers =
+                    Workers::start(cores(), 10_000, None, |incoming: Incoming, _stop| {
+                        Server::builder()
+                            .add_service(Echo)
+                            .serve_with_incoming(incoming)
+                    })?;
                 workers.accept(&listener).await?;
             }
         }

@@ -35,6 +35,10 @@ pub enum Principal {
         id: ServiceAccountId,
         scopes: ScopeSet,
     },
+    /// A service that is known by its certificate.
+    Peer {
+        scopes: Arc<ScopeSet>,
+    },
 }
 
 /// A user who acts.

@@ -13,7 +13,7 @@ use crate::{
     config::{Loaded, Settings},
     error::Error,
     model::{Origin, Person, Role, Scope},
-    server::Server,
+    server::{Server, Tls},
     telemetry,
     usage::{Usage, load_tiers},
 };
@@ -43,7 +43,8 @@ pub(super) async fn serve(loaded: Loaded) -> anyhow::Result<()> {
     let ops = server.ops_addr().map(|ops| ops.to_string());
     info!(%address, ops, dev = settings.dev, "listening");
     let (auth, usage) = (server.auth().clone(), server.usage().clone());
-    let reload = tokio::spawn(reload_on_hangup(hangups, settings, auth, usage));
+    let tls = server.tls().cloned();
+    let reload = tokio::spawn(reload_on_hangup(hangups, settings, auth, usage, tls));
     let ended = server.run(signals.received()).await;
     reload.abort();
     database.close().await?;
@@ -129,9 +130,15 @@ async fn introduce(server: &Server, data_dir: &Path, address: &str) -> anyhow::R
     Ok(())
 }
 
-/// Reads the signing keys and the tiers again at every SIGHUP. Should either not be usable, the old
-/// ones stay.
-async fn reload_on_hangup(mut hangups: Signal, settings: Settings, auth: Auth, usage: Usage) {
+/// Reads the signing keys, the tiers and the certificates again at every SIGHUP. Should some not be
+/// usable, the old ones stay.
+async fn reload_on_hangup(
+    mut hangups: Signal,
+    settings: Settings,
+    auth: Auth,
+    usage: Usage,
+    tls: Option<Tls>,
+) {
     while hangups.recv().await.is_some() {
         match secrets::reload_keys(&settings) {
             Ok(keys) => {
@@ -143,6 +150,14 @@ async fn reload_on_hangup(mut hangups: Signal, settings: Settings, auth: Auth, u
         match reload_tiers(&settings, &usage).await {
             Ok(()) => info!("read the tiers again"),
             Err(error) => error!(error = format!("{error:#}"), "the old tiers stay"),
+        }
+        match tls.as_ref().map(|tls| tls.reload(&settings.tls)) {
+            None => {}
+            Some(Ok(())) => info!("read the certificates again"),
+            Some(Err(error)) => error!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "the old certificates stay"
+            ),
         }
     }
 }

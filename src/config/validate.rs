@@ -74,6 +74,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
             return Err((key, "must be 1 to 255 bytes".to_owned()));
         }
     }
+    settings.tls.check()?;
     if let Err(message) = settings.webhook.target() {
         return Err(("webhook.url", message.to_owned()));
     }

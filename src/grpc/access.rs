@@ -11,14 +11,14 @@ use chrono::Utc;
 use futures_util::future::BoxFuture;
 use http::{Request, Response, header::AUTHORIZATION};
 use prost::Message as _;
-use tonic::{Status, body::Body, transport::server::TcpConnectInfo};
+use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
-use super::{bearer::bearer, status};
+use super::{bearer::bearer, peer::Peer, status};
 use crate::{
     auth::{Auth, Principal, UserCredential, UserPrincipal},
     error::{Error, Result},
-    model::{Role, Scope, SessionId, UserId},
+    model::{Role, Scope, ScopeSet, SessionId, UserId},
     proto::tollkeeper::access::v1::{CallerKind, Rule},
 };
 
@@ -49,7 +49,7 @@ impl Caller {
     pub(super) fn user_of<T>(request: &tonic::Request<T>) -> Result<UserPrincipal> {
         match Self::of(request)? {
             Principal::User(user) => Ok(*user),
-            Principal::Service { .. } => Err(Error::CallerNotAllowed),
+            Principal::Service { .. } | Principal::Peer { .. } => Err(Error::CallerNotAllowed),
         }
     }
 
@@ -72,8 +72,8 @@ impl Caller {
             (Principal::User(user), Some(named)) if user.id == named => Ok(named),
             (Principal::User(user), Some(named)) if user.role == Role::Admin => Ok(named),
             (Principal::User(_), Some(_)) => Err(Error::CallerNotAllowed),
-            (Principal::Service { .. }, Some(named)) => Ok(named),
-            (Principal::Service { .. }, None) => Err(Error::invalid(
+            (Principal::Service { .. } | Principal::Peer { .. }, Some(named)) => Ok(named),
+            (Principal::Service { .. } | Principal::Peer { .. }, None) => Err(Error::invalid(
                 "user_id",
                 "must name a user: the caller is none",
             )),
@@ -85,7 +85,7 @@ impl Caller {
         match Self::of(request)? {
             Principal::User(user) if user.role == Role::Admin => Ok(()),
             Principal::User(_) => Err(Error::CallerNotAllowed),
-            Principal::Service { .. } => Ok(()),
+            Principal::Service { .. } | Principal::Peer { .. } => Ok(()),
         }
     }
 }
@@ -227,19 +227,22 @@ impl Admission {
                     Err(Error::CallerNotAllowed)
                 }
             }
-            Principal::Service { scopes, .. } => {
-                let mut wanted = self
-                    .service
-                    .into_iter()
-                    .chain(self.admin.then_some(Scope::Admin))
-                    .peekable();
-                let missing = *wanted.peek().ok_or(Error::CallerNotAllowed)?;
-                if wanted.any(|scope| scopes.contains(scope)) {
-                    Ok(())
-                } else {
-                    Err(Error::ScopeMissing(missing))
-                }
-            }
+            Principal::Service { scopes, .. } => self.admit_scopes(scopes),
+            Principal::Peer { scopes } => self.admit_scopes(scopes),
+        }
+    }
+
+    fn admit_scopes(self, scopes: &ScopeSet) -> Result<()> {
+        let mut wanted = self
+            .service
+            .into_iter()
+            .chain(self.admin.then_some(Scope::Admin))
+            .peekable();
+        let missing = *wanted.peek().ok_or(Error::CallerNotAllowed)?;
+        if wanted.any(|scope| scopes.contains(scope)) {
+            Ok(())
+        } else {
+            Err(Error::ScopeMissing(missing))
         }
     }
 }
@@ -275,12 +278,19 @@ impl AccessLayer {
         &self,
         admission: Admission,
         headers: &http::HeaderMap,
-        peer: Option<SocketAddr>,
+        peer: &Peer,
     ) -> Result<Caller> {
-        if admission.public || (self.trusts_loopback && admission.is_for_sidecar(headers, peer)) {
+        let is_trusted = || self.trusts_loopback && admission.is_for_sidecar(headers, peer.address);
+        if admission.public || is_trusted() {
             return Ok(Caller::Anonymous);
         }
-        let principal = self.auth.authenticate(bearer(headers)?, Utc::now()).await?;
+        let principal = match &peer.scopes {
+            // A credential that is shown is looked at, whoever shows it.
+            Some(scopes) if !headers.contains_key(AUTHORIZATION) => Principal::Peer {
+                scopes: scopes.clone(),
+            },
+            _ => self.auth.authenticate(bearer(headers)?, Utc::now()).await?,
+        };
         admission.admit(&principal)?;
         Ok(Caller::Known(principal))
     }
@@ -326,9 +336,8 @@ where
             let Some(admission) = access.rules.admission(request.uri().path()) else {
                 return Ok(status::unknown_method().into_http());
             };
-            let peer = request.extensions().get::<TcpConnectInfo>();
-            let peer = peer.and_then(TcpConnectInfo::remote_addr);
-            match access.admit(admission, request.headers(), peer).await {
+            let peer = request.extensions().get().cloned().unwrap_or_default();
+            match access.admit(admission, request.headers(), &peer).await {
                 Ok(caller) => {
                     request.extensions_mut().insert(caller);
                     inner.call(request).await

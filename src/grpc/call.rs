@@ -14,13 +14,14 @@ use http::{
     header::{CONTENT_TYPE, USER_AGENT},
 };
 use tokio::sync::watch;
-use tonic::{Code, Status, body::Body, transport::server::TcpConnectInfo};
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
 use super::{
     access::Caller,
     metrics::CallMetrics,
+    peer::Peer,
     request_id::{self, REQUEST_ID},
     status,
 };
@@ -67,7 +68,8 @@ pub(super) fn origin_of<T>(request: &tonic::Request<T>) -> Origin {
     let actor = match Caller::of(request) {
         Ok(Principal::User(user)) => Actor::User(user.id),
         Ok(Principal::Service { id, .. }) => Actor::Service(*id),
-        Err(_) => Actor::Anonymous,
+        // Nothing that certificates open is written down: administration needs a key.
+        Ok(Principal::Peer { .. }) | Err(_) => Actor::Anonymous,
     };
     let context = request.extensions().get::<CallContext>().cloned();
     Origin {
@@ -142,8 +144,8 @@ where
             request_id: id.to_str().unwrap_or_default().to_owned(),
             address: request
                 .extensions()
-                .get::<TcpConnectInfo>()
-                .and_then(TcpConnectInfo::remote_addr)
+                .get::<Peer>()
+                .and_then(|peer| peer.address)
                 .map(|address| address.ip()),
             user_agent: user_agent(request.headers()),
         };

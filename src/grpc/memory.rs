@@ -36,6 +36,7 @@ use super::{
     convert::only,
     envoy,
     metrics::{CallMetrics, RpcMetrics},
+    peer::Peer,
     quota,
     request_id::{self, REQUEST_ID},
     reservation,
@@ -249,7 +250,7 @@ impl<S> Shared<S> {
             now: Utc::now(),
             clock: BootTime::now(),
         };
-        if !is_grpc(request.headers()) || !self.may_call(way, request.headers(), moment) {
+        if !is_grpc(request.headers()) || !self.may_call(way, &request, moment) {
             return ControlFlow::Continue(request);
         }
         let (head, mut body) = request.into_parts();
@@ -278,8 +279,16 @@ impl<S> Shared<S> {
 }
 
 impl<S> Shared<S> {
-    fn may_call(&self, way: &Way, headers: &HeaderMap, moment: Moment) -> bool {
-        let (Ok(key), Some(header)) = (bearer(headers), headers.get(AUTHORIZATION)) else {
+    fn may_call(&self, way: &Way, request: &Request<Body>, moment: Moment) -> bool {
+        let headers = request.headers();
+        let Some(header) = headers.get(AUTHORIZATION) else {
+            let peer = request.extensions().get::<Peer>();
+            let scopes = peer.and_then(|peer| peer.scopes.as_ref());
+            return scopes
+                .zip(way.scope)
+                .is_some_and(|(scopes, scope)| scopes.contains(scope));
+        };
+        let Ok(key) = bearer(headers) else {
             return false;
         };
         let auth = &self.layer.auth;

@@ -15,6 +15,7 @@ pub mod fuzzing;
 pub mod health;
 mod memory;
 mod metrics;
+mod peer;
 mod people;
 mod quota;
 mod reading;
@@ -31,6 +32,7 @@ pub use access::{AccessLayer, Rules, RulesError};
 pub use call::CallLayer;
 pub use memory::MemoryLayer;
 pub use metrics::CallMetrics;
+pub use peer::Peer;
 
 use crate::{
     auth::Auth,

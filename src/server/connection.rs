@@ -13,14 +13,21 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::OwnedSemaphorePermit,
-    time::{Sleep, sleep},
+    time::{Sleep, sleep, timeout},
 };
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio_rustls::server::TlsStream;
+use tonic::transport::server::Connected;
+
+use super::tls::Tls;
+use crate::grpc::Peer;
 
 /// What a client of HTTP/2 sends first (RFC 9113 §3.4), and how long it may take. Keepalive watches
 /// the connection from then on; before, nothing else would end a silent one.
 const PREFACE_BYTES: usize = 24;
 const PREFACE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a client may take to agree on TLS, and to show its certificate.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A connection on its way to a worker. It belongs to no runtime: a socket is registered with the
 /// one that reads it.
@@ -51,11 +58,33 @@ impl Drop for Share {
 
 /// A connection that counts against its worker's load and the server's bound while it is open.
 pub struct Connection {
-    stream: TcpStream,
+    stream: Stream,
+    peer: Peer,
     _share: Share,
     _place: OwnedSemaphorePermit,
     /// Until the client has said that it speaks HTTP/2.
     opening: Option<Opening>,
+}
+
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Delegates to the stream that it is.
+macro_rules! with_stream {
+    ($connection:expr, $stream:ident => $do:expr) => {
+        match &mut $connection.stream {
+            Stream::Plain(stream) => {
+                let $stream = Pin::new(stream);
+                $do
+            }
+            Stream::Tls(stream) => {
+                let $stream = Pin::new(&mut **stream);
+                $do
+            }
+        }
+    };
 }
 
 struct Opening {
@@ -69,15 +98,49 @@ impl Connection {
     /// # Errors
     /// When the runtime cannot watch the socket.
     pub(super) fn take(accepted: Accepted) -> io::Result<Self> {
-        Ok(Self {
-            stream: TcpStream::from_std(accepted.stream)?,
-            _share: accepted.share,
-            _place: accepted.place,
+        let Accepted {
+            stream,
+            share,
+            place,
+        } = accepted;
+        let stream = TcpStream::from_std(stream)?;
+        let peer = Peer {
+            address: stream.peer_addr().ok(),
+            scopes: None,
+        };
+        Ok(Self::new(Stream::Plain(stream), peer, share, place))
+    }
+
+    /// [`Connection::take`] with a client that speaks TLS.
+    ///
+    /// # Errors
+    /// When it does not, not in time, or shows a certificate that is not good.
+    pub(super) async fn take_over_tls(accepted: Accepted, tls: Tls) -> io::Result<Self> {
+        let Accepted {
+            stream,
+            share,
+            place,
+        } = accepted;
+        let stream = TcpStream::from_std(stream)?;
+        let address = stream.peer_addr().ok();
+        let shaken = timeout(HANDSHAKE_DEADLINE, tls.accept(stream)).await;
+        let (stream, scopes) = shaken.map_err(|_| io::ErrorKind::TimedOut)??;
+        let peer = Peer { address, scopes };
+        let stream = Stream::Tls(Box::new(stream));
+        Ok(Self::new(stream, peer, share, place))
+    }
+
+    fn new(stream: Stream, peer: Peer, share: Share, place: OwnedSemaphorePermit) -> Self {
+        Self {
+            stream,
+            peer,
+            _share: share,
+            _place: place,
             opening: Some(Opening {
                 missing_bytes: PREFACE_BYTES,
                 deadline: Box::pin(sleep(PREFACE_DEADLINE)),
             }),
-        })
+        }
     }
 
     /// Notes how much a read brought; one of a silent client ends at the deadline.
@@ -98,10 +161,10 @@ impl Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
     }
 }
 
@@ -112,7 +175,7 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let polled = with_stream!(self, stream => stream.poll_read(cx, buffer));
         let read = polled.is_ready().then(|| buffer.filled().len() - before);
         self.watch_opening(cx, read)?;
         polled
@@ -125,15 +188,15 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        with_stream!(self, stream => stream.poll_write(cx, bytes))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        with_stream!(self, stream => stream.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        with_stream!(self, stream => stream.poll_shutdown(cx))
     }
 
     /// HTTP/2 copies answers of up to a kilobyte into one buffer then, so that those that are ready

@@ -25,10 +25,16 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{debug, warn};
 
-use super::connection::{Accepted, Connection, Share};
+use super::{
+    connection::{Accepted, Connection, Share},
+    tls::Tls,
+};
 
 /// Accepted connections that a worker has not taken yet.
 const BACKLOG: usize = 128;
+
+/// Handshakes of TLS that a worker has under way. More wait; places bound them all.
+const HANDSHAKES: usize = 10_000;
 
 /// What a worker's server reads its connections from.
 pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<Connection>>>>;
@@ -52,11 +58,16 @@ struct Worker {
 
 impl Workers {
     /// Starts `count` workers, each running the server that `serve` makes from its connections and
-    /// the signal to drain.
+    /// the signal to drain. With `tls`, all clients must speak it.
     ///
     /// # Errors
     /// When a thread or its runtime cannot be made.
-    pub fn start<F, S>(count: usize, max_connections: usize, serve: F) -> io::Result<Self>
+    pub fn start<F, S>(
+        count: usize,
+        max_connections: usize,
+        tls: Option<&Tls>,
+        serve: F,
+    ) -> io::Result<Self>
     where
         F: Fn(Incoming, watch::Receiver<bool>) -> S + Clone + Send + 'static,
         S: Future<Output = Result<(), tonic::transport::Error>>,
@@ -64,7 +75,10 @@ impl Workers {
         let (stop, stopped) = watch::channel(false);
         let (end, ended) = mpsc::unbounded_channel();
         let workers = (0..count)
-            .map(|index| Worker::start(index, serve.clone(), stopped.clone(), end.clone()))
+            .map(|index| {
+                let (serve, stopped) = (serve.clone(), stopped.clone());
+                Worker::start(index, tls.cloned(), serve, stopped, end.clone())
+            })
             .collect::<io::Result<_>>()?;
         Ok(Self {
             workers,
@@ -160,6 +174,7 @@ impl Workers {
 impl Worker {
     fn start<F, S>(
         index: usize,
+        tls: Option<Tls>,
         serve: F,
         stop: watch::Receiver<bool>,
         ended: mpsc::UnboundedSender<Outcome>,
@@ -174,7 +189,20 @@ impl Worker {
         let (connections, accepted) = mpsc::channel(BACKLOG);
         let mut abandoned = stop.clone();
         let work = move || {
-            let incoming = Box::pin(ReceiverStream::new(accepted).map(Connection::take));
+            let accepted = ReceiverStream::new(accepted);
+            let incoming: Incoming = match tls {
+                None => Box::pin(accepted.map(Connection::take)),
+                Some(tls) => Box::pin(
+                    accepted
+                        .map(move |accepted| Connection::take_over_tls(accepted, tls.clone()))
+                        .buffer_unordered(HANDSHAKES)
+                        // An error would end the server: it is of one client only.
+                        .filter_map(async |shaken| {
+                            let debug = |error: &_| debug!(%error, "no TLS with a client");
+                            shaken.inspect_err(debug).ok().map(Ok)
+                        }),
+                ),
+            };
             let outcome = runtime.block_on(async {
                 tokio::select! {
                     outcome = serve(incoming, stop) => outcome,
@@ -208,7 +236,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_burst_of_connections_is_spread_evenly() {
-        let workers = Workers::start(2, 100, |incoming, mut stop| async move {
+        let workers = Workers::start(2, 100, None, |incoming, mut stop| async move {
             // Takes none of them.
             let _ = stop.wait_for(|stop| *stop).await;
             drop(incoming);

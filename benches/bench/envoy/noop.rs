@@ -39,7 +39,7 @@ pub(crate) fn serve(check: &str, limit: &str) -> anyhow::Result<()> {
     runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);
-        let workers = Workers::start(cores(), 10_000, move |incoming: Incoming, _stop| {
+        let workers = Workers::start(cores(), 10_000, None, move |incoming: Incoming, _stop| {
             Server::builder()
                 .add_service(check.clone())
                 .add_service(limit.clone())

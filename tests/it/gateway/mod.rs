@@ -2,6 +2,7 @@
 
 mod at_once;
 mod callers;
+mod certificates;
 mod charges;
 mod check;
 mod edge;

@@ -142,6 +142,7 @@ pub(crate) struct RunningServer {
     pub(crate) ops_address: Option<SocketAddr>,
     pub(crate) auth: tollkeeper::auth::Auth,
     pub(crate) usage: tollkeeper::usage::Usage,
+    pub(crate) tls: Option<tollkeeper::server::Tls>,
     shutdown: Option<oneshot::Sender<()>>,
     ended: JoinHandle<Result<(), ServerError>>,
 }
@@ -154,6 +155,7 @@ impl RunningServer {
         let ops_address = server.ops_addr();
         let auth = server.auth().clone();
         let usage = server.usage().clone();
+        let tls = server.tls().cloned();
         let (shutdown, asked) = oneshot::channel::<()>();
         let ended = tokio::spawn(server.run(async {
             let _ = asked.await;
@@ -163,6 +165,7 @@ impl RunningServer {
             ops_address,
             auth,
             usage,
+            tls,
             shutdown: Some(shutdown),
             ended,
         })

@@ -8,6 +8,7 @@
 
 mod app;
 mod blocker;
+mod certificates;
 mod client;
 pub(crate) mod cluster;
 mod edge;
@@ -17,6 +18,7 @@ mod wait;
 
 pub(crate) use app::{RunningServer, TestApp};
 pub(crate) use blocker::Blocker;
+pub(crate) use certificates::Authority;
 pub(crate) use client::{Raw, login_through, reason, validate_through, with_bearer};
 pub(crate) use edge::{Answer, Edge};
 pub(crate) use proxy::Proxy;
