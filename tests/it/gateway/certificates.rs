@@ -1,5 +1,8 @@
 //! Who may ask by a certificate, and TLS as such.
 
+use std::time::Duration;
+
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
 use tollkeeper::{
     config::Settings,
     proto::{
@@ -136,6 +139,27 @@ async fn plaintext_and_certificates_of_others_do_not_get_as_far_as_a_call() {
     // Who is refused takes nothing from others.
     let edge = authority.channel(app.address, Some(&authority.uri(EDGE)));
     assert_eq!(refused(check_through(&edge).await.unwrap()).0, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_does_not_shake_hands_gives_the_place_back() {
+    let authority = Authority::new();
+    let app = TestApp::spawn_with(|settings| {
+        speak_tls(settings, &authority);
+        settings.server.max_connections = 2;
+    })
+    .await;
+    let mut silent = Vec::new();
+    // Nothing, and the beginning of a handshake.
+    for said in [&b""[..], b"\x16\x03\x01"] {
+        let mut stream = TcpStream::connect(app.address).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        silent.push(stream);
+    }
+    // It has to wait for a place.
+    let edge = authority.channel(app.address, Some(&authority.uri(EDGE)));
+    let answer = timeout(Duration::from_secs(30), check_through(&edge)).await;
+    assert_eq!(refused(answer.expect("a place in time").unwrap()).0, 401);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,6 @@
 //! The program as a process of its own: what shows only from outside.
 
+mod certificates;
 mod commands;
 mod first_start;
 mod full_disk;
