@@ -4,9 +4,9 @@
 mod gateway;
 mod noop;
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{cell::RefCell, fs, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use prost::Message as _;
 use serde_json::json;
@@ -74,7 +74,11 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
     let fixture = runtime.block_on(Fixture::start(&options.service, plan.users, None))?;
     let measured = measure(plan, &fixture, &runtime);
     runtime.block_on(fixture.close())?;
-    let (through, limits) = measured?;
+    let Measured {
+        through,
+        limits,
+        answering,
+    } = measured?;
     let json_of = |panels: &[Panel], base| -> Vec<_> {
         panels.iter().map(|panel| panel.json(base)).collect()
     };
@@ -84,6 +88,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
         "cores": cores(), "rounds": options.rounds(), "users": plan.users,
         "slice_seconds": options.slice().as_secs_f64(), "client_threads": options.threads(),
         "through": json_of(&through, "noop"), "cost_against_noop": cost,
+        "answering_cpu_us": answering,
         "limits": json_of(&limits, "memory"), "limits_per_core_against_memory": per_core,
     });
     let folder = &options.results;
@@ -139,18 +144,26 @@ fn ratio(panel: &Panel, of: &str, to: &str, by: fn(&Slice) -> f64) -> Spread {
     rows.map_or_else(|| Spread::of([]), |(of, to)| of.ratio(to, by))
 }
 
-fn measure(
-    plan: &Plan,
-    fixture: &Fixture,
-    runtime: &Runtime,
-) -> anyhow::Result<(Vec<Panel>, Vec<Panel>)> {
+struct Measured {
+    through: Vec<Panel>,
+    limits: Vec<Panel>,
+    /// Processor time of who answers the filters, for each panel.
+    answering: Vec<serde_json::Value>,
+}
+
+fn measure(plan: &Plan, fixture: &Fixture, runtime: &Runtime) -> anyhow::Result<Measured> {
     let stage = Stage::set(plan, fixture, runtime)?;
-    let (mut through, mut limits) = (Vec::new(), Vec::new());
+    let (mut through, mut limits, mut answering) = (Vec::new(), Vec::new(), Vec::new());
     for &in_flight in &plan.in_flight {
-        let panel = stage.through(in_flight)?;
+        let (panel, [noop, service]) = stage.through(in_flight)?;
         panel.print_with("noop", "plain", "× no-op", "× none");
         let Spread { median, min, max } = cost(&panel);
         println!("  filters answered here cost {median:.3} × the no-op's ({min:.3}–{max:.3})");
+        println!(
+            "  CPU µs of who answers, two calls for a request: no-op {:.1}, Tollkeeper {:.1}",
+            noop.median, service.median
+        );
+        answering.push(json!({"noop": noop.json(), "service": service.json()}));
         through.push(panel);
     }
     for &in_flight in &plan.in_flight {
@@ -160,7 +173,11 @@ fn measure(
         println!("  checks per core: {median:.2} × the counter in memory ({min:.2}–{max:.2})");
         limits.push(panel);
     }
-    Ok((through, limits))
+    Ok(Measured {
+        through,
+        limits,
+        answering,
+    })
 }
 
 /// All that is up while the turns go round.
@@ -219,16 +236,8 @@ impl<'a> Stage<'a> {
         eprintln!("==> every user and token once, so that no turn begins cold");
         let asked = all(CHECK, &|token| asks_about(token).encode_to_vec(), &tokens);
         let hold_once = Calls::new(LIMIT, Some(key), known, Code::Ok);
-        // Many at once, so that many leases are had in one transaction; and twice, for a burst of
-        // users never seen may take longer than anybody waits.
-        let in_flight = InFlight::new(1_024, CONNECTIONS);
-        for calls in [&asked, &hold_once, &asked, &hold_once] {
-            let until = Until {
-                time: Duration::from_secs(120),
-                calls: calls.len(),
-            };
-            let slice = load::run(&service, calls, in_flight, 1, until)?;
-            eprintln!("    {} calls, {} not answered", slice.calls, slice.wrong);
+        for calls in [&asked, &hold_once] {
+            warm_up(&service, calls)?;
         }
 
         let (checked, limited) = runtime.block_on(answers(&service, key, token, user))?;
@@ -258,8 +267,9 @@ impl<'a> Stage<'a> {
         })
     }
 
-    /// The gateway with each kind of filters.
-    fn through(&self, total: usize) -> anyhow::Result<Panel> {
+    /// The gateway with each kind of filters; and the processor time of who answers them, a request,
+    /// which says more than the sum where others use the machine: the no-op's and the service's.
+    fn through(&self, total: usize) -> anyhow::Result<(Panel, [Spread; 2])> {
         let Self {
             gateway,
             noop,
@@ -274,19 +284,26 @@ impl<'a> Stage<'a> {
             Row::new("service", "ext_authz and ratelimit, Tollkeeper".to_owned()),
         ];
         let title = format!("requests through the gateway, {total} in flight");
-        panel(options, title, rows, |index| {
+        let answering = RefCell::new([const { Vec::new() }; 3]);
+        let panel = panel(options, title, rows, |index| {
             let (address, answers) = match index {
                 0 => (gateway.plain, None),
                 1 => (gateway.noop, Some(noop)),
                 _ => (gateway.service, Some(service)),
             };
-            let cpu = || {
-                let of_answers = answers.map_or(Ok(Duration::ZERO), Server::cpu)?;
-                Ok(gateway.cpu()? + of_answers)
-            };
+            let of_answers = || answers.map_or(Ok(Duration::ZERO), Server::cpu);
+            let cpu = || Ok(gateway.cpu()? + of_answers()?);
             let (threads, until) = (options.threads(), Until::time(options.slice()));
-            load::run_at(address, cpu, &self.requests, in_flight, threads, until)
-        })
+            let before = of_answers()?;
+            let slice = load::run_at(address, cpu, &self.requests, in_flight, threads, until)?;
+            let spent = (of_answers()? - before).as_secs_f64() * 1e6;
+            answering.borrow_mut()[index].push(spent / slice.calls as f64);
+            Ok(slice)
+        })?;
+        let [_, noop, service] = answering.into_inner();
+        // The first turn of each was before the rounds.
+        let spread = |turns: Vec<f64>| Spread::of(turns.into_iter().skip(1));
+        Ok((panel, [spread(noop), spread(service)]))
     }
 
     /// Rate limits, without a gateway.
@@ -320,6 +337,24 @@ impl<'a> Stage<'a> {
             load::run(server, calls, in_flight, options.threads(), until)
         })
     }
+}
+
+/// Sends all calls until all are answered: a burst of users never seen may take longer than anybody
+/// waits.
+fn warm_up(service: &Server, calls: &Calls) -> anyhow::Result<()> {
+    // Many at once, so that many leases are had in one transaction.
+    let in_flight = InFlight::new(1_024, CONNECTIONS);
+    let until = Until {
+        time: Duration::from_secs(120),
+        calls: calls.len(),
+    };
+    for _ in 0..10 {
+        let slice = load::run(service, calls, in_flight, 1, until)?;
+        if slice.wrong == 0 {
+            return Ok(());
+        }
+    }
+    bail!("some are never answered: {}", service.complaints())
 }
 
 /// What the service answers to both questions, encoded.

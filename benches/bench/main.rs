@@ -124,7 +124,8 @@ enum Command {
         /// Calls under way at once [default: 32,128; quick 32]
         #[arg(long, value_delimiter = ',', value_name = "N,…")]
         in_flight: Vec<usize>,
-        /// Users who call [default: 100000, quick 2000]
+        /// Users who call. Of many more, each would come less often than once a minute, which is when
+        /// what they have ready is given back [default: 20000, quick 2000]
         #[arg(long)]
         users: Option<usize>,
         /// The gateway
@@ -313,7 +314,7 @@ fn main() -> anyhow::Result<()> {
                 (false, _) => in_flight,
             },
             users: users
-                .unwrap_or(if options.quick { 2_000 } else { 100_000 })
+                .unwrap_or(if options.quick { 2_000 } else { 20_000 })
                 .max(1),
             envoy,
             options,
