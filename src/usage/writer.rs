@@ -1,8 +1,9 @@
 //! Group commit: what arrives while others are written becomes the next batch.
 //!
 //! Handlers hand events over and wait. While few calls are being written a batch starts at once, so few
-//! callers never wait for each other; beyond that few batches are written at a time, and those that
-//! wait grow. Nobody waits for a timer: a lonely event is a batch of one.
+//! callers never wait for each other, unless each brings a few dozen events, which cost less together.
+//! Beyond that few batches are written at a time, and those that wait grow. Nobody waits for a timer: a
+//! lonely event is a batch of one.
 //!
 //! A batch is a task of its own: a handler that is cut short leaves its events with it, and they are
 //! booked.

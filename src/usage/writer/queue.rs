@@ -1,7 +1,7 @@
 //! What waits to be written, and when the next batch may start. Pure: it knows no clock and no
 //! database.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::Range};
 
 use tokio::{
     runtime::Handle,
@@ -14,6 +14,11 @@ use crate::{config::UsageSettings, model::Booking};
 /// Batches at a time when much is written: one is on its way to the disk while another is read by
 /// Postgres. More would only be smaller.
 const BUSY_BATCHES: usize = 2;
+
+/// A call of as many events waits for other calls even while few are being written: of a statement
+/// that books ten events, most of the work is the statement. One event is what a person waits for, and
+/// hundreds are a batch already.
+const MERGED_EVENTS: Range<usize> = 2..200;
 
 /// What waits, and how much is being written.
 pub(super) struct Queue {
@@ -58,8 +63,11 @@ impl Queue {
 
     /// Takes the next batch, if one may start now.
     pub(super) fn next_batch(&mut self) -> Option<Vec<Submission>> {
-        let may_start = self.batches < BUSY_BATCHES || self.calls < self.max_batches;
-        if !may_start || self.waiting.is_empty() {
+        let first = self.waiting.front()?;
+        let gains_alone = !MERGED_EVENTS.contains(&first.events.len());
+        let may_start =
+            self.batches < BUSY_BATCHES || (gains_alone && self.calls < self.max_batches);
+        if !may_start {
             return None;
         }
         let (mut batch, mut events) = (Vec::new(), 0);
@@ -165,6 +173,21 @@ mod tests {
         assert_eq!(next(&mut queue), Some(20), "one large batch is left");
         arrive(&mut queue, &[1]);
         assert_eq!(next(&mut queue), None);
+    }
+
+    #[tokio::test]
+    async fn few_small_batches_wait_for_two_and_become_one() {
+        let mut queue = queue();
+        arrive(&mut queue, &[10; 5]);
+        assert_eq!(next(&mut queue), Some(50));
+        for _ in 0..3 {
+            arrive(&mut queue, &[10]);
+        }
+        assert_eq!(next(&mut queue), Some(30));
+        arrive(&mut queue, &[10, 10]);
+        assert_eq!(next(&mut queue), None, "two are being written");
+        queue.end_batch(5, 50);
+        assert_eq!(next(&mut queue), Some(20));
     }
 
     #[tokio::test]
