@@ -202,14 +202,15 @@ async fn a_gateway_asks_by_its_certificate_as_the_configuration_shows() {
         let edge = Edge::start_with(app.address, "", upstream.address, |delivered| {
             let with_tls = uncommented(&delivered, "transport_socket:");
             let without_key = without(&with_tls, "initial_metadata:", 2);
+            // Only the cluster that asks shows a certificate, not the one for REST.
             [
-                ("/etc/envoy/tls/edge.pem", &shows.certificate),
-                ("/etc/envoy/tls/edge.key", &shows.key),
-                ("/etc/envoy/tls/ca.pem", &authority.ca),
+                ("/etc/envoy/tls/edge.pem", &shows.certificate, 1),
+                ("/etc/envoy/tls/edge.key", &shows.key, 1),
+                ("/etc/envoy/tls/ca.pem", &authority.ca, 2),
             ]
             .into_iter()
-            .fold(without_key, |text, (path, own)| {
-                assert_eq!(text.matches(path).count(), 1, "{path}");
+            .fold(without_key, |text, (path, own, count)| {
+                assert_eq!(text.matches(path).count(), count, "{path}");
                 text.replace(path, own.to_str().expect("UTF-8"))
             })
         })
@@ -222,10 +223,21 @@ async fn a_gateway_asks_by_its_certificate_as_the_configuration_shows() {
         .await;
         let answer = edge.get("/", &[("authorization", &authorization)]).await;
         assert_eq!(answer.status.as_u16(), status, "{}", edge.log());
+        // REST is its clients', whatever the gateway shows for itself.
+        let headers = [("authorization", authorization.as_str())];
+        let me = edge.get("/api/auth/me", &headers).await;
+        assert_eq!(me.status.as_u16(), 200, "{}", edge.log());
+        assert_eq!(me.json().await["user"]["id"], user.id.as_str());
+        let nobody = edge.get("/api/auth/me", &[]).await;
+        assert_eq!(nobody.status.as_u16(), 401);
+        assert_eq!(
+            nobody.json().await["details"][0]["reason"],
+            "CREDENTIAL_MISSING"
+        );
     }
 }
 
-/// The configuration with a block that is commented out there.
+/// The configuration with blocks that are commented out there.
 fn uncommented(text: &str, block: &str) -> String {
     let mut inside = false;
     let lines = text.lines().map(|line| {
