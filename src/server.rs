@@ -26,7 +26,7 @@ use crate::{
     config::{self, GatewaySettings, ServerSettings, Settings},
     error::Error,
     grpc::{
-        self, AccessLayer, CallLayer, CallMetrics, MemoryLayer, Rules, RulesError,
+        self, AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, RulesError,
         health::{self, Readiness},
     },
     ops,
@@ -219,12 +219,14 @@ impl Server {
         let reporter = HealthReporter::new();
         let (readiness, readiness_known) = watch::channel(Readiness::Starting);
         health::report(&reporter, &readiness, Readiness::Starting).await;
+        let afterwards = Afterwards::default();
         let routes = grpc::routes(
             auth.clone(),
             usage.clone(),
             HealthService::from_health_reporter(reporter.clone()),
             settings.reflection,
             settings.max_request_bytes,
+            afterwards.clone(),
         )?;
         if gateway.trust_loopback {
             warn!("every program on this machine may ask as a gateway (gateway.trust_loopback)");
@@ -237,7 +239,8 @@ impl Server {
             let access =
                 AccessLayer::new(auth.clone(), rules).trusting_loopback(gateway.trust_loopback);
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
-                tonic::transport::Server::builder()
+                let afterwards = afterwards.clone();
+                let served = tonic::transport::Server::builder()
                     .max_concurrent_streams(settings.max_streams)
                     .http2_keepalive_interval(Some(Duration::from_secs(30)))
                     .http2_keepalive_timeout(Some(Duration::from_secs(10)))
@@ -249,7 +252,13 @@ impl Server {
                     ))
                     .layer(access.clone())
                     .add_routes(routes.clone())
-                    .serve_with_incoming_shutdown(incoming, asked_to(stop))
+                    .serve_with_incoming_shutdown(incoming, asked_to(stop));
+                async move {
+                    let outcome = served.await;
+                    // It runs on the threads that serve, and ends with them.
+                    afterwards.finished().await;
+                    outcome
+                }
             }
         };
         let threads = config::or_cores(settings.threads);

@@ -30,6 +30,7 @@ use tonic::service::{Routes, RoutesBuilder};
 
 pub use access::{AccessLayer, Rules, RulesError};
 pub use call::CallLayer;
+pub use envoy::Afterwards;
 pub use memory::MemoryLayer;
 pub use metrics::CallMetrics;
 pub use peer::Peer;
@@ -51,7 +52,8 @@ use crate::{
     usage::Usage,
 };
 
-/// Every service of this server, health included and reflection by choice.
+/// Every service of this server, health included and reflection by choice. What their calls leave
+/// behind counts in `afterwards`.
 ///
 /// # Errors
 /// When the descriptor set cannot be read, which the build would have shown.
@@ -61,6 +63,7 @@ pub fn routes(
     health: tonic_health::server::HealthService,
     reflection: bool,
     max_request_bytes: usize,
+    afterwards: Afterwards,
 ) -> Result<Routes, tonic_reflection::server::Error> {
     let max = max_request_bytes;
     let mut routes = RoutesBuilder::default();
@@ -77,6 +80,7 @@ pub fn routes(
     let handler = envoy::Handler {
         auth: auth.clone(),
         usage: usage.clone(),
+        afterwards,
     };
     routes.add_service(AuthorizationServer::new(handler.clone()).max_decoding_message_size(max));
     routes.add_service(RateLimitServiceServer::new(handler).max_decoding_message_size(max));

@@ -118,7 +118,10 @@ impl UsageService for Handler {
     ) -> Result<Response<CommitReservationResponse>, Status> {
         let (handle, tokens, labels) =
             only(|fields| reservation::used(fields, request.into_inner()))?;
-        let (committed, event_id) = self.usage.commit(&handle, tokens, labels).await?;
+        let (committed, event_id) = self
+            .usage
+            .commit(&handle, tokens, labels, WhenFull::Refuse)
+            .await?;
         let event_id = event_id.to_string();
         Ok(Response::new(reservation::committed(committed, event_id)))
     }

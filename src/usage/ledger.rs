@@ -46,8 +46,8 @@ impl Usage {
     }
 
     /// Books the commit of a reservation, as [`Usage::record`] does.
-    pub(super) async fn book(&self, booking: Booking) -> Result<Recorded> {
-        let booked = self.writers.insert(vec![booking], WhenFull::Refuse);
+    pub(super) async fn book(&self, booking: Booking, when_full: WhenFull) -> Result<Recorded> {
+        let booked = self.writers.insert(vec![booking], when_full);
         let booked = booked.await?.pop();
         settled(booked.ok_or_else(left_out)?)?
     }

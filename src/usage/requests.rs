@@ -8,6 +8,7 @@ use super::{
     lease::Ended,
     ledger::Recorded,
     reservations::Committed,
+    writer::WhenFull,
 };
 use crate::{
     error::Result,
@@ -42,10 +43,11 @@ impl Usage {
         user: &UserStanding,
         request: &RequestName,
         tokens: TokenCounts,
+        when_full: WhenFull,
     ) -> Result<Recorded> {
         // As exactly as the database keeps it.
-        self.charge_at(user, request, tokens, self.now().trunc_subsecs(6))
-            .await
+        let now = self.now().trunc_subsecs(6);
+        self.charge_at(user, request, tokens, when_full, now).await
     }
 
     /// [`Usage::charge`] at a time.
@@ -57,6 +59,7 @@ impl Usage {
         user: &UserStanding,
         request: &RequestName,
         tokens: TokenCounts,
+        when_full: WhenFull,
         now: DateTime<Utc>,
     ) -> Result<Recorded> {
         let event_id = event_id(user.id, &request.request_id);
@@ -80,7 +83,7 @@ impl Usage {
         let charges = self.keeper.charges_of(std::slice::from_ref(&event));
         // Told again, it has another time.
         let origin = BookingOrigin::Commit { settles: None };
-        let recorded = self.book(Booking { event, origin }).await?;
+        let recorded = self.book(Booking { event, origin }, when_full).await?;
         if recorded == Recorded::Now {
             charges.iter().for_each(|charge| self.keeper.charge(charge));
         }
@@ -97,14 +100,13 @@ impl Usage {
         user: &UserStanding,
         request: &RequestName,
         tokens: TokenCounts,
+        when_full: WhenFull,
     ) -> Result<Committed> {
         let Some(handle) = self.handle_of(user, request) else {
-            return self
-                .charge(user, request, tokens)
-                .await
-                .map(Committed::Booked);
+            let charged = self.charge(user, request, tokens, when_full);
+            return charged.await.map(Committed::Booked);
         };
-        let committed = self.commit_handle(handle, tokens, Labels::default());
+        let committed = self.commit_handle(handle, tokens, Labels::default(), when_full);
         committed.await.map(|(committed, _)| committed)
     }
 

@@ -11,6 +11,7 @@ use super::{
     lease::{Ended, Mode, Refusal},
     ledger::{Recorded, check_occurred_at},
     spool::Unsettled,
+    writer::WhenFull,
 };
 use crate::{
     error::{Error, Result},
@@ -292,8 +293,10 @@ impl Usage {
         text: &str,
         tokens: TokenCounts,
         labels: Labels,
+        when_full: WhenFull,
     ) -> Result<(Committed, EventId)> {
-        self.commit_handle(self.handle(text)?, tokens, labels).await
+        let handle = self.handle(text)?;
+        self.commit_handle(handle, tokens, labels, when_full).await
     }
 
     /// [`Usage::commit`] of a handle that is read.
@@ -302,6 +305,7 @@ impl Usage {
         handle: Handle,
         tokens: TokenCounts,
         labels: Labels,
+        when_full: WhenFull,
     ) -> Result<(Committed, EventId)> {
         if let Err(violation) = check_occurred_at(handle.created_at, self.now()) {
             return Err(Error::invalid("reservation", violation));
@@ -327,7 +331,7 @@ impl Usage {
         let outcome = if handle.may_wait && self.keeper.is_fenced() {
             unsettled.accept()?
         } else {
-            match self.book(booking).await {
+            match self.book(booking, when_full).await {
                 Err(Error::Unavailable(_)) if handle.may_wait => unsettled.accept()?,
                 booked => Committed::Booked(unsettled.settle(booked)?),
             }

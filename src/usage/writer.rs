@@ -21,6 +21,7 @@ use std::{
 use tokio::{
     runtime::Handle,
     sync::{Notify, Semaphore, oneshot},
+    time::{Instant as TokioInstant, timeout_at},
 };
 use tracing::warn;
 
@@ -85,6 +86,8 @@ struct Shared {
 pub enum WhenFull {
     Refuse,
     Wait,
+    /// Waits until then, and is refused.
+    WaitUntil(TokioInstant),
 }
 
 impl Writers {
@@ -169,23 +172,28 @@ impl Shared {
     /// `Overloaded`
     async fn places(&self, events: usize, when_full: WhenFull) -> Result<Places> {
         let events = u32::try_from(events).map_err(Error::internal)?;
-        let (places, patient) = (self.places.clone(), self.patient_places.clone());
+        let full = || Error::Overloaded {
+            retry_after: RETRY_AFTER,
+        };
         match when_full {
             WhenFull::Refuse => {
-                let place = places.try_acquire_many_owned(events);
-                let place = place.map_err(|_| Error::Overloaded {
-                    retry_after: RETRY_AFTER,
-                })?;
-                Ok((place, None))
+                let place = self.places.clone().try_acquire_many_owned(events);
+                Ok((place.map_err(|_| full())?, None))
             }
-            // An error would mean that the semaphores were closed, which nobody does.
-            WhenFull::Wait => {
-                let patient = patient.acquire_many_owned(events).await;
-                let patient = patient.map_err(Error::internal)?;
-                let place = places.acquire_many_owned(events).await;
-                Ok((place.map_err(Error::internal)?, Some(patient)))
+            WhenFull::Wait => self.patient_places(events).await,
+            WhenFull::WaitUntil(until) => {
+                let places = timeout_at(until, self.patient_places(events)).await;
+                places.map_err(|_| full())?
             }
         }
+    }
+
+    async fn patient_places(&self, events: u32) -> Result<Places> {
+        // An error would mean that the semaphores were closed, which nobody does.
+        let patient = self.patient_places.clone().acquire_many_owned(events).await;
+        let patient = patient.map_err(Error::internal)?;
+        let place = self.places.clone().acquire_many_owned(events).await;
+        Ok((place.map_err(Error::internal)?, Some(patient)))
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {

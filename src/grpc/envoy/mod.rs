@@ -4,6 +4,7 @@
 //! Handlers convert and call; what is decided between is pure. `docs/gateway.md` is the contract with
 //! whoever configures a gateway.
 
+mod afterwards;
 mod authorization;
 mod denial;
 mod descriptor;
@@ -13,6 +14,7 @@ mod rate_limit;
 mod request;
 mod route;
 
+pub use afterwards::Afterwards;
 pub(super) use authorization::check_at_once;
 pub(super) use rate_limit::should_rate_limit_at_once;
 
@@ -32,6 +34,7 @@ use crate::{
 pub(super) struct Handler {
     pub(super) auth: Auth,
     pub(super) usage: Usage,
+    pub(super) afterwards: Afterwards,
 }
 
 /// What a user was granted.

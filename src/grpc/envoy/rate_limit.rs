@@ -1,13 +1,14 @@
 use std::time::Duration;
 
 use chrono::Utc;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 use tracing::warn;
 
 use super::{
     Granted, Handler,
+    afterwards::Begun,
     denial::Denial,
     descriptor::{self, Ask, Hold, Of, Work},
     header,
@@ -23,12 +24,14 @@ use crate::{
         rate_limit_response::{Code, DescriptorStatus, RateLimit, rate_limit},
         rate_limit_service_server::RateLimitService,
     },
-    usage::{QuotaWish, Usage},
+    usage::{QuotaWish, Usage, WhenFull},
 };
 
-/// How long what a request used waits to be booked. Holds last at least about as long, but what waits
-/// takes memory.
+/// How long what a request used waits to be booked. Holds last at least about as long.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How many wait so at most: their gateways are gone, so nothing else bounds the memory that they take.
+const MOST_PATIENT: usize = 10_000;
 
 /// Of a call: more than any route has.
 const MAX_DESCRIPTORS: usize = 64;
@@ -51,14 +54,18 @@ impl RateLimitService for Handler {
         let work = Work::of(&message.descriptors, message.hits_addend);
         let settles = work.settles();
         let handler = self.clone();
-        let answer = async move { handler.carry_out(work, descriptors).await };
         // A gateway does not wait for what it says at the end of a stream, and never repeats it.
         let answer = if settles {
+            let begun = self.afterwards.begin();
+            let answer = async move {
+                let when_full = patience(&begun);
+                handler.carry_out(work, descriptors, when_full).await
+            };
             tokio::spawn(answer.in_current_span())
                 .await
                 .map_err(Error::internal)?
         } else {
-            answer.await
+            handler.carry_out(work, descriptors, WhenFull::Refuse).await
         };
         Ok(Response::new(answer?))
     }
@@ -95,16 +102,30 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
     answer.finish().ok()
 }
 
+/// What work that goes on without its caller does while too much is to be booked.
+fn patience(begun: &Begun) -> WhenFull {
+    if begun.with_others() > MOST_PATIENT {
+        WhenFull::Refuse
+    } else {
+        WhenFull::WaitUntil(Instant::now() + PATIENCE)
+    }
+}
+
 impl Handler {
     /// Does all that is asked for, also when some of it fails: what was used was used.
-    async fn carry_out(&self, work: Work, descriptors: usize) -> Result<RateLimitResponse, Status> {
+    async fn carry_out(
+        &self,
+        work: Work,
+        descriptors: usize,
+        when_full: WhenFull,
+    ) -> Result<RateLimitResponse, Status> {
         let mut answer = Answer::new(descriptors);
         for (place, error) in work.wrong {
             answer.refuse(&[place], error);
         }
         for (places, ask) in work.asks {
             let books = matches!(ask, Ask::Book(..));
-            match self.carry_out_one(ask).await {
+            match self.carry_out_one(ask, when_full).await {
                 Ok(granted) => answer.grant(&places, granted),
                 Err(error) => {
                     if books {
@@ -126,7 +147,7 @@ impl Handler {
         answer.finish()
     }
 
-    async fn carry_out_one(&self, ask: Ask) -> Result<Granted> {
+    async fn carry_out_one(&self, ask: Ask, when_full: WhenFull) -> Result<Granted> {
         match ask {
             Ask::Check(user, wish) => {
                 let user = self.auth.user_standing(user).await?;
@@ -138,7 +159,7 @@ impl Handler {
                 Ok(reserved.into())
             }
             Ask::Book(of, tokens) | Ask::Settle(of, tokens) if tokens.total() > 0 => {
-                self.book_patiently(&of, tokens).await
+                self.book(&of, tokens, when_full).await
             }
             // Nothing was used.
             Ask::Book(of, _) if of.hold == Hold::None => {
@@ -161,34 +182,23 @@ impl Handler {
         })
     }
 
-    /// Waits while too much is to be booked: what is told here is not told again.
-    async fn book_patiently(&self, of: &Of, tokens: TokenCounts) -> Result<Granted> {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            match self.book(of, tokens).await {
-                Err(Error::Overloaded { retry_after }) if Instant::now() + retry_after < until => {
-                    sleep(retry_after).await;
-                }
-                booked => return booked,
-            }
-        }
-    }
-
-    async fn book(&self, of: &Of, tokens: TokenCounts) -> Result<Granted> {
+    async fn book(&self, of: &Of, tokens: TokenCounts, when_full: WhenFull) -> Result<Granted> {
         let user = async || self.auth.user_standing(of.user).await;
         match &of.hold {
             Hold::Named(handle) => {
-                self.usage.commit(handle, tokens, Labels::default()).await?;
+                self.usage
+                    .commit(handle, tokens, Labels::default(), when_full)
+                    .await?;
             }
             Hold::OfRequest => {
                 let user = user().await?;
                 self.usage
-                    .commit_request(&user, &of.request, tokens)
+                    .commit_request(&user, &of.request, tokens, when_full)
                     .await?;
             }
             Hold::None => {
                 self.usage
-                    .charge(&user().await?, &of.request, tokens)
+                    .charge(&user().await?, &of.request, tokens, when_full)
                     .await?;
             }
         }

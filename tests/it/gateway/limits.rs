@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
 use tokio::time::timeout;
+use tokio_postgres::NoTls;
 use tollkeeper::{
     error::Error,
     model::{Period, TokenCounts, UserStanding},
@@ -20,7 +21,7 @@ use tollkeeper::{
         },
         tollkeeper::usage::v1::{GetQuotaRequest, ListUsageRecordsRequest},
     },
-    usage::{Recorded, RequestName},
+    usage::{Recorded, RequestName, WhenFull},
 };
 use tonic::{Code, Status, transport::Channel};
 
@@ -520,6 +521,51 @@ async fn a_commit_waits_for_room_in_a_full_ledger_and_keeps_its_hold_until_then(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_room_when_its_gateway_has_gone_is_booked_before_the_server_stops() {
+    const ROOM: usize = 4;
+    let app = TestApp::spawn_with(|settings| settings.usage.queue_events = ROOM).await;
+    let user = app.user().tier("advanced").create().await.id;
+    let (_, key) = app.service("edge", &["gateway"]).await;
+    let ask = |request: &str| {
+        let (channel, key) = (app.channel.clone(), key.clone());
+        let charge = about("charge", &user, request, 1);
+        tokio::spawn(async move { limit_through(&channel, &key, vec![charge]).await })
+    };
+    let blocker = Blocker::lock(&app, "usage_records").await;
+    let charges: Vec<_> = (0..ROOM).map(|n| ask(&format!("charge-{n}"))).collect();
+    let backlog = || {
+        let (waiting, writing) = app.running().usage.backlog();
+        waiting + writing
+    };
+    eventually("the queue is full", async || backlog() == ROOM).await;
+    let mut late = ask("late");
+    let early = timeout(Duration::from_secs(1), &mut late).await;
+    assert!(early.is_err(), "{early:?}");
+    // So nothing is in flight that the server would wait for.
+    charges.iter().for_each(|charge| charge.abort());
+    late.abort();
+    let (address, url) = (app.address, app.database_url.clone());
+    let stopping = tokio::spawn(app.stop());
+    eventually("new connections are refused", async || {
+        tokio::net::TcpStream::connect(address).await.is_err()
+    })
+    .await;
+    let early = timeout(Duration::from_secs(3), async {
+        while !stopping.is_finished() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    assert!(early.await.is_err(), "waits for what waits");
+    blocker.release().await;
+    stopping.await.unwrap().unwrap();
+    let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let booked = "SELECT count(*) FROM usage_records";
+    let booked: i64 = client.query_one(booked, &[]).await.unwrap().get(0);
+    assert_eq!(booked, ROOM as i64 + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_booked_before_the_turn_of_a_month_counts_once_when_it_is_told_after() {
     let app = TestApp::spawn().await;
     let user = app.user().tier("advanced").create().await.id;
@@ -539,7 +585,9 @@ async fn what_was_booked_before_the_turn_of_a_month_counts_once_when_it_is_told_
             output,
             ..TokenCounts::default()
         };
-        usage.charge_at(&standing, &request, tokens, at).await
+        usage
+            .charge_at(&standing, &request, tokens, WhenFull::Refuse, at)
+            .await
     };
     let (before, after) = (turn - TimeDelta::seconds(1), turn + TimeDelta::hours(1));
     assert_eq!(charge("old", 7, before).await.unwrap(), Recorded::Now);
