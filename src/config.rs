@@ -14,7 +14,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, ti
 use serde::{Deserialize, Serialize};
 
 pub use layers::{Loaded, Origin, SettingsError, load};
-pub use tls::TlsSettings;
+pub use tls::{TlsSettings, is_uri};
 pub use webhook::WebhookSettings;
 
 /// All settings, checked: see [`load`].

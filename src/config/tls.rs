@@ -14,8 +14,9 @@ pub struct TlsSettings {
     pub key_file: PathBuf,
     /// PEM: who signs certificates of clients. Empty: clients are asked for none.
     pub client_ca_file: PathBuf,
-    /// Services by their certificates: `identity=scope scope, …`. An identity is a URI, such as a
-    /// SPIFFE ID, or a DNS name among the certificate's alternative names.
+    /// Services by their certificates: `identity=scope scope, …`. An identity with `://` is a URI,
+    /// such as a SPIFFE ID, any other a DNS name, among the certificate's alternative names of that
+    /// kind. Only of DNS names the case does not count.
     pub clients: String,
 }
 
@@ -44,7 +45,10 @@ impl TlsSettings {
                     "{identity:?} must not have the scope admin: use a key"
                 ));
             }
-            let identity = identity.trim().to_ascii_lowercase();
+            let identity = match identity.trim() {
+                uri if is_uri(uri) => uri.to_owned(),
+                host => host.to_ascii_lowercase(),
+            };
             if identity.is_empty() || identities.insert(identity.clone(), scopes).is_some() {
                 return Err(format!(
                     "{identity:?} must be an identity that is there once"
@@ -78,6 +82,11 @@ impl TlsSettings {
     }
 }
 
+/// Whether an identity is a URI; else it is a DNS name.
+pub fn is_uri(identity: &str) -> bool {
+    identity.contains("://")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,11 +103,14 @@ mod tests {
 
     #[test]
     fn identities_have_their_scopes() {
-        let settings = clients("spiffe://x/edge=gateway, Billing.internal=usage.write usage.read,");
+        let settings = clients(
+            "spiffe://x/edge=gateway, spiffe://x/Edge=quota, Billing.internal=usage.write usage.read,",
+        );
         settings.check().expect("valid");
         let read = settings.identities().expect("valid");
-        assert_eq!(read.len(), 2);
+        assert_eq!(read.len(), 3);
         assert_eq!(read["spiffe://x/edge"].names(), ["gateway"]);
+        assert_eq!(read["spiffe://x/Edge"].names(), ["quota"]);
         assert_eq!(
             read["billing.internal"].names(),
             ["usage.write", "usage.read"]
@@ -113,6 +125,7 @@ mod tests {
             "edge=all",
             "=gateway",
             "a=quota,A=quota",
+            "spiffe://x/a=quota,spiffe://x/a=gateway",
             "a=admin",
         ] {
             let refused = clients(text).check().expect_err(text);

@@ -18,7 +18,10 @@ use tokio_rustls::{
     server::TlsStream,
 };
 
-use crate::{config::TlsSettings, model::ScopeSet};
+use crate::{
+    config::{TlsSettings, is_uri},
+    model::ScopeSet,
+};
 
 /// Why TLS cannot be spoken.
 #[derive(Debug, thiserror::Error)]
@@ -113,11 +116,12 @@ impl Spoken {
     fn scopes_of(&self, connection: &ServerConnection) -> Option<Arc<ScopeSet>> {
         let leaf = connection.peer_certificates()?.first()?;
         let leaf = webpki::EndEntityCert::try_from(leaf).ok()?;
-        let names = leaf.valid_uri_names().chain(leaf.valid_dns_names());
-        names
-            .filter_map(|name| self.identities.get(&name.to_ascii_lowercase()))
-            .next()
-            .cloned()
+        // What one kind of name says must not be taken for the other. Of URIs the case counts.
+        let uris = leaf.valid_uri_names().filter(|name| is_uri(name));
+        let hosts = leaf.valid_dns_names().filter(|name| !is_uri(name));
+        let names = uris.map(str::to_owned);
+        let mut names = names.chain(hosts.map(str::to_ascii_lowercase));
+        names.find_map(|name| self.identities.get(&name)).cloned()
     }
 }
 

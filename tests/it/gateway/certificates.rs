@@ -118,6 +118,26 @@ async fn without_a_known_certificate_only_keys_and_tokens_open_anything() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_name_of_the_other_kind_or_a_uri_in_another_case_is_nobody() {
+    let authority = Authority::new();
+    let app = secured(&authority).await;
+    let user = app.user().create().await;
+    let other_case = authority.uri(&EDGE.replace("/edge", "/Edge"));
+    let edge = authority.channel(app.address, Some(&other_case));
+    let nobody = check_through(&edge).await.unwrap_err();
+    assert_eq!(reason(&nobody), "CREDENTIAL_MISSING");
+    // A URI that reads like the name of a host.
+    let alike = authority.uri("quota.example.test");
+    let quota = authority.channel(app.address, Some(&alike));
+    let nobody = check_quota_through(&quota, &user.id).await.unwrap_err();
+    assert_eq!(reason(&nobody), "CREDENTIAL_MISSING");
+    // Of the name of a host the case does not count.
+    let other_case = authority.dns("Quota.Example.Test");
+    let quota = authority.channel(app.address, Some(&other_case));
+    check_quota_through(&quota, &user.id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn plaintext_and_certificates_of_others_do_not_get_as_far_as_a_call() {
     let (authority, other) = (Authority::new(), Authority::new());
     let app = secured(&authority).await;
