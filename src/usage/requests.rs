@@ -1,6 +1,9 @@
 //! What requests used, by the names of user and request: for gateways that keep no handle.
 
+use std::time::Duration;
+
 use chrono::{DateTime, SubsecRound as _, TimeDelta, Utc};
+use tokio::time::{Instant, sleep};
 
 use super::{
     Usage,
@@ -11,15 +14,18 @@ use super::{
     writer::WhenFull,
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     model::{
-        Booking, BookingOrigin, Labels, ModelName, OnOutage, Period, RequestId, TokenCounts,
-        UsageEvent, UserStanding,
+        Booking, BookingOrigin, EventId, Labels, ModelName, OnOutage, Period, RequestId,
+        TokenCounts, UsageEvent, UserId, UserStanding,
     },
 };
 
 /// How long after the turn of a month a request may be told of again that was booked before it.
-const TURN: TimeDelta = TimeDelta::days(1);
+const TURN: TimeDelta = TimeDelta::hours(1);
+
+/// When to look again what was booked before it, for callers that wait.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A request of a user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +36,7 @@ pub struct RequestName {
 
 impl Usage {
     /// Books what a request used that nothing was held for. The same event as its commit would be: it
-    /// counts once, however often and whichever way it is told, within a month and the first day of the
+    /// counts once, however often and whichever way it is told, within a month and the first hour of the
     /// next.
     ///
     /// The caller has checked that the user exists. Durable when it returns; a dropped future leaves it
@@ -67,8 +73,8 @@ impl Usage {
         let is_turn = now - Period::containing(now).start() < TURN;
         let was_told = is_turn && {
             let period = Period::containing(last_month);
-            let is_booked = self.store.is_booked(period, user.id, event_id);
-            is_booked.await?
+            self.was_booked(period, user.id, event_id, when_full)
+                .await?
         };
         let event = UsageEvent {
             event_id,
@@ -88,6 +94,29 @@ impl Usage {
             charges.iter().for_each(|charge| self.keeper.charge(charge));
         }
         Ok(recorded)
+    }
+
+    /// Whether an event is booked in a month. Callers that wait for room wait for this as well.
+    async fn was_booked(
+        &self,
+        period: Period,
+        user_id: UserId,
+        event_id: EventId,
+        when_full: WhenFull,
+    ) -> Result<bool> {
+        loop {
+            match (
+                self.store.is_booked(period, user_id, event_id).await,
+                when_full,
+            ) {
+                (Err(Error::Unavailable(_)), WhenFull::WaitUntil(until))
+                    if Instant::now() + LOOK_AGAIN < until =>
+                {
+                    sleep(LOOK_AGAIN).await;
+                }
+                (looked, _) => return looked,
+            }
+        }
     }
 
     /// [`Usage::commit`] of what this replica holds for a request. Without that it is

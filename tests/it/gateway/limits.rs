@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::NoTls;
 use tollkeeper::{
     error::Error,
@@ -589,7 +589,7 @@ async fn what_was_booked_before_the_turn_of_a_month_counts_once_when_it_is_told_
             .charge_at(&standing, &request, tokens, WhenFull::Refuse, at)
             .await
     };
-    let (before, after) = (turn - TimeDelta::seconds(1), turn + TimeDelta::hours(1));
+    let (before, after) = (turn - TimeDelta::seconds(1), turn + TimeDelta::minutes(59));
     assert_eq!(charge("old", 7, before).await.unwrap(), Recorded::Now);
     assert_eq!(charge("old", 7, after).await.unwrap(), Recorded::Before);
     // Other numbers are refused there as they are within a month.
@@ -599,4 +599,45 @@ async fn what_was_booked_before_the_turn_of_a_month_counts_once_when_it_is_told_
     assert_eq!(charge("new", 5, after).await.unwrap(), Recorded::Before);
     assert_eq!(used(&app, &user).await, 5);
     app.assert_books_balance(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_turn_of_a_month_what_waits_for_room_outlasts_the_absence_of_the_database() {
+    let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
+        settings.database.acquire_timeout = Duration::from_millis(500);
+    })
+    .await;
+    let user = app.user().tier("advanced").create().await.id;
+    let standing = UserStanding {
+        id: user.parse().unwrap(),
+        tier: "advanced".parse().unwrap(),
+        is_active: true,
+    };
+    let request = RequestName {
+        request_id: "r".parse().unwrap(),
+        model: "a-model".parse().unwrap(),
+    };
+    let tokens = TokenCounts {
+        output: 5,
+        ..TokenCounts::default()
+    };
+    let usage = app.running().usage.clone();
+    let at = Period::containing(Utc::now()).start() + TimeDelta::minutes(1);
+    proxy.cut();
+    let refused = usage
+        .charge_at(&standing, &request, tokens, WhenFull::Refuse, at)
+        .await
+        .unwrap_err();
+    assert!(matches!(refused, Error::Unavailable(_)), "{refused:?}");
+    let mut waiting = tokio::spawn(async move {
+        let patient = WhenFull::WaitUntil(Instant::now() + Duration::from_secs(30));
+        usage
+            .charge_at(&standing, &request, tokens, patient, at)
+            .await
+    });
+    let early = timeout(Duration::from_secs(2), &mut waiting).await;
+    assert!(early.is_err(), "{early:?}");
+    proxy.resume();
+    assert_eq!(waiting.await.unwrap().unwrap(), Recorded::Now);
+    app.assert_books_balance(1).await;
 }
