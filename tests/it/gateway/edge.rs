@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 use serde_json::Value;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{SetQuotaOverrideRequest, set_quota_override_request::Limit},
@@ -42,6 +42,14 @@ impl Site {
         let authorization = format!("Bearer {token}");
         self.edge
             .get(path, &[("authorization", &authorization)])
+            .await
+    }
+
+    /// Asks the language model with a credential.
+    pub(super) async fn prompt(&self, path: &str, token: &str) -> Answer {
+        let authorization = format!("Bearer {token}");
+        self.edge
+            .send(Method::POST, path, &[("authorization", &authorization)], "")
             .await
     }
 
@@ -93,7 +101,7 @@ impl Site {
 }
 
 /// What the upstream was told by headers of this name, whatever stands for the hyphens.
-fn told(answer: &Value, name: &str) -> Vec<String> {
+pub(super) fn told(answer: &Value, name: &str) -> Vec<String> {
     let headers = answer["headers"].as_array().expect("headers").iter();
     let named = headers.filter(|pair| {
         let header = pair[0].as_str().expect("a name").replace('_', "-");
@@ -164,7 +172,11 @@ async fn what_a_client_says_about_itself_reaches_the_upstream_on_no_route() {
         "/public/../x",
         "/v1/chat/completions?echo=yes",
     ] {
-        let answer = site.edge.get(path, &known).await;
+        let method = match path.starts_with("/v1/") {
+            true => Method::POST,
+            false => Method::GET,
+        };
+        let answer = site.edge.send(method, path, &known, "").await;
         assert_eq!(answer.status, StatusCode::OK, "{path}");
         let answer = answer.json().await;
         assert_eq!(told(&answer, "x-user-id"), [&*user.id], "{path}");
@@ -232,7 +244,7 @@ fn the_routes_on_which_claims_are_sent_are_all_there_are() {
             ".*;.*",
             "/public/",
             "/premium",
-            "/v1/chat/completions",
+            "(?i)/v1/chat/completions/?",
             "/tools",
             "/api/(auth|usage)/.*",
             "/",

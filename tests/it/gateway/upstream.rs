@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     convert::Infallible,
+    io,
     net::SocketAddr,
     sync::{
         Arc,
@@ -31,7 +32,12 @@ pub(crate) struct Upstream {
     _serving: JoinSet<()>,
 }
 
-type Body = UnsyncBoxBody<Bytes, Infallible>;
+type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+fn whole(text: String) -> Body {
+    let body = Full::from(text).map_err(|never| match never {});
+    body.boxed_unsync()
+}
 
 impl Upstream {
     pub(crate) async fn start() -> Self {
@@ -90,7 +96,7 @@ fn answer(request: &Request<Incoming>) -> Response<Body> {
     let is_first = || request.headers()["x-envoy-attempt-count"] == "1";
     if query.contains_key("fail") || (query.contains_key("fail-first") && is_first()) {
         let refusal = Response::builder().status(503);
-        return refusal.body(Full::default().boxed_unsync()).expect("valid");
+        return refusal.body(whole(String::new())).expect("valid");
     }
     let is_model = request.uri().path().starts_with("/v1/chat/completions");
     if is_model && !query.contains_key("echo") {
@@ -107,10 +113,11 @@ fn answer(request: &Request<Incoming>) -> Response<Body> {
     if let Some(tokens) = query.get("tokens") {
         answer = answer.header("x-tokens-used", *tokens);
     }
-    answer.body(Full::from(body).boxed_unsync()).expect("valid")
+    answer.body(whole(body)).expect("valid")
 }
 
-/// As models answer: words, then, unless `usage=no`, what was used; with `end=no` it never ends.
+/// As models answer: words, then, unless `usage=no`, what was used; with `end=no` it never ends, and with
+/// `end=break` it breaks off.
 fn completion(query: &HashMap<&str, &str>) -> Response<Body> {
     let number = |name: &str| {
         query
@@ -123,9 +130,7 @@ fn completion(query: &HashMap<&str, &str>) -> Response<Body> {
     }});
     if query.contains_key("whole") {
         let answer = Response::builder().header("content-type", "application/json");
-        return answer
-            .body(Full::from(usage.to_string()).boxed_unsync())
-            .expect("valid");
+        return answer.body(whole(usage.to_string())).expect("valid");
     }
     let mut events: Vec<String> = (0..5)
         .map(|n| json!({"choices": [{"delta": {"content": format!("word-{n}")}}]}).to_string())
@@ -137,13 +142,21 @@ fn completion(query: &HashMap<&str, &str>) -> Response<Body> {
         tokio::time::sleep(Duration::from_millis(2)).await;
         format!("data: {event}\n\n")
     });
-    let events: std::pin::Pin<Box<dyn Stream<Item = String> + Send>> =
-        if query.get("end") == Some(&"no") {
-            Box::pin(events.chain(stream::pending()))
-        } else {
-            Box::pin(events.chain(stream::iter(["data: [DONE]\n\n".to_owned()])))
+    let events = events.map(Ok);
+    let events: std::pin::Pin<Box<dyn Stream<Item = io::Result<String>> + Send>> =
+        match query.get("end") {
+            Some(&"no") => Box::pin(events.chain(stream::pending())),
+            Some(&"break") => {
+                let end = stream::once(async {
+                    // What it has said is to arrive.
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    Err(io::Error::other("it breaks off"))
+                });
+                Box::pin(events.chain(end))
+            }
+            _ => Box::pin(events.chain(stream::iter([Ok("data: [DONE]\n\n".to_owned())]))),
         };
-    let frames = events.map(|event| Ok::<_, Infallible>(Frame::data(Bytes::from(event))));
+    let frames = events.map(|event| event.map(|event| Frame::data(Bytes::from(event))));
     Response::builder()
         .header("content-type", "text/event-stream")
         .body(StreamBody::new(frames).boxed_unsync())
