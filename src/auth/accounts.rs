@@ -7,8 +7,9 @@ use super::{Auth, BootTime, ImportedHash, LoginPassword};
 use crate::{
     error::{Error, Result},
     model::{
-        Change, Identifier, Origin, Page, PageRequest, Person, Role, SessionId, TierName, Tiers,
-        User, UserChanges, UserFilter, UserId, UserStanding, Violation,
+        AuditCursor, AuditFilter, AuditRecord, Change, Identifier, Origin, Page, PageRequest,
+        Person, Role, SessionId, TierName, Tiers, User, UserChanges, UserFilter, UserId,
+        UserStanding, Violation,
     },
     store::NewUser,
 };
@@ -115,6 +116,28 @@ impl Auth {
         let user = self.store.user_update(id, changes, origin).await?;
         self.apply(Change::User(id));
         Ok(user)
+    }
+
+    /// Erases a user; `reason` is for the audit trail. What was used stays in the sums.
+    ///
+    /// # Errors
+    /// `UserNotFound` · `Unavailable`
+    pub async fn delete_user(&self, id: UserId, reason: &str, origin: &Origin) -> Result<()> {
+        self.store.user_delete(id, reason, origin).await?;
+        self.apply(Change::User(id));
+        Ok(())
+    }
+
+    /// Lists the audit trail, newest first.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn audit_events(
+        &self,
+        filter: &AuditFilter,
+        page: &PageRequest<AuditCursor>,
+    ) -> Result<Page<AuditRecord>> {
+        self.store.audit_list(filter, page).await
     }
 
     /// Gives a user another password, and ends their sessions but `keep_only`, if that is given;

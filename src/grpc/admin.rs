@@ -2,6 +2,7 @@ use chrono::{DateTime, Utc};
 use tonic::{Request, Response, Status};
 
 use super::{
+    audit,
     call::origin_of,
     convert::{self, Fields, only, time},
     people,
@@ -9,20 +10,21 @@ use super::{
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
-    model::{Change, ScopeSet, UserFilter, UserId},
+    model::{Change, ScopeSet, UserId},
     proto::tollkeeper::admin::v1::{
         ClearQuotaOverrideRequest, ClearQuotaOverrideResponse, CreateServiceAccountRequest,
-        CreateServiceAccountResponse, CreateUserRequest, CreateUserResponse,
-        DisableServiceAccountRequest, DisableServiceAccountResponse, DisableUserRequest,
-        DisableUserResponse, EnableUserRequest, EnableUserResponse, GetUserRequest,
-        GetUserResponse, GrantCreditsRequest, GrantCreditsResponse, ListCreditsRequest,
-        ListCreditsResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
-        ListUserSessionsRequest, ListUserSessionsResponse, ListUsersRequest, ListUsersResponse,
-        LookupUserRequest, LookupUserResponse, RevokeUserSessionsRequest,
-        RevokeUserSessionsResponse, RotateServiceKeyRequest, RotateServiceKeyResponse,
-        SetQuotaOverrideRequest, SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse,
-        VoidCreditsRequest, VoidCreditsResponse, admin_service_server::AdminService,
-        create_user_request,
+        CreateServiceAccountResponse, CreateUserRequest, CreateUserResponse, DeleteUserRequest,
+        DeleteUserResponse, DisableServiceAccountRequest, DisableServiceAccountResponse,
+        DisableUserRequest, DisableUserResponse, EnableUserRequest, EnableUserResponse,
+        GetUserRequest, GetUserResponse, GrantCreditsRequest, GrantCreditsResponse,
+        ListAuditEventsRequest, ListAuditEventsResponse, ListCreditsRequest, ListCreditsResponse,
+        ListServiceAccountsRequest, ListServiceAccountsResponse, ListUserSessionsRequest,
+        ListUserSessionsResponse, ListUsersRequest, ListUsersResponse, LookupUserRequest,
+        LookupUserResponse, RevokeUserSessionsRequest, RevokeUserSessionsResponse,
+        RotateServiceKeyRequest, RotateServiceKeyResponse, SetQuotaOverrideRequest,
+        SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse, UpdateUserRequest,
+        UpdateUserResponse, VoidCreditsRequest, VoidCreditsResponse,
+        admin_service_server::AdminService, create_user_request,
     },
     usage::Usage,
 };
@@ -101,18 +103,59 @@ impl AdminService for Handler {
         request: Request<ListUsersRequest>,
     ) -> Result<Response<ListUsersResponse>, Status> {
         let request = request.into_inner();
-        let mut fields = Fields::default();
-        let tier = fields.parse_optional("tier", &request.tier);
-        let filter = UserFilter {
-            tier: tier.clone().flatten(),
-            is_active: request.is_active,
-        };
-        let list = format!("users {} {:?}", request.tier, request.is_active);
-        let page = fields.page(request.page_size, &request.page_token, &list);
-        let (_, page) = fields.finish(tier.zip(page))?;
+        let (filter, page) = only(|fields| people::list(fields, &request))?;
         let page = self.auth.users(&filter, &page).await?.map(Into::into);
         Ok(Response::new(ListUsersResponse {
             users: page.items,
+            next_page_token: page.next_token.unwrap_or_default(),
+        }))
+    }
+
+    async fn update_user(
+        &self,
+        request: Request<UpdateUserRequest>,
+    ) -> Result<Response<UpdateUserResponse>, Status> {
+        let message = request.get_ref();
+        let (id, changes) = only(|fields| {
+            let user = fields.take("user", message.user.as_ref().ok_or("must be set".into()))?;
+            let id = fields.parse("user.id", &user.id);
+            let mask = message.update_mask.as_ref();
+            id.zip(people::changes(fields, user, mask, people::ALL_FIELDS))
+        })?;
+        let origin = origin_of(&request);
+        let user = self.auth.update_user(id, &changes, &origin).await?;
+        Ok(Response::new(UpdateUserResponse {
+            user: Some(user.into()),
+            revision: convert::revision(self.auth.revision().await),
+        }))
+    }
+
+    async fn delete_user(
+        &self,
+        request: Request<DeleteUserRequest>,
+    ) -> Result<Response<DeleteUserResponse>, Status> {
+        let message = request.get_ref();
+        let mut fields = Fields::default();
+        let id: Option<UserId> = fields.parse("user_id", &message.user_id);
+        let reason = fields.take("reason", reason(&message.reason));
+        let (id, reason) = fields.finish(id.zip(reason))?;
+        let origin = origin_of(&request);
+        self.auth.delete_user(id, reason, &origin).await?;
+        self.usage.apply(Change::User(id));
+        Ok(Response::new(DeleteUserResponse {
+            revision: convert::revision(self.auth.revision().await),
+        }))
+    }
+
+    async fn list_audit_events(
+        &self,
+        request: Request<ListAuditEventsRequest>,
+    ) -> Result<Response<ListAuditEventsResponse>, Status> {
+        let (filter, page) = only(|fields| audit::list(fields, request.get_ref()))?;
+        let page = self.auth.audit_events(&filter, &page).await?;
+        let page = page.map(Into::into);
+        Ok(Response::new(ListAuditEventsResponse {
+            audit_events: page.items,
             next_page_token: page.next_token.unwrap_or_default(),
         }))
     }

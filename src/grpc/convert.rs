@@ -5,7 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
 
-use super::status;
+use super::{people, status};
 use crate::{
     auth::{IssuedTokens, PublicKey, UserCredential, Validated},
     error::{Error, FieldViolation, Result, Violations},
@@ -258,10 +258,9 @@ pub(super) fn person(
 
 /// Reads the role of a user to create; unspecified means an ordinary one.
 pub(super) fn role(value: i32) -> std::result::Result<Role, Violation> {
-    match auth::v1::Role::try_from(value) {
-        Ok(auth::v1::Role::Unspecified | auth::v1::Role::User) => Ok(Role::User),
-        Ok(auth::v1::Role::Admin) => Ok(Role::Admin),
-        Err(_) => Err("must be a known role".into()),
+    match value {
+        0 => Ok(Role::User),
+        value => people::role(value),
     }
 }
 

@@ -3,15 +3,50 @@
 use std::str::FromStr;
 
 use prost_types::FieldMask;
+use uuid::Uuid;
 
 use super::convert::{Fields, time};
 use crate::{
-    model::{Role, SessionDetails, SessionId, UserChanges, Violation},
-    proto::tollkeeper::auth::v1,
+    model::{PageRequest, Role, SessionDetails, SessionId, UserChanges, UserFilter, Violation},
+    proto::tollkeeper::{admin::v1::ListUsersRequest, auth::v1},
 };
 
 /// What people may change of their own account.
 pub(super) const OWN_FIELDS: &[&str] = &["username", "full_name"];
+
+/// What administrators may change of any account here.
+pub(super) const ALL_FIELDS: &[&str] = &["email", "username", "full_name", "role"];
+
+/// Reads which users to list.
+pub(super) fn list(
+    fields: &mut Fields,
+    message: &ListUsersRequest,
+) -> Option<(UserFilter, PageRequest<Uuid>)> {
+    let tier = fields.parse_optional("tier", &message.tier);
+    let email = fields.parse_optional("email_prefix", &message.email_prefix);
+    let username = fields.parse_optional("username_prefix", &message.username_prefix);
+    let role = match message.role {
+        0 => Some(None),
+        value => fields.take("role", role(value)).map(Some),
+    };
+    let list = format!(
+        "users {} {:?} {} {} {}",
+        message.tier,
+        message.is_active,
+        message.email_prefix,
+        message.username_prefix,
+        message.role
+    );
+    let page = fields.page(message.page_size, &message.page_token, &list);
+    let filter = UserFilter {
+        tier: tier?,
+        is_active: message.is_active,
+        email: email?,
+        username: username?,
+        role: role?,
+    };
+    Some((filter, page?))
+}
 
 /// Reads an update of a user (AIP-134): the fields that the mask names, or without one those that are
 /// not empty. Only fields of `may_change` can be named.
@@ -77,7 +112,8 @@ fn check_paths(paths: &[String], may_change: &[&str]) -> Result<(), Violation> {
     Err(format!("must name only {may_change}, or hold only *").into())
 }
 
-fn role(value: i32) -> Result<Role, Violation> {
+/// Reads a role that must be specified.
+pub(super) fn role(value: i32) -> Result<Role, Violation> {
     match v1::Role::try_from(value) {
         Ok(v1::Role::User) => Ok(Role::User),
         Ok(v1::Role::Admin) => Ok(Role::Admin),

@@ -110,14 +110,7 @@ fn filter(
 ) -> Option<UsageFilter> {
     let period = fields.parse_optional("month", month);
     let model = fields.parse_optional("model", model);
-    let bounds = bounds(fields, start, end).and_then(|(start, end)| {
-        let holds = match start.zip(end) {
-            Some((start, end)) if start >= end => Err("must be before end_time".into()),
-            _ => Ok(()),
-        };
-        fields.take("start_time", holds).map(|()| (start, end))
-    });
-    let (start, end) = bounds?;
+    let (start, end) = ordered_bounds(fields, start, end)?;
     Some(UsageFilter {
         period: period?,
         start,
@@ -127,6 +120,20 @@ fn filter(
 }
 
 type Bound = Option<DateTime<Utc>>;
+
+/// Reads `start_time` and `end_time` of a list, each of which may be left out.
+pub(super) fn ordered_bounds(
+    fields: &mut Fields,
+    start: Option<Timestamp>,
+    end: Option<Timestamp>,
+) -> Option<(Bound, Bound)> {
+    let (start, end) = bounds(fields, start, end)?;
+    let holds = match start.zip(end) {
+        Some((start, end)) if start >= end => Err("must be before end_time".into()),
+        _ => Ok(()),
+    };
+    fields.take("start_time", holds).map(|()| (start, end))
+}
 
 fn bounds(
     fields: &mut Fields,

@@ -1,9 +1,10 @@
-use std::net::IpAddr;
+use std::{net::IpAddr, str::FromStr};
 
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{ServiceAccountId, UserId};
+use super::{Cursor, ServiceAccountId, UserId, Violation};
 
 /// Where a call came from, for the audit trail.
 #[derive(Clone, Debug)]
@@ -39,12 +40,12 @@ pub enum Actor {
 }
 
 impl Actor {
-    pub fn kind(self) -> &'static str {
+    pub fn kind(self) -> ActorKind {
         match self {
-            Self::Anonymous => "anonymous",
-            Self::User(_) => "user",
-            Self::Service(_) => "service",
-            Self::Operator => "operator",
+            Self::Anonymous => ActorKind::Anonymous,
+            Self::User(_) => ActorKind::User,
+            Self::Service(_) => ActorKind::Service,
+            Self::Operator => ActorKind::Operator,
         }
     }
 
@@ -54,6 +55,36 @@ impl Actor {
             Self::Service(id) => Some(id.0),
             Self::Anonymous | Self::Operator => None,
         }
+    }
+}
+
+/// What kind of actor it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActorKind {
+    Anonymous,
+    User,
+    Service,
+    Operator,
+}
+
+impl ActorKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::User => "user",
+            Self::Service => "service",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+impl FromStr for ActorKind {
+    type Err = Violation;
+
+    fn from_str(text: &str) -> Result<Self, Violation> {
+        let all = [Self::Anonymous, Self::User, Self::Service, Self::Operator];
+        let known = all.into_iter().find(|kind| kind.as_str() == text);
+        known.ok_or_else(|| "must be a kind of actor".into())
     }
 }
 
@@ -120,20 +151,107 @@ pub struct AuditEvent<'a> {
     pub origin: &'a Origin,
     /// The user, session, API key, service account or credits acted on.
     pub target: Uuid,
+    /// Whom it concerns.
+    pub user: Option<UserId>,
     pub details: Value,
 }
 
 impl<'a> AuditEvent<'a> {
+    /// An act on a user.
+    pub fn of_user(action: AuditAction, user: UserId, origin: &'a Origin) -> Self {
+        Self::new(action, user.0, origin).about(user)
+    }
+
+    /// An act on something that belongs to nobody, unless [`Self::about`] says to whom.
     pub fn new(action: AuditAction, target: Uuid, origin: &'a Origin) -> Self {
         Self {
             action,
             origin,
             target,
+            user: None,
             details: Value::Object(serde_json::Map::new()),
+        }
+    }
+
+    /// Says whom the act concerns.
+    pub fn about(self, user: UserId) -> Self {
+        Self {
+            user: Some(user),
+            ..self
         }
     }
 
     pub fn with_details(self, details: Value) -> Self {
         Self { details, ..self }
+    }
+}
+
+/// An act as it was written down.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AuditRecord {
+    pub id: Uuid,
+    pub occurred_at: DateTime<Utc>,
+    pub action: String,
+    pub actor_kind: ActorKind,
+    pub actor_id: Option<Uuid>,
+    pub target_id: Uuid,
+    pub user_id: Option<UserId>,
+    pub request_id: String,
+    pub address: Option<IpAddr>,
+    pub user_agent: String,
+    pub details: Value,
+}
+
+/// Which acts to list; `None` means any.
+#[derive(Clone, Debug, Default)]
+pub struct AuditFilter {
+    pub user_id: Option<UserId>,
+    pub actor_id: Option<Uuid>,
+    pub target_id: Option<Uuid>,
+    pub action: Option<ActionFilter>,
+    pub start: Option<DateTime<Utc>>,
+    pub end: Option<DateTime<Utc>>,
+}
+
+/// One action, or all that begin alike: those end with a full stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ActionFilter {
+    Exactly(String),
+    /// With the full stop.
+    Beginning(String),
+}
+
+impl FromStr for ActionFilter {
+    type Err = Violation;
+
+    fn from_str(text: &str) -> Result<Self, Violation> {
+        let is_fine = |b: u8| b.is_ascii_lowercase() || b == b'_' || b == b'.';
+        if !(1..=64).contains(&text.len()) || !text.bytes().all(is_fine) {
+            return Err("must be up to 64 of a-z _ .".into());
+        }
+        let text = text.to_owned();
+        Ok(if text.ends_with('.') {
+            Self::Beginning(text)
+        } else {
+            Self::Exactly(text)
+        })
+    }
+}
+
+/// The position of an act in a list that is ordered by time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AuditCursor {
+    pub occurred_at: DateTime<Utc>,
+    pub id: Uuid,
+}
+
+impl Cursor for AuditCursor {
+    fn to_bytes(&self) -> Vec<u8> {
+        (self.occurred_at, self.id).to_bytes()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (occurred_at, id) = Cursor::from_bytes(bytes)?;
+        Some(Self { occurred_at, id })
     }
 }

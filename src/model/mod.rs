@@ -24,7 +24,10 @@ mod usage_reads;
 mod user;
 
 pub use api_key::{ApiKey, ApiKeyScopes, ApiKeyStanding};
-pub use audit::{Actor, AuditAction, AuditEvent, Origin};
+pub use audit::{
+    ActionFilter, Actor, ActorKind, AuditAction, AuditCursor, AuditEvent, AuditFilter, AuditRecord,
+    Origin,
+};
 pub use change::Change;
 pub use count::Count;
 pub use ids::{
@@ -39,7 +42,8 @@ pub use limit::{
     BaseSource, Credit, CreditShare, Draw, EffectiveLimit, LimitFacts, MonthlyOverride, PastMonth,
 };
 pub use names::{
-    ApiKeyName, Email, FullName, Identifier, ModelName, RequestId, ServiceName, TierName, Username,
+    ApiKeyName, Email, FullName, Identifier, ModelName, NamePrefix, RequestId, ServiceName,
+    TierName, Username,
 };
 pub use notice::QuotaNotice;
 pub use page::{Cursor, Page, PageRequest};

@@ -84,6 +84,12 @@ name!(
     check_visible
 );
 
+name!(
+    /// What an e-mail address or a username begins with, in any case: 1 to 254 visible ASCII characters.
+    NamePrefix,
+    check_prefix
+);
+
 /// By what a person logs in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Identifier {
@@ -195,6 +201,14 @@ fn check_visible(text: &str) -> Result<(), Violation> {
         Ok(())
     } else {
         Err("must be 1 to 128 visible ASCII characters".into())
+    }
+}
+
+fn check_prefix(text: &str) -> Result<(), Violation> {
+    if (1..=254).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
+        Ok(())
+    } else {
+        Err("must be at most 254 visible ASCII characters".into())
     }
 }
 

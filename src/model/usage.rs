@@ -137,18 +137,14 @@ pub struct UsageCursor {
 
 impl Cursor for UsageCursor {
     fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = self.occurred_at.timestamp_micros().to_be_bytes().to_vec();
-        bytes.extend(self.event_id.0.as_bytes());
-        bytes
+        (self.occurred_at, self.event_id.0).to_bytes()
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (micros, event_id) = bytes.split_first_chunk::<8>()?;
-        // No event is older; the database knows fewer years than a number can name.
-        let micros = u64::try_from(i64::from_be_bytes(*micros)).ok()?;
+        let (occurred_at, event_id) = Cursor::from_bytes(bytes)?;
         Some(Self {
-            occurred_at: DateTime::from_timestamp_micros(micros.cast_signed())?,
-            event_id: EventId(uuid::Uuid::from_slice(event_id).ok()?),
+            occurred_at,
+            event_id: EventId(event_id),
         })
     }
 }

@@ -2,7 +2,7 @@ use std::str::FromStr;
 
 use chrono::{DateTime, Utc};
 
-use super::{Email, FullName, TierName, UserId, Username, Violation};
+use super::{Email, FullName, NamePrefix, TierName, UserId, Username, Violation};
 
 /// A person's account, without the means to log in.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,4 +93,7 @@ impl FromStr for Role {
 pub struct UserFilter {
     pub tier: Option<TierName>,
     pub is_active: Option<bool>,
+    pub email: Option<NamePrefix>,
+    pub username: Option<NamePrefix>,
+    pub role: Option<Role>,
 }

@@ -85,7 +85,8 @@ impl Store {
                 "scopes": row.scopes,
                 "expires_at": row.expires_at,
             });
-            let event = AuditEvent::new(AuditAction::ApiKeyCreated, row.id, origin);
+            let event =
+                AuditEvent::new(AuditAction::ApiKeyCreated, row.id, origin).about(new.user_id);
             audit_insert_in_txn(&event.with_details(details), conn).await?;
             row.try_into()
         })
@@ -193,6 +194,7 @@ impl Store {
                 .optional()?;
             if let Some(row) = revoked {
                 let event = AuditEvent::new(AuditAction::ApiKeyRevoked, id.0, origin)
+                    .about(user_id)
                     .with_details(json!({"user_id": user_id.to_string(), "name": row.name}));
                 audit_insert_in_txn(&event, conn).await?;
                 return row.try_into();

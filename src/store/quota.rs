@@ -108,7 +108,7 @@ impl Store {
                 quota_overrides::monthly_tokens.eq(new.monthly_tokens),
                 quota_overrides::expires_at.eq(new.expires_at),
                 quota_overrides::reason.eq(reason),
-                quota_overrides::actor_kind.eq(origin.actor.kind()),
+                quota_overrides::actor_kind.eq(origin.actor.kind().as_str()),
                 quota_overrides::actor_id.eq(origin.actor.id()),
                 quota_overrides::set_at.eq(dsl::now),
             );
@@ -124,7 +124,7 @@ impl Store {
                 "expires_at": new.expires_at,
                 "reason": reason,
             });
-            let event = AuditEvent::new(AuditAction::QuotaOverrideSet, user_id.0, origin);
+            let event = AuditEvent::of_user(AuditAction::QuotaOverrideSet, user_id, origin);
             audit_insert_in_txn(&event.with_details(details), conn).await?;
             facts.override_ = Some(*new);
             record_in_txn(&facts, &facts.limit(tiers), conn).await
@@ -150,7 +150,7 @@ impl Store {
             if diesel::delete(own).execute(conn).await? == 0 {
                 return Ok(());
             }
-            let event = AuditEvent::new(AuditAction::QuotaOverrideCleared, user_id.0, origin)
+            let event = AuditEvent::of_user(AuditAction::QuotaOverrideCleared, user_id, origin)
                 .with_details(json!({"reason": reason}));
             audit_insert_in_txn(&event, conn).await?;
             facts.override_ = None;
@@ -185,7 +185,7 @@ impl Store {
                     credit_grants::expires_at.eq(new.expires_at),
                     credit_grants::reason.eq(&new.reason),
                     credit_grants::request_id.eq(new.request_id.0),
-                    credit_grants::actor_kind.eq(origin.actor.kind()),
+                    credit_grants::actor_kind.eq(origin.actor.kind().as_str()),
                     credit_grants::actor_id.eq(origin.actor.id()),
                 ))
                 .on_conflict(credit_grants::request_id)
@@ -208,7 +208,8 @@ impl Store {
                 "expires_at": new.expires_at,
                 "reason": new.reason,
             });
-            let event = AuditEvent::new(AuditAction::CreditsGranted, row.id, origin);
+            let event =
+                AuditEvent::new(AuditAction::CreditsGranted, row.id, origin).about(new.user_id);
             audit_insert_in_txn(&event.with_details(details), conn).await?;
             let facts = facts_in_txn(new.user_id, facts.period, tiers, conn).await?;
             Ok(row.grant(&facts.limit(tiers)))
@@ -298,7 +299,8 @@ impl Store {
                     "voided_tokens": share.credit.tokens - share.drawn,
                     "reason": reason,
                 });
-                let event = AuditEvent::new(AuditAction::CreditsVoided, id.0, origin);
+                let event = AuditEvent::new(AuditAction::CreditsVoided, id.0, origin)
+                    .about(UserId(user_id));
                 audit_insert_in_txn(&event.with_details(details), conn).await?;
                 facts.close(share);
             }

@@ -26,6 +26,7 @@ diesel::table! {
         address -> Nullable<Text>,
         user_agent -> Text,
         details -> Jsonb,
+        user_id -> Nullable<Uuid>,
     }
 }
 
@@ -201,6 +202,13 @@ diesel::table! {
 }
 
 diesel::table! {
+    user_erasures (user_id) {
+        user_id -> Uuid,
+        deleted_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     users (id) {
         id -> Uuid,
         email -> Text,
@@ -243,5 +251,6 @@ diesel::allow_tables_to_appear_in_same_query!(
     service_keys,
     sessions,
     usage_records,
+    user_erasures,
     users,
 );

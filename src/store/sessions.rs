@@ -93,7 +93,7 @@ impl Store {
             .await?;
             if rehashed.is_some() {
                 let action = AuditAction::PasswordRehashed;
-                let event = AuditEvent::new(action, new.user_id.0, new.origin);
+                let event = AuditEvent::of_user(action, new.user_id, new.origin);
                 audit_insert_in_txn(&event, conn).await?;
             }
             let standing = standing(session, user)?;
@@ -262,7 +262,7 @@ impl Store {
                 if !reason.is_empty() {
                     details["reason"] = reason.into();
                 }
-                let event = AuditEvent::new(AuditAction::SessionEnded, id.0, origin);
+                let event = AuditEvent::new(AuditAction::SessionEnded, id.0, origin).about(user_id);
                 audit_insert_in_txn(&event.with_details(details), conn).await?;
                 return Ok((row.into(), true));
             }
@@ -297,7 +297,7 @@ impl Store {
                     "kept": kept.map(|id| id.to_string()),
                     "reason": reason,
                 });
-                let event = AuditEvent::new(AuditAction::SessionsEnded, user_id.0, origin);
+                let event = AuditEvent::of_user(AuditAction::SessionsEnded, user_id, origin);
                 audit_insert_in_txn(&event.with_details(details), conn).await?;
             }
             Ok(ended)
@@ -342,8 +342,9 @@ async fn session_audit_in_txn(
     origin: &Origin,
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
-    let event =
-        AuditEvent::new(action, id.0, origin).with_details(json!({"user_id": user.to_string()}));
+    let event = AuditEvent::new(action, id.0, origin)
+        .about(user)
+        .with_details(json!({"user_id": user.to_string()}));
     audit_insert_in_txn(&event, conn).await
 }
 

@@ -18,8 +18,8 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Identifier, Origin, Page, PageRequest, Person, Role, TierName,
-        Tiers, User, UserFilter, UserId, UserStanding,
+        AuditAction, AuditEvent, Identifier, NamePrefix, Origin, Page, PageRequest, Person, Role,
+        TierName, Tiers, User, UserFilter, UserId, UserStanding,
     },
 };
 
@@ -62,7 +62,7 @@ impl Store {
                 .await
                 .map_err(on_unique(|| Error::AccountExists))?;
             let details = json!({"tier": user.tier, "role": user.role});
-            let event = AuditEvent::new(AuditAction::UserCreated, user.id, origin);
+            let event = AuditEvent::of_user(AuditAction::UserCreated, UserId(user.id), origin);
             audit_insert_in_txn(&event.with_details(details), conn).await?;
             user.try_into()
         })
@@ -197,6 +197,21 @@ impl Store {
         if let Some(is_active) = filter.is_active {
             query = query.filter(users::is_active.eq(is_active));
         }
+        if let Some(role) = filter.role {
+            query = query.filter(users::role.eq(role.as_str()));
+        }
+        let names = [
+            (LOWER_EMAIL, &filter.email),
+            (LOWER_USERNAME, &filter.username),
+        ];
+        for (name, prefix) in names {
+            if let Some(prefix) = prefix {
+                let (from, to) = beginning_with(prefix);
+                query = query
+                    .filter(sql::<Text>(name).ge(from))
+                    .filter(sql::<Text>(name).lt(to));
+            }
+        }
         if let Some(after) = page.after {
             query = query.filter(users::id.lt(after));
         }
@@ -283,7 +298,7 @@ impl Store {
             let Some(row) = changed else {
                 return user_by_id_in_txn(id, conn).await;
             };
-            let event = AuditEvent::new(AuditAction::UserTierSet, id.0, origin)
+            let event = AuditEvent::of_user(AuditAction::UserTierSet, id, origin)
                 .with_details(json!({"tier": row.tier}));
             audit_insert_in_txn(&event, conn).await?;
             facts.tier = tier.clone();
@@ -322,12 +337,26 @@ impl Store {
                 AuditAction::UserDisabled
             };
             let event =
-                AuditEvent::new(action, id.0, origin).with_details(json!({"reason": reason}));
+                AuditEvent::of_user(action, id, origin).with_details(json!({"reason": reason}));
             audit_insert_in_txn(&event, conn).await?;
             row.try_into()
         })
         .await
     }
+}
+
+/// As the indexes for prefixes have them.
+const LOWER_EMAIL: &str = "lower(email) COLLATE \"C\"";
+const LOWER_USERNAME: &str = "lower(username) COLLATE \"C\"";
+
+/// From where to where names begin so, in the order of bytes.
+fn beginning_with(prefix: &NamePrefix) -> (String, String) {
+    let from = prefix.as_str().to_ascii_lowercase();
+    let mut to = from.clone();
+    // Visible ASCII: there is a next character.
+    let next = to.pop().map_or('\u{7f}', |last| char::from(last as u8 + 1));
+    to.push(next);
+    (from, to)
 }
 
 async fn user_by_id_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<User> {

@@ -36,6 +36,9 @@ const EVENT_RETENTION: TimeDelta = TimeDelta::days(7);
 /// API keys are listed for a while after their end.
 const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 
+/// For so long after a user was deleted, usage that was under way then is looked for.
+const ERASURE_WAIT: TimeDelta = TimeDelta::days(2);
+
 /// Makes partitions ahead, drops those of old usage records, deletes sessions and API keys long
 /// ended, and writes down what has become of users' months by itself.
 pub struct Upkeep {
@@ -138,6 +141,11 @@ impl Upkeep {
         let before = now - EVENT_RETENTION;
         sweep("delivered events", || {
             store.outbox_sweep(before, SWEEP_BATCH)
+        })
+        .await?;
+        let before = now - ERASURE_WAIT;
+        sweep("usage records of users", || {
+            store.usage_erase(before, SWEEP_BATCH)
         })
         .await?;
         // By another task, and later: these are many.

@@ -83,10 +83,16 @@ const ANY_VALUE: [(&str, &str, &str); 13] = [
 ];
 
 /// Updates carry the whole user (AIP-134), and read these fields of it.
-const UPDATES: [(&str, &[&str]); 1] = [(
-    "auth.v1.AuthService/UpdateCurrentUser",
-    &["username", "full_name"],
-)];
+const UPDATES: [(&str, &[&str]); 2] = [
+    (
+        "auth.v1.AuthService/UpdateCurrentUser",
+        &["username", "full_name"],
+    ),
+    (
+        "admin.v1.AdminService/UpdateUser",
+        &["id", "email", "username", "full_name", "role"],
+    ),
+];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_field_is_named_alone_and_its_value_is_not_repeated() {

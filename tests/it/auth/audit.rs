@@ -2,12 +2,14 @@ use std::collections::HashMap;
 
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{
-        CreateServiceAccountRequest, DisableServiceAccountRequest, DisableUserRequest,
-        EnableUserRequest, RevokeUserSessionsRequest, RotateServiceKeyRequest, SetUserTierRequest,
+        CreateServiceAccountRequest, DeleteUserRequest, DisableServiceAccountRequest,
+        DisableUserRequest, EnableUserRequest, RevokeUserSessionsRequest, RotateServiceKeyRequest,
+        SetUserTierRequest, UpdateUserRequest,
     },
     auth::v1::{
-        CreateApiKeyRequest, LoginRequest, LogoutRequest, RefreshTokensRequest, RegisterRequest,
-        RevokeAllSessionsRequest, RevokeApiKeyRequest, RevokeSessionRequest,
+        ChangePasswordRequest, CreateApiKeyRequest, LoginRequest, LogoutRequest,
+        RefreshTokensRequest, RegisterRequest, RevokeAllSessionsRequest, RevokeApiKeyRequest,
+        RevokeSessionRequest, Role, UpdateCurrentUserRequest, User,
     },
 };
 use tonic::{Code, Request};
@@ -347,6 +349,29 @@ async fn no_act_is_done_that_cannot_be_written() {
     let old = RefreshTokensRequest {
         refresh_token: first.refresh_token,
     };
+    let profile = User {
+        id: user_id.clone(),
+        full_name: "Another Name".to_owned(),
+        role: Role::Admin.into(),
+        ..User::default()
+    };
+    let own = UpdateCurrentUserRequest {
+        user: Some(profile.clone()),
+        update_mask: None,
+    };
+    let update = UpdateUserRequest {
+        user: Some(profile),
+        update_mask: None,
+    };
+    let delete = DeleteUserRequest {
+        user_id: user_id.clone(),
+        reason: String::new(),
+    };
+    let password = ChangePasswordRequest {
+        current_password: PASSWORD.to_owned(),
+        new_password: "a staple for the next battery".to_owned(),
+        keep_other_sessions: false,
+    };
     let one = RevokeSessionRequest {
         session_id: first.session_id,
     };
@@ -380,6 +405,10 @@ async fn no_act_is_done_that_cannot_be_written() {
             .await
             .map(drop),
         admin.revoke_user_sessions(all).await.map(drop),
+        auth.update_current_user(own).await.map(drop),
+        auth.change_password(password).await.map(drop),
+        admin.update_user(update).await.map(drop),
+        admin.delete_user(delete).await.map(drop),
         auth.refresh_tokens(old).await.map(drop),
         admin.set_user_tier(tier).await.map(drop),
         admin

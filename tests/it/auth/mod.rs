@@ -1,6 +1,7 @@
 //! Accounts, logins, sessions, keys and the trail they leave: `AuthService` and `AdminService`.
 
 mod accounts;
+mod administration;
 mod api_keys;
 mod attacks;
 mod audit;
@@ -17,6 +18,7 @@ mod register;
 mod service_accounts;
 mod sessions;
 mod timing;
+mod trail;
 mod users;
 mod validate;
 

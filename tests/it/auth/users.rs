@@ -149,6 +149,7 @@ async fn a_page_token_of_another_list_is_refused() {
             page_token: page_token.to_owned(),
             tier: tier.to_owned(),
             is_active,
+            ..ListUsersRequest::default()
         };
         assert_invalid(list(&app, request).await, &["page_token"]);
     }
@@ -190,11 +191,13 @@ async fn page_sizes_have_a_default_and_a_limit() {
         page_size: i32::MIN,
         page_token: "!".to_owned(),
         tier: "No Tier".to_owned(),
-        is_active: None,
+        email_prefix: "two words".to_owned(),
+        role: 9,
+        ..ListUsersRequest::default()
     };
     assert_invalid(
         list(&app, wrong).await,
-        &["tier", "page_size", "page_token"],
+        &["tier", "email_prefix", "role", "page_size", "page_token"],
     );
 }
 

@@ -136,6 +136,8 @@ pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
     limits(&mut table, user);
     people::sessions(&mut table, user);
     people::own_account(&mut table);
+    people::accounts(&mut table, user);
+    people::audit_trail(&mut table);
     table.0
 }
 
@@ -1021,6 +1023,9 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
         page_token: bad(),
         tier: "?".to_owned(),
         is_active: None,
+        email_prefix: " ".to_owned(),
+        username_prefix: "é".to_owned(),
+        role: -1,
     };
     let login = LoginRequest {
         identifier: bad(),
@@ -1180,7 +1185,18 @@ pub(super) fn all_at_once(user: &TestUser) -> Vec<(&'static str, &'static [&'sta
             ],
             encode(&export),
         ),
-        (USERS, &["page_size", "page_token", "tier"], encode(&users)),
+        (
+            USERS,
+            &[
+                "page_size",
+                "page_token",
+                "tier",
+                "email_prefix",
+                "username_prefix",
+                "role",
+            ],
+            encode(&users),
+        ),
         (
             OVERRIDE,
             &["user_id", "limit", "expires_at", "reason"],

@@ -1,18 +1,24 @@
 //! Wrong values of what people and administrators do to accounts and sessions.
 
-use prost_types::FieldMask;
+use prost_types::{FieldMask, Timestamp};
 use tollkeeper::proto::tollkeeper::{
-    admin::v1::{ListUserSessionsRequest, RevokeUserSessionsRequest},
+    admin::v1::{
+        DeleteUserRequest, ListAuditEventsRequest, ListUserSessionsRequest, ListUsersRequest,
+        RevokeUserSessionsRequest, UpdateUserRequest,
+    },
     auth::v1::{
         ChangePasswordRequest, ListSessionsRequest, RevokeSessionRequest, UpdateCurrentUserRequest,
         User,
     },
 };
 
-use super::{FULL_NAMES, IDS, PAGE_TOKENS, PASSWORDS, Table, USERNAMES};
+use super::{DAY, EMAILS, FULL_NAMES, IDS, PAGE_TOKENS, PASSWORDS, Table, USERNAMES, USERS, ago};
 use crate::harness::{PASSWORD, TestUser};
 
 const UPDATE_ME: &str = "auth.v1.AuthService/UpdateCurrentUser";
+const UPDATE_USER: &str = "admin.v1.AdminService/UpdateUser";
+const DELETE_USER: &str = "admin.v1.AdminService/DeleteUser";
+const AUDIT: &str = "admin.v1.AdminService/ListAuditEvents";
 const CHANGE_PASSWORD: &str = "auth.v1.AuthService/ChangePassword";
 
 const SESSIONS: &str = "auth.v1.AuthService/ListSessions";
@@ -134,6 +140,149 @@ pub(super) fn own_account(t: &mut Table) {
             ..change.clone()
         }
     });
+}
+
+pub(super) fn accounts(t: &mut Table, user: &TestUser) {
+    t.row(UPDATE_USER, "user", "unset", UpdateUserRequest::default());
+    let update = |user, path: &str| UpdateUserRequest {
+        user: Some(user),
+        update_mask: Some(mask(path)),
+    };
+    let blank = || User {
+        id: user.id.clone(),
+        ..User::default()
+    };
+    t.texts(UPDATE_USER, "user.id", IDS, |id| {
+        update(User { id, ..blank() }, "full_name")
+    });
+    t.texts(UPDATE_USER, "user.email", EMAILS, |email| {
+        let user = User { email, ..blank() };
+        update(user, "email")
+    });
+    t.texts(UPDATE_USER, "user.username", USERNAMES, |username| {
+        let user = User {
+            username,
+            ..blank()
+        };
+        update(user, "username")
+    });
+    t.texts(UPDATE_USER, "user.full_name", FULL_NAMES, |full_name| {
+        let user = User {
+            full_name,
+            ..blank()
+        };
+        update(user, "full_name")
+    });
+    for role in [0, 3, -1] {
+        let user = User { role, ..blank() };
+        t.row(
+            UPDATE_USER,
+            "user.role",
+            &role.to_string(),
+            update(user, "role"),
+        );
+    }
+    t.texts(UPDATE_USER, "update_mask", MASKS, |path| {
+        update(blank(), &path)
+    });
+
+    let delete = DeleteUserRequest {
+        user_id: user.id.clone(),
+        reason: String::new(),
+    };
+    t.texts(DELETE_USER, "user_id", IDS, |user_id| DeleteUserRequest {
+        user_id,
+        ..delete.clone()
+    });
+    let long = "x".repeat(501);
+    t.texts(DELETE_USER, "reason", &["nul\u{0}nul", &long], |reason| {
+        DeleteUserRequest {
+            reason,
+            ..delete.clone()
+        }
+    });
+
+    let list = ListUsersRequest::default();
+    let long = "x".repeat(255);
+    let prefixes = ["two words", "größe", "nul\u{0}nul", &long];
+    t.texts(USERS, "email_prefix", &prefixes, |email_prefix| {
+        ListUsersRequest {
+            email_prefix,
+            ..list.clone()
+        }
+    });
+    t.texts(USERS, "username_prefix", &prefixes, |username_prefix| {
+        ListUsersRequest {
+            username_prefix,
+            ..list.clone()
+        }
+    });
+    for role in [3, -1] {
+        let message = ListUsersRequest {
+            role,
+            ..list.clone()
+        };
+        t.row(USERS, "role", &role.to_string(), message);
+    }
+}
+
+pub(super) fn audit_trail(t: &mut Table) {
+    let list = ListAuditEventsRequest::default();
+    t.sizes(AUDIT, |page_size| ListAuditEventsRequest {
+        page_size,
+        ..list.clone()
+    });
+    t.texts(AUDIT, "page_token", PAGE_TOKENS, |page_token| {
+        ListAuditEventsRequest {
+            page_token,
+            ..list.clone()
+        }
+    });
+    t.texts(AUDIT, "user_id", &IDS[1..], |user_id| {
+        ListAuditEventsRequest {
+            user_id,
+            ..list.clone()
+        }
+    });
+    t.texts(AUDIT, "actor_id", &IDS[1..], |actor_id| {
+        ListAuditEventsRequest {
+            actor_id,
+            ..list.clone()
+        }
+    });
+    t.texts(AUDIT, "target_id", &IDS[1..], |target_id| {
+        ListAuditEventsRequest {
+            target_id,
+            ..list.clone()
+        }
+    });
+    let long = "a".repeat(65);
+    let actions = ["User.created", "user created", "user%", "nul\u{0}", &long];
+    t.texts(AUDIT, "action", &actions, |action| ListAuditEventsRequest {
+        action,
+        ..list.clone()
+    });
+    let never = Timestamp {
+        seconds: -1,
+        nanos: 0,
+    };
+    for (value, start, end) in [
+        ("before 1970", never, None),
+        ("the end", ago(0), Some(ago(0))),
+        ("after the end", ago(0), Some(ago(DAY))),
+    ] {
+        let message = ListAuditEventsRequest {
+            start_time: Some(start),
+            end_time: end,
+            ..list.clone()
+        };
+        t.row(AUDIT, "start_time", value, message);
+    }
+    let message = ListAuditEventsRequest {
+        end_time: Some(never),
+        ..list
+    };
+    t.row(AUDIT, "end_time", "before 1970", message);
 }
 
 /// Paths that nobody may change.
