@@ -5,6 +5,7 @@
 //! An unknown key is an error.
 
 mod layers;
+mod throttle;
 mod tls;
 mod validate;
 mod webhook;
@@ -14,6 +15,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, ti
 use serde::{Deserialize, Serialize};
 
 pub use layers::{Loaded, Origin, SettingsError, load};
+pub use throttle::ThrottleSettings;
 pub use tls::{TlsSettings, is_uri};
 pub use webhook::WebhookSettings;
 
@@ -30,6 +32,7 @@ pub struct Settings {
     pub database: DatabaseSettings,
     pub auth: AuthSettings,
     pub password: PasswordSettings,
+    pub throttle: ThrottleSettings,
     pub usage: UsageSettings,
     pub quota: QuotaSettings,
     pub gateway: GatewaySettings,
@@ -276,6 +279,7 @@ impl Default for Settings {
             database: DatabaseSettings::default(),
             auth: AuthSettings::default(),
             password: PasswordSettings::default(),
+            throttle: ThrottleSettings::default(),
             usage: UsageSettings::default(),
             quota: QuotaSettings::default(),
             gateway: GatewaySettings::default(),

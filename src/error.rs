@@ -80,6 +80,9 @@ pub enum Error {
     ReservationInvalid,
     #[error("the reservation has ended")]
     ReservationEnded,
+    /// Somebody is guessing, or mistypes.
+    #[error("too many failed attempts, retry after {retry_after:?}")]
+    Throttled { retry_after: Duration },
     #[error("too much work is waiting, retry after {retry_after:?}")]
     Overloaded { retry_after: Duration },
     #[error("the database is unavailable")]

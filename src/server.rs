@@ -128,6 +128,7 @@ impl Server {
             master_key,
             &settings.auth,
             &settings.password,
+            &settings.throttle,
         )?;
         let threads = config::or_cores(settings.server.threads);
         let usage = Usage::new(

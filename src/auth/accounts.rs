@@ -42,6 +42,20 @@ impl Auth {
         self.passwords.check_length(password)
     }
 
+    /// Creates an account for somebody who asks for it: each address may do so a number of times.
+    ///
+    /// # Errors
+    /// `Throttled`, and as [`Auth::create_account`]
+    pub async fn register(
+        &self,
+        new: NewAccount,
+        origin: &Origin,
+        now: DateTime<Utc>,
+    ) -> Result<User> {
+        self.admit_registration(origin, now).await?;
+        self.create_account(new, origin).await
+    }
+
     /// Creates an account. The password is hashed before the database is asked, so that a taken
     /// address answers no sooner than a free one.
     ///
@@ -144,8 +158,8 @@ impl Auth {
     /// returns how many ended.
     ///
     /// # Errors
-    /// `InvalidCredentials` when `current` is wrong · `Invalid` (`new_password`) · `Overloaded` ·
-    /// `Unavailable`
+    /// `InvalidCredentials` when `current` is wrong · `Invalid` (`new_password`) · `Throttled` ·
+    /// `Overloaded` · `Unavailable`
     pub async fn change_password(
         &self,
         id: UserId,
@@ -157,10 +171,13 @@ impl Auth {
     ) -> Result<usize> {
         let known = self.store.credentials_by_id(id).await?;
         let checked = known.password_hash;
+        let attempt = self.admit_own(id, now).await?;
         let verdict = self.passwords.verify(current, checked.clone()).await?;
         let (Some(checked), true) = (checked, verdict.matches) else {
+            self.attempt_failed(attempt).await?;
             return Err(Error::InvalidCredentials);
         };
+        self.attempt_succeeded(attempt).await;
         let person = known.user.person();
         let hashed = self
             .passwords

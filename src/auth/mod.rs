@@ -23,6 +23,7 @@ mod refresh_token;
 mod service_accounts;
 mod sessions;
 mod stamps;
+mod throttle;
 mod validation;
 mod watch;
 
@@ -50,10 +51,11 @@ use api_keys::ApiKeyLimits;
 use cache::CredentialCache;
 use password::Passwords;
 use refresh_token::RefreshTokens;
+use throttle::Throttle;
 use watch::Watchers;
 
 use crate::{
-    config::{AuthSettings, PasswordSettings},
+    config::{AuthSettings, PasswordSettings, ThrottleSettings},
     error::{Error, Result},
     model::{Change, Revision},
     store::Store,
@@ -66,6 +68,7 @@ pub struct Auth {
     cache: Arc<CredentialCache>,
     watchers: Arc<Watchers>,
     passwords: Passwords,
+    throttle: Arc<Throttle>,
     access_tokens: Arc<AccessTokens>,
     refresh_tokens: Arc<RefreshTokens>,
     lifetimes: Lifetimes,
@@ -95,6 +98,7 @@ impl Auth {
         master_key: &MasterKey,
         settings: &AuthSettings,
         passwords: &PasswordSettings,
+        throttle: &ThrottleSettings,
     ) -> Result<Self> {
         let freshness = Freshness::new(settings.staleness_bound, settings.max_stale);
         let cache = CredentialCache::new(store.clone(), settings.cache_bytes, freshness);
@@ -103,6 +107,7 @@ impl Auth {
             cache: Arc::new(cache),
             watchers: Arc::new(Watchers::new()),
             passwords: Passwords::new(passwords)?,
+            throttle: Arc::new(Throttle::new(master_key, throttle, passwords)),
             access_tokens: Arc::new(AccessTokens::new(keys, settings)),
             refresh_tokens: Arc::new(RefreshTokens::new(master_key)),
             lifetimes: Lifetimes {

@@ -41,8 +41,8 @@ impl Auth {
     /// a hash too.
     ///
     /// # Errors
-    /// `InvalidCredentials` · `AccountDisabled`, only after the right password · `Overloaded` ·
-    /// `Unavailable`
+    /// `InvalidCredentials` · `AccountDisabled`, only after the right password · `Throttled` ·
+    /// `Overloaded` · `Unavailable`
     pub async fn login(
         &self,
         identifier: &Identifier,
@@ -58,8 +58,11 @@ impl Auth {
             }) => (Some(user), password_hash),
             None => (None, None),
         };
+        let id = user.as_ref().map(|user| user.id);
+        let attempt = self.admit_login(id, identifier, origin, now).await?;
         let verdict = self.passwords.verify(password, hash.clone()).await?;
         let (Some(user), Some(hash), true) = (user, hash, verdict.matches) else {
+            self.attempt_failed(attempt).await?;
             return Err(Error::InvalidCredentials);
         };
         if !user.is_active {
@@ -75,6 +78,7 @@ impl Auth {
             origin,
         };
         let standing = self.store.session_open(new, &hash, now).await?;
+        self.attempt_succeeded(attempt).await;
         let tokens = self.issue(&standing, now)?;
         Ok(LoggedIn {
             tokens,

@@ -181,6 +181,7 @@ async fn with_auth(
             &master_key,
             &settings.auth,
             &settings.password,
+            &settings.throttle,
         )?;
         let outcome = work(auth).await;
         store.close();

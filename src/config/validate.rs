@@ -43,6 +43,8 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         password.bcrypt_cost: 10, 16;
         password.threads: 0, 1024;
         password.queue: 0, 100_000;
+        throttle.account_failures: 0, 100;
+        throttle.address_failures: 0, 1_000_000;
         usage.writers: 1, 64;
         usage.batch_events: 1, 10_000;
         usage.queue_events: 1000, 10_000_000;
@@ -62,6 +64,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.max_stale: auth.staleness_bound, day;
         auth.api_key_max_ttl: hour, 4000 * day;
         password.queue_timeout: tick, minute;
+        throttle.max_delay: second, hour;
         quota.replica_ttl: second, 5 * minute;
         quota.hold_horizon: second, hour;
         quota.recall_bound: tick, 10 * second;

@@ -60,7 +60,7 @@ impl AuthService for Handler {
             role: Role::User,
             tier,
         };
-        let user = self.auth.create_account(new, &origin).await?;
+        let user = self.auth.register(new, &origin, Utc::now()).await?;
         Ok(Response::new(RegisterResponse {
             user: Some(user.into()),
         }))

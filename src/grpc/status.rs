@@ -110,6 +110,11 @@ impl From<Error> for Status {
             Error::ReservationEnded => {
                 status(Code::FailedPrecondition, Reason::ReservationEnded, message)
             }
+            Error::Throttled { retry_after } => {
+                let mut details = info(Reason::TooManyAttempts, []);
+                details.set_retry_info(Some(retry_after));
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
             Error::Overloaded { retry_after } => {
                 let mut details = info(Reason::Overloaded, []);
                 details.set_retry_info(Some(retry_after));

@@ -19,6 +19,7 @@ mod revision;
 mod scope;
 mod service_account;
 mod session;
+mod throttle;
 mod usage;
 mod usage_reads;
 mod user;
@@ -55,6 +56,7 @@ pub use revision::{MinFreshness, Revision};
 pub use scope::{Scope, ScopeSet};
 pub use service_account::{KeyOverlap, ServiceAccount};
 pub use session::{RefreshRefusal, RefreshStep, Session, SessionDetails, SessionStanding};
+pub use throttle::{ThrottleRule, ThrottleState};
 pub use usage::{
     Booking, BookingOrigin, Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent,
     UsageRecord, UsageTotals,

@@ -24,6 +24,7 @@ mod schema;
 mod service_accounts;
 mod sessions;
 mod settlements;
+mod throttle;
 mod usage;
 mod usage_cells;
 mod usage_export;

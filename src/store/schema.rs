@@ -59,6 +59,15 @@ diesel::table! {
 }
 
 diesel::table! {
+    login_throttle (subject) {
+        subject -> Text,
+        failures -> Int4,
+        last_failed_at -> Timestamptz,
+        blocked_until -> Timestamptz,
+    }
+}
+
+diesel::table! {
     monthly_model_usage (user_id, month, model) {
         user_id -> Uuid,
         month -> Text,
@@ -239,6 +248,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     audit_events,
     credit_draws,
     credit_grants,
+    login_throttle,
     monthly_model_usage,
     outbox,
     quota_balances,

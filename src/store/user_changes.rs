@@ -10,7 +10,7 @@ use super::{
     Store,
     audit::audit_insert_in_txn,
     errors::on_unique,
-    schema::{audit_events, usage_records, user_erasures, users},
+    schema::{audit_events, login_throttle, usage_records, user_erasures, users},
     sessions::session_revoke_all_in_txn,
     users::UserRow,
 };
@@ -98,6 +98,12 @@ impl Store {
                     audit_events::address.eq(None::<String>),
                     audit_events::user_agent.eq(""),
                 ))
+                .execute(conn)
+                .await?;
+            let subjects = login_throttle::subject
+                .eq(format!("own {id}"))
+                .or(login_throttle::subject.like(format!("user {id}%")));
+            diesel::delete(login_throttle::table.filter(subjects))
                 .execute(conn)
                 .await?;
             diesel::insert_into(user_erasures::table)

@@ -36,6 +36,9 @@ const EVENT_RETENTION: TimeDelta = TimeDelta::days(7);
 /// API keys are listed for a while after their end.
 const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 
+/// By then as good as all are forgiven.
+const THROTTLE_RETENTION: TimeDelta = TimeDelta::days(2);
+
 /// For so long after a user was deleted, usage that was under way then is looked for.
 const ERASURE_WAIT: TimeDelta = TimeDelta::days(2);
 
@@ -146,6 +149,11 @@ impl Upkeep {
         let before = now - ERASURE_WAIT;
         sweep("usage records of users", || {
             store.usage_erase(before, SWEEP_BATCH)
+        })
+        .await?;
+        let before = now - THROTTLE_RETENTION;
+        sweep("failed attempts", || {
+            store.throttle_sweep(before, SWEEP_BATCH)
         })
         .await?;
         // By another task, and later: these are many.

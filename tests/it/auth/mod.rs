@@ -17,6 +17,7 @@ mod refresh_races;
 mod register;
 mod service_accounts;
 mod sessions;
+mod throttle;
 mod timing;
 mod trail;
 mod users;

@@ -55,6 +55,7 @@ async fn every_reason_of_the_contract_is_given_with_a_code_that_it_names() {
     errors.push(internal(&app).await);
     errors.push(expired().await);
     errors.push(too_many_keys().await);
+    errors.push(too_many_attempts().await);
     errors.extend(of_credits(&app).await);
     errors.extend(usage::reservations::refused_reservations().await);
     errors.push(crate::watch::dropped_reader().await);
@@ -294,6 +295,14 @@ async fn too_many_keys() -> Status {
     let mut auth = app.auth(&token);
     auth.create_api_key(create_api_key()).await.unwrap();
     auth.create_api_key(create_api_key()).await.unwrap_err()
+}
+
+async fn too_many_attempts() -> Status {
+    let app = TestApp::spawn_with(|settings| settings.throttle.account_failures = 1).await;
+    for _ in 0..2 {
+        app.login_as("nobody", PASSWORD).await.unwrap_err();
+    }
+    app.login_as("nobody", PASSWORD).await.unwrap_err()
 }
 
 async fn of_credits(app: &TestApp) -> Vec<Status> {

@@ -1,0 +1,177 @@
+//! Failed attempts to log in or register, by what they count against.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, Utc};
+use diesel::{dsl::exists, prelude::*};
+use diesel_async::{AsyncConnection as _, RunQueryDsl};
+
+use super::{
+    Store,
+    schema::{login_throttle, sessions},
+};
+use crate::{
+    error::{Error, Result},
+    model::{ThrottleRule, ThrottleState, UserId},
+};
+
+impl Store {
+    /// What is known of each of these, if anything is.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn throttle_states(
+        &self,
+        subjects: &[String],
+    ) -> Result<HashMap<String, ThrottleState>> {
+        let mut conn = self.conn().await?;
+        let rows: Vec<ThrottleRow> = login_throttle::table
+            .filter(login_throttle::subject.eq_any(subjects))
+            .select(ThrottleRow::as_select())
+            .load(&mut conn)
+            .await?;
+        let states = rows
+            .into_iter()
+            .map(|row| (row.subject.clone(), row.into()));
+        Ok(states.collect())
+    }
+
+    /// Takes the one attempt that may be made now: nothing more is tried before `until`. Whether it was
+    /// free to take.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn throttle_claim(
+        &self,
+        subject: &str,
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> Result<bool> {
+        let mut conn = self.conn().await?;
+        let claimed = diesel::update(login_throttle::table.find(subject))
+            .filter(login_throttle::blocked_until.le(now))
+            .set(login_throttle::blocked_until.eq(until))
+            .execute(&mut conn)
+            .await?;
+        Ok(claimed == 1)
+    }
+
+    /// Counts a failure against each of these, by their rules.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn throttle_fail(
+        &self,
+        subjects: &[(String, ThrottleRule)],
+        now: DateTime<Utc>,
+    ) -> Result<()> {
+        let mut subjects: Vec<_> = subjects.iter().collect();
+        // Locked in one order by all, so that none wait for each other in a circle.
+        subjects.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            for (subject, rule) in subjects {
+                let first = ThrottleRow::new(subject, rule.after_failure(None, now));
+                let is_first = diesel::insert_into(login_throttle::table)
+                    .values(&first)
+                    .on_conflict_do_nothing()
+                    .execute(conn)
+                    .await?;
+                if is_first == 1 {
+                    continue;
+                }
+                let row = login_throttle::table.find(subject);
+                let known: Option<ThrottleRow> = row
+                    .select(ThrottleRow::as_select())
+                    .for_update()
+                    .first(conn)
+                    .await
+                    .optional()?;
+                // Swept or cleared this moment: nothing was known that mattered.
+                let Some(known) = known else { continue };
+                let next = rule.after_failure(Some(&known.into()), now);
+                diesel::update(row)
+                    .set(ThrottleRow::new(subject, next))
+                    .execute(conn)
+                    .await?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Forgets all failures against something.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn throttle_clear(&self, subject: &str) -> Result<()> {
+        let mut conn = self.conn().await?;
+        diesel::delete(login_throttle::table.find(subject))
+            .execute(&mut conn)
+            .await?;
+        Ok(())
+    }
+
+    /// Forgets up to `limit` of those against which nothing failed since `before`; returns how many.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn throttle_sweep(&self, before: DateTime<Utc>, limit: i64) -> Result<usize> {
+        let mut conn = self.conn().await?;
+        let old: Vec<String> = login_throttle::table
+            .filter(login_throttle::blocked_until.lt(before))
+            .select(login_throttle::subject)
+            .limit(limit)
+            .load(&mut conn)
+            .await?;
+        let old = login_throttle::table
+            .filter(login_throttle::subject.eq_any(old))
+            // What failed meanwhile stays.
+            .filter(login_throttle::blocked_until.lt(before));
+        Ok(diesel::delete(old).execute(&mut conn).await?)
+    }
+
+    /// Whether a user has logged in from this address: some session of theirs says so.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn session_any_from(&self, user_id: UserId, address: &str) -> Result<bool> {
+        let from = sessions::table
+            .filter(sessions::user_id.eq(user_id.0))
+            .filter(sessions::address.eq(address));
+        let mut conn = self.conn().await?;
+        Ok(diesel::select(exists(from.select(sessions::id)))
+            .get_result(&mut conn)
+            .await?)
+    }
+}
+
+#[derive(Queryable, Selectable, Insertable, AsChangeset)]
+#[diesel(table_name = login_throttle, check_for_backend(diesel::pg::Pg))]
+struct ThrottleRow {
+    subject: String,
+    failures: i32,
+    last_failed_at: DateTime<Utc>,
+    blocked_until: DateTime<Utc>,
+}
+
+impl ThrottleRow {
+    fn new(subject: &str, state: ThrottleState) -> Self {
+        Self {
+            subject: subject.to_owned(),
+            failures: i32::try_from(state.failures).unwrap_or(i32::MAX),
+            last_failed_at: state.last_failed_at,
+            blocked_until: state.blocked_until,
+        }
+    }
+}
+
+impl From<ThrottleRow> for ThrottleState {
+    fn from(row: ThrottleRow) -> Self {
+        Self {
+            failures: u32::try_from(row.failures).unwrap_or(0),
+            last_failed_at: row.last_failed_at,
+            blocked_until: row.blocked_until,
+        }
+    }
+}
