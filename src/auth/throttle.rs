@@ -14,6 +14,7 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, Ipv6Addr},
+    slice::from_ref,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -160,7 +161,7 @@ impl Auth {
             return Ok(());
         };
         let subject = format!("new {}", network(address));
-        let states = self.store.throttle_states(&[subject.clone()]).await?;
+        let states = self.store.throttle_states(from_ref(&subject)).await?;
         if let Some(wait) = states.get(&subject).and_then(|state| rule.wait(state, now)) {
             return Err(Error::Throttled { retry_after: wait });
         }
@@ -206,7 +207,7 @@ impl Auth {
             // At home, what strangers did elsewhere, and others at the same address, does not count.
             home = self.home(user, address).await?;
             match &home {
-                Some(home) => states.extend(self.store.throttle_states(&[home.clone()]).await?),
+                Some(home) => states.extend(self.store.throttle_states(from_ref(home)).await?),
                 None => {
                     if let Some(retry_after) = address_wait {
                         return Err(Error::Throttled { retry_after });
