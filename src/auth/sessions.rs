@@ -169,8 +169,8 @@ impl Auth {
         self.store.session_list(user_id, page, now).await
     }
 
-    /// Ends a session of a user, and says whether it had not ended before: then nothing changes.
-    /// `reason` is for the audit trail.
+    /// Ends a session of a user, and says whether it could still have been refreshed. One that had been
+    /// ended before stays as it is. `reason` is for the audit trail.
     ///
     /// # Errors
     /// `SessionNotFound`, also when it is somebody else's · `Unavailable`

@@ -233,7 +233,8 @@ impl Store {
         Ok(Page::from_rows(rows, page, |row| row.session.id.0))
     }
 
-    /// Ends a session of a user, and says whether it had not ended before: then nothing changes.
+    /// Ends a session of a user, and says whether it could still have been refreshed. One that had been ended
+    /// before stays as it is.
     ///
     /// # Errors
     /// `SessionNotFound`, also when it is somebody else's · `Unavailable`
@@ -264,7 +265,12 @@ impl Store {
                 }
                 let event = AuditEvent::new(AuditAction::SessionEnded, id.0, origin).about(user_id);
                 audit_insert_in_txn(&event.with_details(details), conn).await?;
-                return Ok((row.into(), true));
+                let ends_at = row
+                    .session
+                    .idle_expires_at
+                    .min(row.session.absolute_expires_at);
+                let could_refresh = ends_at > now;
+                return Ok((row.into(), could_refresh));
             }
             let ended: Option<DetailsRow> = own
                 .select(DetailsRow::as_select())

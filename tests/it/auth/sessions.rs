@@ -323,6 +323,24 @@ fn end(user_id: &str, session_id: &str) -> RevokeUserSessionsRequest {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_is_over_anyway_is_not_counted_as_ended() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for column in ["absolute_expires_at", "idle_expires_at"] {
+        let session_id = app.login(&user).await.session_id;
+        app.sql(&format!(
+            "UPDATE sessions SET {column} = now() - interval '1 second' WHERE id = '{session_id}'"
+        ))
+        .await;
+        for session_id in ["", &session_id] {
+            let mut admin = app.admin(&app.service_key);
+            let answer = admin.revoke_user_sessions(end(&user.id, session_id)).await;
+            assert_eq!(answer.unwrap().into_inner().revoked_count, 0, "{column}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_administrator_sees_and_ends_the_sessions_of_a_user() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
