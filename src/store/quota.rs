@@ -290,7 +290,12 @@ impl Store {
                 .await
                 .optional()?
                 .ok_or(Error::CreditNotFound)?;
-            let (mut facts, before) = quota_settle_in_txn(UserId(user_id), tiers, conn).await?;
+            let settled = quota_settle_in_txn(UserId(user_id), tiers, conn).await;
+            let (mut facts, before) = settled.map_err(|error| match error {
+                // Gone meanwhile, and the credits with them.
+                Error::UserNotFound => Error::CreditNotFound,
+                error => error,
+            })?;
             let is_open = facts.credits.iter().any(|credit| credit.id == id);
             if let Some(share) = before.share(id).filter(|_| is_open) {
                 close_in_txn(share, facts.now, true, conn).await?;
@@ -420,7 +425,8 @@ async fn close_in_txn(
     Ok(())
 }
 
-/// The update that changes nothing takes the lock of a row that is there.
+/// The update that changes nothing takes the lock of a row that is there. The user is locked as well, as
+/// foreign keys lock: whoever deletes them waits, or there is nobody to be found.
 struct LockMonth(Uuid);
 
 impl QueryFragment<Pg> for LockMonth {
@@ -431,7 +437,8 @@ impl QueryFragment<Pg> for LockMonth {
         );
         out.push_bind_param::<SqlUuid, _>(&self.0)?;
         out.push_sql(
-            " ON CONFLICT (user_id, month, model) DO UPDATE SET leased = b.leased
+            " FOR KEY SHARE
+             ON CONFLICT (user_id, month, model) DO UPDATE SET leased = b.leased
              RETURNING month",
         );
         Ok(())
