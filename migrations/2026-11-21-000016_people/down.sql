@@ -1,7 +1,15 @@
+SET LOCAL lock_timeout = '2s';
 DROP TABLE user_erasures;
-DROP INDEX users_admin_idx;
-DROP INDEX users_disabled_idx;
-DROP INDEX users_username_prefix_idx;
-DROP INDEX users_email_prefix_idx;
-ALTER TABLE audit_events DROP COLUMN user_id;
+DROP INDEX service_accounts_name_key;
+CREATE UNIQUE INDEX service_accounts_name_key ON service_accounts (lower(name));
+-- Built by `src/store/indexes.rs`.
+DROP INDEX IF EXISTS users_admin_idx;
+DROP INDEX IF EXISTS users_disabled_idx;
+DROP INDEX IF EXISTS users_username_lower_key;
+DROP INDEX IF EXISTS users_email_lower_key;
+DROP INDEX audit_events_unattributed_idx;
+DROP INDEX audit_events_action_idx;
 DROP INDEX audit_events_actor_id_idx;
+DROP INDEX audit_events_user_id_idx;
+DROP FUNCTION audit_user;
+ALTER TABLE audit_events DROP COLUMN user_id;

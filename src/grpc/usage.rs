@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     auth::Auth,
+    error::Error,
     model::{Period, UserId},
     proto::tollkeeper::usage::v1::{
         BatchRecordUsageRequest, BatchRecordUsageResponse, CheckQuotaRequest, CheckQuotaResponse,
@@ -154,7 +155,7 @@ impl UsageService for Handler {
         let user_id = fields.parse_optional("user_id", &message.user_id);
         let month = fields.parse_optional("month", &message.month);
         let (named, period) = fields.finish(user_id.zip(month))?;
-        let user_id = self.subject(&request, named).await?;
+        let user_id = self.subject_of_sums(&request, named).await?;
         let period = period.unwrap_or_else(|| Period::containing(Utc::now()));
         Ok(Response::new(
             self.usage.month(user_id, period).await?.into(),
@@ -167,7 +168,7 @@ impl UsageService for Handler {
     ) -> Result<Response<QueryUsageResponse>, Status> {
         let (named, query) =
             only(|fields| reading::usage_query(fields, request.get_ref(), Utc::now()))?;
-        let user_id = self.subject(&request, named).await?;
+        let user_id = self.subject_of_sums(&request, named).await?;
         let answer = self.usage.query(user_id, query).await?;
         Ok(Response::new(reading::answer(user_id, answer)))
     }
@@ -250,5 +251,23 @@ impl Handler {
             self.auth.user_standing(subject).await?;
         }
         Ok(subject)
+    }
+
+    /// As [`Self::subject`]; sums outlive their user, and so does the question for them.
+    async fn subject_of_sums<T>(
+        &self,
+        request: &Request<T>,
+        named: Option<UserId>,
+    ) -> crate::error::Result<UserId> {
+        match self.subject(request, named).await {
+            Err(Error::UserNotFound) => {
+                let subject = Caller::subject_of(request, named)?;
+                match self.usage.has_sums(subject).await? {
+                    true => Ok(subject),
+                    false => Err(Error::UserNotFound),
+                }
+            }
+            known => known,
+        }
     }
 }

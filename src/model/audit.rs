@@ -26,6 +26,15 @@ impl Origin {
             user_agent: String::new(),
         }
     }
+
+    /// The same without from where.
+    pub fn unseen(&self) -> Self {
+        Self {
+            address: None,
+            user_agent: String::new(),
+            ..self.clone()
+        }
+    }
 }
 
 /// Who did it.
@@ -211,6 +220,13 @@ pub struct AuditFilter {
     pub action: Option<ActionFilter>,
     pub start: Option<DateTime<Utc>>,
     pub end: Option<DateTime<Utc>>,
+}
+
+impl AuditFilter {
+    /// Whether it asks for the acts of all and on all.
+    pub fn is_of_nobody(&self) -> bool {
+        self.user_id.is_none() && self.actor_id.is_none() && self.target_id.is_none()
+    }
 }
 
 /// One action, or all that begin alike: those end with a full stop.

@@ -7,6 +7,7 @@ mod api_key;
 mod audit;
 mod change;
 mod count;
+mod erasure;
 mod ids;
 mod lease;
 mod limit;
@@ -31,6 +32,7 @@ pub use audit::{
 };
 pub use change::Change;
 pub use count::Count;
+pub use erasure::ErasureStep;
 pub use ids::{
     ApiKeyId, CreditId, EventId, GrantRequestId, ReplicaId, ServiceAccountId, ServiceKeyId,
     SessionId, UserId,

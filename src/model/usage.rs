@@ -23,6 +23,15 @@ impl UsageEvent {
     pub fn period(&self) -> Period {
         Period::containing(self.occurred_at)
     }
+
+    /// What is kept of it once its user is deleted.
+    fn blanked(&self) -> Self {
+        Self {
+            request_id: String::new(),
+            labels: Labels::new(),
+            ..self.clone()
+        }
+    }
 }
 
 /// An event to book.
@@ -59,6 +68,15 @@ impl Booking {
                     }
             }
         }
+    }
+
+    /// As [`Booking::is_booked_as`], for a user who was deleted: request ids and labels are blanked.
+    pub fn is_booked_as_blanked(&self, booked: &UsageEvent) -> bool {
+        let blanked = Self {
+            event: self.event.blanked(),
+            ..*self
+        };
+        blanked.is_booked_as(&booked.blanked())
     }
 
     /// The hold of another replica that it settles.

@@ -1,7 +1,15 @@
 //! The trail of security-relevant acts, written in the transaction that does them.
 
+use std::cmp::Reverse;
+
 use chrono::{DateTime, Utc};
-use diesel::prelude::*;
+use diesel::{
+    dsl::{AsSelect, Select, sql},
+    helper_types::IntoBoxed,
+    pg::Pg,
+    prelude::*,
+    sql_types::{BigInt, Text},
+};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use serde_json::Value;
 use uuid::Uuid;
@@ -24,47 +32,33 @@ impl Store {
         filter: &AuditFilter,
         page: &PageRequest<AuditCursor>,
     ) -> Result<Page<AuditRecord>> {
-        use audit_events as e;
-        let mut query = e::table
-            .select(AuditRow::as_select())
-            .order((e::occurred_at.desc(), e::id.desc()))
-            .limit(page.size + 1)
-            .into_boxed();
-        if let Some(UserId(id)) = filter.user_id {
-            query = query.filter(e::user_id.eq(id));
-        }
-        if let Some(id) = filter.actor_id {
-            query = query.filter(e::actor_id.eq(id));
-        }
-        if let Some(id) = filter.target_id {
-            query = query.filter(e::target_id.eq(id));
-        }
-        match &filter.action {
-            Some(ActionFilter::Exactly(action)) => query = query.filter(e::action.eq(action)),
-            Some(ActionFilter::Beginning(start)) => {
-                let pattern = format!("{}%", start.replace('_', "\\_"));
-                query = query.filter(e::action.like(pattern));
-            }
-            None => {}
-        }
-        if let Some(start) = filter.start {
-            query = query.filter(e::occurred_at.ge(start));
-        }
-        if let Some(end) = filter.end {
-            query = query.filter(e::occurred_at.lt(end));
-        }
-        if let Some(AuditCursor { occurred_at, id }) = page.after {
-            let earlier = e::occurred_at.lt(occurred_at);
-            let same_time = e::occurred_at.eq(occurred_at).and(e::id.lt(id));
-            query = query
-                .filter(earlier.or(same_time))
-                // Implied by the line above; said so that indexes are entered at the right place.
-                .filter(e::occurred_at.le(occurred_at));
-        }
-        // For an action that is rare, or of long ago, much may be looked through.
+        // For an action of long ago, beside a filter of another kind, much may be looked through.
         let _turn = self.bulk_read().await?;
         let mut conn = self.conn().await?;
-        let rows: Vec<AuditRow> = query.load(&mut conn).await?;
+        let mut rows: Vec<AuditRow> = Vec::new();
+        match &filter.action {
+            // Each action by its index: together they do not stand in the order of time.
+            Some(ActionFilter::Beginning(start)) if filter.is_of_nobody() => {
+                for action in actions_beginning(start, &mut conn).await? {
+                    let of_one = query(filter, page).filter(sql::<Text>(ACTION).eq(action));
+                    rows.extend(of_one.load::<AuditRow>(&mut conn).await?);
+                }
+                rows.sort_by_key(|row| Reverse((row.occurred_at, row.id)));
+                rows.truncate(usize::try_from(page.size + 1).unwrap_or(usize::MAX));
+            }
+            Some(ActionFilter::Beginning(start)) => {
+                let (from, to) = range_of(start);
+                let of_some = query(filter, page)
+                    .filter(sql::<Text>(ACTION).ge(from))
+                    .filter(sql::<Text>(ACTION).lt(to));
+                rows = of_some.load(&mut conn).await?;
+            }
+            Some(ActionFilter::Exactly(action)) => {
+                let of_one = query(filter, page).filter(sql::<Text>(ACTION).eq(action));
+                rows = of_one.load(&mut conn).await?;
+            }
+            None => rows = query(filter, page).load(&mut conn).await?,
+        }
         let records = rows
             .into_iter()
             .map(AuditRecord::try_from)
@@ -74,6 +68,95 @@ impl Store {
             id: record.id,
         }))
     }
+
+    /// Writes down whom acts concerned of which that was not written down, up to `limit` of them; returns
+    /// how many. They are of before there was a place for it, or of replicas that do not know of it.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn audit_attribute(&self, limit: i64) -> Result<usize> {
+        let mut conn = self.conn().await?;
+        // The condition is that of an index.
+        let attributed = diesel::sql_query(
+            "WITH behind AS (
+                 SELECT occurred_at, id FROM audit_events
+                 WHERE user_id IS NULL AND audit_user(action, target_id, details) IS NOT NULL
+                 LIMIT $1 FOR UPDATE SKIP LOCKED
+             )
+             UPDATE audit_events AS e SET user_id = audit_user(e.action, e.target_id, e.details)
+             FROM behind WHERE e.occurred_at = behind.occurred_at AND e.id = behind.id",
+        )
+        .bind::<BigInt, _>(limit);
+        Ok(attributed.execute(&mut conn).await?)
+    }
+}
+
+/// As the index has it: names that begin alike stand together in no other collation.
+const ACTION: &str = "action COLLATE \"C\"";
+
+/// All filters but that of the action.
+fn query<'a>(
+    filter: &'a AuditFilter,
+    page: &PageRequest<AuditCursor>,
+) -> IntoBoxed<'a, Select<audit_events::table, AsSelect<AuditRow, Pg>>, Pg> {
+    use audit_events as e;
+    let mut query = e::table.select(AuditRow::as_select()).into_boxed();
+    if let Some(UserId(id)) = filter.user_id {
+        query = query.filter(e::user_id.eq(id));
+    }
+    if let Some(id) = filter.actor_id {
+        query = query.filter(e::actor_id.eq(id));
+    }
+    if let Some(id) = filter.target_id {
+        query = query.filter(e::target_id.eq(id));
+    }
+    if let Some(start) = filter.start {
+        query = query.filter(e::occurred_at.ge(start));
+    }
+    if let Some(end) = filter.end {
+        query = query.filter(e::occurred_at.lt(end));
+    }
+    if let Some(AuditCursor { occurred_at, id }) = page.after {
+        let earlier = e::occurred_at.lt(occurred_at);
+        let same_time = e::occurred_at.eq(occurred_at).and(e::id.lt(id));
+        query = query
+            .filter(earlier.or(same_time))
+            // Implied by the line above; said so that indexes are entered at the right place.
+            .filter(e::occurred_at.le(occurred_at));
+    }
+    query
+        .order((e::occurred_at.desc(), e::id.desc()))
+        .limit(page.size + 1)
+}
+
+/// The actions of the trail that begin so, from one in the index to the next: there are few.
+async fn actions_beginning(start: &str, conn: &mut AsyncPgConnection) -> Result<Vec<String>> {
+    let (from, to) = range_of(start);
+    let mut found: Vec<String> = Vec::new();
+    loop {
+        let after = found.last().unwrap_or(&from);
+        let next: Option<String> = audit_events::table
+            .filter(sql::<Text>(ACTION).gt(after))
+            .filter(sql::<Text>(ACTION).lt(&to))
+            .order(sql::<Text>(ACTION))
+            .select(audit_events::action)
+            .first(conn)
+            .await
+            .optional()?;
+        match next {
+            Some(action) => found.push(action),
+            None => return Ok(found),
+        }
+    }
+}
+
+/// From where to where actions begin so, in the order of bytes. No action is as short as `start`.
+fn range_of(start: &str) -> (String, String) {
+    let mut to = start.to_owned();
+    to.pop();
+    // What comes after a full stop.
+    to.push('/');
+    (start.to_owned(), to)
 }
 
 #[derive(Insertable)]

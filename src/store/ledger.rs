@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Store, prepared::prepared, usage::UsageRow};
+use super::{Store, prepared::prepared, schema::user_erasures, usage::UsageRow};
 use crate::{
     error::{Error, Result},
     model::{Booking, Period, UsageEvent, UsageRecord},
@@ -118,7 +118,35 @@ async fn insert(bookings: &[&Booking], conn: &mut AsyncPgConnection) -> Result<V
             UsageInsert::Conflict
         }
     };
-    Ok((0..bookings.len()).map(outcome).collect())
+    let mut outcomes: Vec<UsageInsert> = (0..bookings.len()).map(outcome).collect();
+    let differ = |(index, outcome): (usize, &UsageInsert)| {
+        let is_known = *outcome == UsageInsert::Conflict && known_keys.contains(&keys[index]);
+        is_known.then_some(index)
+    };
+    let conflicts: Vec<usize> = outcomes.iter().enumerate().filter_map(differ).collect();
+    if !conflicts.is_empty() {
+        let users: Vec<Uuid> = conflicts.iter().map(|&index| keys[index].1).collect();
+        let erased = erased_among(&users, conn).await?;
+        for index in conflicts {
+            let before = booked.get(&keys[index]);
+            if erased.contains(&keys[index].1)
+                && before.is_some_and(|before| bookings[index].is_booked_as_blanked(before))
+            {
+                outcomes[index] = UsageInsert::Duplicate;
+            }
+        }
+    }
+    Ok(outcomes)
+}
+
+/// Which of these users were deleted: of their events not all is kept that would tell two apart.
+async fn erased_among(users: &[Uuid], conn: &mut AsyncPgConnection) -> Result<HashSet<Uuid>> {
+    let erased: Vec<Uuid> = user_erasures::table
+        .filter(user_erasures::user_id.eq_any(users))
+        .select(user_erasures::user_id)
+        .load(conn)
+        .await?;
+    Ok(erased.into_iter().collect())
 }
 
 /// The events that are booked under the keys of `events`.

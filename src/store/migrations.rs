@@ -5,8 +5,13 @@ use std::time::Duration;
 use diesel::{migration::MigrationSource, pg::Pg};
 use diesel_async::{AsyncConnection as _, AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
-use tokio::time::{sleep, timeout};
+use tokio::{
+    runtime::Handle,
+    task::block_in_place,
+    time::{sleep, timeout},
+};
 
+use super::indexes::indexes_ensure;
 use crate::error::{Error, Result};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -17,11 +22,19 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Held while the schema changes.
 const LOCK: i64 = 0x746f_6c6c_0001;
 
+/// How often a migration is tried that others are in the way of, and how long they are left alone in
+/// between.
+const LOCK_ATTEMPTS: u32 = 10;
+const LOCK_RETRY: Duration = Duration::from_secs(1);
+
+type Harness = AsyncMigrationHarness<AsyncPgConnection>;
+
 /// A dedicated connection that holds the migration lock until it is dropped.
 ///
 /// The lock belongs to the session: it does not work through a pooler in transaction mode.
 pub struct Migrator {
-    harness: AsyncMigrationHarness<AsyncPgConnection>,
+    harness: Harness,
+    url: String,
 }
 
 /// One migration of this binary and whether the database has it.
@@ -38,10 +51,7 @@ impl Migrator {
     /// # Errors
     /// `Unavailable`
     pub async fn connect(url: &str) -> Result<Self> {
-        let mut conn = timeout(CONNECT_TIMEOUT, AsyncPgConnection::establish(url))
-            .await
-            .map_err(|_| Error::Unavailable("no answer in time".into()))?
-            .map_err(|error| Error::Unavailable(error.into()))?;
+        let mut conn = establish(url).await?;
         // Polled, not awaited in the server: a session that waits inside a statement holds a
         // snapshot, and CREATE INDEX CONCURRENTLY in the winner's migration would wait for it.
         while !try_lock(&mut conn).await? {
@@ -49,19 +59,24 @@ impl Migrator {
         }
         Ok(Self {
             harness: AsyncMigrationHarness::new(conn),
+            url: url.to_owned(),
         })
     }
 
-    /// Applies what is pending; returns its names. Needs the multi-threaded runtime.
+    /// Applies what is pending; returns its names. Then builds the indexes that are missing, beside
+    /// those who read and write: with large tables that takes a while. Needs the multi-threaded runtime.
     ///
     /// # Errors
-    /// `Internal` when a migration fails; those before it stay applied.
+    /// `Internal` when a migration fails; those before it stay applied · those of building
     pub fn up(&mut self) -> Result<Vec<String>> {
         let mut pending = self.status()?;
         pending.retain(|migration| !migration.applied);
-        self.harness
-            .run_pending_migrations(MIGRATIONS)
-            .map_err(Error::Internal)?;
+        self.patiently(|harness| harness.run_pending_migrations(MIGRATIONS).map(drop))?;
+        // Over a connection of its own: the harness keeps its to itself.
+        block_in_place(|| {
+            Handle::current()
+                .block_on(async { indexes_ensure(&mut establish(&self.url).await?).await })
+        })?;
         Ok(pending
             .into_iter()
             .map(|migration| migration.name)
@@ -78,10 +93,26 @@ impl Migrator {
             return Ok(None);
         }
         let newest = self.status()?.into_iter().rfind(|known| known.applied);
-        self.harness
-            .revert_last_migration(MIGRATIONS)
-            .map_err(Error::Internal)?;
+        self.patiently(|harness| harness.revert_last_migration(MIGRATIONS).map(drop))?;
         Ok(newest.map(|migration| migration.name))
+    }
+
+    /// Does it again for a while when somebody was in the way: a migration that waits for a table in
+    /// use gives up soon, since all who come later wait behind it.
+    fn patiently(
+        &mut self,
+        work: impl Fn(&mut Harness) -> diesel::migration::Result<()>,
+    ) -> Result<()> {
+        let mut attempts = 0;
+        while let Err(error) = work(&mut self.harness) {
+            attempts += 1;
+            let is_locked = error.to_string().contains("due to lock timeout");
+            if !is_locked || attempts == LOCK_ATTEMPTS {
+                return Err(Error::Internal(error));
+            }
+            block_in_place(|| std::thread::sleep(LOCK_RETRY));
+        }
+        Ok(())
     }
 
     /// Every migration of this binary, oldest first.
@@ -101,6 +132,13 @@ impl Migrator {
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
+}
+
+async fn establish(url: &str) -> Result<AsyncPgConnection> {
+    timeout(CONNECT_TIMEOUT, AsyncPgConnection::establish(url))
+        .await
+        .map_err(|_| Error::Unavailable("no answer in time".into()))?
+        .map_err(|error| Error::Unavailable(error.into()))
 }
 
 async fn try_lock(conn: &mut AsyncPgConnection) -> Result<bool> {

@@ -214,6 +214,10 @@ diesel::table! {
     user_erasures (user_id) {
         user_id -> Uuid,
         deleted_at -> Timestamptz,
+        due_at -> Timestamptz,
+        step -> Text,
+        after_at -> Nullable<Timestamptz>,
+        after_id -> Nullable<Uuid>,
     }
 }
 

@@ -1,7 +1,11 @@
 //! Reading the ledger: events, and the sums that enforcement reads.
 
 use chrono::{DateTime, Utc};
-use diesel::{pg::Pg, prelude::*};
+use diesel::{
+    dsl::{exists, select},
+    pg::Pg,
+    prelude::*,
+};
 use diesel_async::RunQueryDsl;
 use serde_json::Value;
 use uuid::Uuid;
@@ -50,6 +54,17 @@ impl Store {
             totals,
             models,
         })
+    }
+
+    /// Whether there are sums of any month.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn usage_any_month(&self, user_id: UserId) -> Result<bool> {
+        let mut conn = self.conn().await?;
+        let months = monthly_model_usage::table.filter(monthly_model_usage::user_id.eq(user_id.0));
+        let any = select(exists(months.select(monthly_model_usage::month)));
+        Ok(any.get_result(&mut conn).await?)
     }
 
     /// A user's events that `filter` leaves, newest first.

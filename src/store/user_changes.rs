@@ -4,21 +4,16 @@ use chrono::{DateTime, Utc};
 use diesel::{dsl::now, prelude::*};
 use diesel_async::{AsyncConnection as _, RunQueryDsl};
 use serde_json::json;
-use uuid::Uuid;
 
 use super::{
-    Store,
-    audit::audit_insert_in_txn,
-    errors::on_unique,
-    schema::{audit_events, login_throttle, usage_records, user_erasures, users},
-    sessions::session_revoke_all_in_txn,
-    users::UserRow,
+    Store, audit::audit_insert_in_txn, errors::on_unique, schema::users,
+    sessions::session_revoke_all_in_txn, users::UserRow,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        ActorKind, AuditAction, AuditEvent, Email, FullName, Origin, Role, SessionId, User,
-        UserChanges, UserId, Username,
+        AuditAction, AuditEvent, Email, FullName, Origin, Role, SessionId, User, UserChanges,
+        UserId, Username,
     },
 };
 
@@ -68,93 +63,6 @@ impl Store {
                 audit_insert_in_txn(&event, conn).await?;
             }
             changed.try_into()
-        })
-        .await
-    }
-
-    /// Erases a user with all that belongs to the account. What was used stays, under an id that means
-    /// nobody: the sums for good, single records until [`Store::usage_erase`]. `reason` is for the
-    /// audit trail, which stays too, without where the user acted from.
-    ///
-    /// # Errors
-    /// `UserNotFound` · `Unavailable`
-    pub async fn user_delete(&self, id: UserId, reason: &str, origin: &Origin) -> Result<()> {
-        let mut conn = self.conn().await?;
-        conn.transaction::<_, Error, _>(async |conn| {
-            // Sessions, keys, override and credits go along.
-            let deleted = diesel::delete(users::table.find(id.0))
-                .execute(conn)
-                .await?;
-            if deleted == 0 {
-                return Err(Error::UserNotFound);
-            }
-            // A login is the act of somebody anonymous.
-            let of_user = audit_events::actor_id.eq(id.0).or(audit_events::user_id
-                .eq(id.0)
-                .and(audit_events::actor_kind.eq(ActorKind::Anonymous.as_str())));
-            diesel::update(audit_events::table)
-                .filter(of_user)
-                .set((
-                    audit_events::address.eq(None::<String>),
-                    audit_events::user_agent.eq(""),
-                ))
-                .execute(conn)
-                .await?;
-            let subjects = login_throttle::subject
-                .eq(format!("own {id}"))
-                .or(login_throttle::subject.like(format!("user {id}%")));
-            diesel::delete(login_throttle::table.filter(subjects))
-                .execute(conn)
-                .await?;
-            diesel::insert_into(user_erasures::table)
-                .values(user_erasures::user_id.eq(id.0))
-                .execute(conn)
-                .await?;
-            let event = AuditEvent::of_user(AuditAction::UserDeleted, id, origin)
-                .with_details(json!({"reason": reason}));
-            audit_insert_in_txn(&event, conn).await
-        })
-        .await
-    }
-
-    /// Deletes up to `limit` usage records of users who were deleted; returns how many. A user is
-    /// forgotten by this once none was found and the deletion is from before `before`: until then
-    /// something that was under way may still be booked.
-    ///
-    /// # Errors
-    /// `Unavailable`
-    pub async fn usage_erase(&self, before: DateTime<Utc>, limit: i64) -> Result<usize> {
-        let mut conn = self.conn().await?;
-        conn.transaction::<_, Error, _>(async |conn| {
-            let erased: Vec<(Uuid, DateTime<Utc>)> = user_erasures::table
-                .order(user_erasures::user_id)
-                .for_update()
-                .skip_locked()
-                .load(conn)
-                .await?;
-            for (user_id, deleted_at) in erased {
-                let records: Vec<(String, Uuid)> = usage_records::table
-                    .filter(usage_records::user_id.eq(user_id))
-                    .select((usage_records::usage_month, usage_records::event_id))
-                    .limit(limit)
-                    .load(conn)
-                    .await?;
-                if records.is_empty() {
-                    if deleted_at < before {
-                        diesel::delete(user_erasures::table.find(user_id))
-                            .execute(conn)
-                            .await?;
-                    }
-                    continue;
-                }
-                let (months, events): (Vec<String>, Vec<Uuid>) = records.into_iter().unzip();
-                let doomed = usage_records::table
-                    .filter(usage_records::user_id.eq(user_id))
-                    .filter(usage_records::usage_month.eq_any(months))
-                    .filter(usage_records::event_id.eq_any(events));
-                return Ok(diesel::delete(doomed).execute(conn).await?);
-            }
-            Ok(0)
         })
         .await
     }

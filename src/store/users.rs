@@ -122,8 +122,8 @@ impl Store {
         identifier: &Identifier,
     ) -> Result<Option<Credentials>> {
         let by = match identifier {
-            Identifier::Email(_) => sql::<Text>("lower(email)"),
-            Identifier::Username(_) => sql::<Text>("lower(username)"),
+            Identifier::Email(_) => sql::<Text>(LOWER_EMAIL),
+            Identifier::Username(_) => sql::<Text>(LOWER_USERNAME),
         };
         let name = match identifier {
             Identifier::Email(email) => email.as_str(),
@@ -345,9 +345,11 @@ impl Store {
     }
 }
 
-/// As the indexes for prefixes have them.
-const LOWER_EMAIL: &str = "lower(email) COLLATE \"C\"";
-const LOWER_USERNAME: &str = "lower(username) COLLATE \"C\"";
+/// As the unique indexes have them, and [`str::to_ascii_lowercase`]: in some locales the database's own
+/// `lower()` takes I for another letter than i. It orders by bytes, so that names of one prefix stand
+/// together.
+const LOWER_EMAIL: &str = "lower(email COLLATE \"C\")";
+const LOWER_USERNAME: &str = "lower(username COLLATE \"C\")";
 
 /// From where to where names begin so, in the order of bytes.
 fn beginning_with(prefix: &NamePrefix) -> (String, String) {

@@ -39,8 +39,11 @@ const API_KEY_RETENTION: TimeDelta = TimeDelta::days(90);
 /// By then as good as all are forgiven.
 const THROTTLE_RETENTION: TimeDelta = TimeDelta::days(2);
 
-/// For so long after a user was deleted, usage that was under way then is looked for.
-const ERASURE_WAIT: TimeDelta = TimeDelta::days(2);
+/// For so long after a user was deleted traces are looked for: what they had reserved may be committed
+/// for 35 days, and sent again.
+const ERASURE_WAIT: TimeDelta = TimeDelta::days(36);
+const ERASURE_BATCH: i64 = 2_000;
+const ATTRIBUTION_BATCH: i64 = 2_000;
 
 /// Makes partitions ahead, drops those of old usage records, deletes sessions and API keys long
 /// ended, and writes down what has become of users' months by itself.
@@ -146,11 +149,15 @@ impl Upkeep {
             store.outbox_sweep(before, SWEEP_BATCH)
         })
         .await?;
-        let before = now - ERASURE_WAIT;
-        sweep("usage records of users", || {
-            store.usage_erase(before, SWEEP_BATCH)
-        })
-        .await?;
+        // Before the search for traces, which goes by it.
+        let attributed = repeat(|| store.audit_attribute(ATTRIBUTION_BATCH)).await?;
+        if attributed > 0 {
+            info!(attributed, "wrote down whom older acts concerned");
+        }
+        let searched = repeat(|| store.user_erase(ERASURE_WAIT, ERASURE_BATCH)).await?;
+        if searched > 0 {
+            info!(searched, "looked for traces of deleted users");
+        }
         let before = now - THROTTLE_RETENTION;
         sweep("failed attempts", || {
             store.throttle_sweep(before, SWEEP_BATCH)
@@ -209,17 +216,25 @@ async fn sweep<F>(what: &str, batch: impl Fn() -> F) -> Result<()>
 where
     F: Future<Output = Result<usize>>,
 {
-    let mut swept = 0;
-    loop {
-        match batch().await? {
-            0 => break,
-            deleted => swept += deleted,
-        }
-    }
+    let swept = repeat(batch).await?;
     if swept > 0 {
         info!(swept, "deleted {what} long ended");
     }
     Ok(())
+}
+
+/// Until there is nothing more to do; returns how much that was.
+async fn repeat<F>(batch: impl Fn() -> F) -> Result<usize>
+where
+    F: Future<Output = Result<usize>>,
+{
+    let mut all = 0;
+    loop {
+        match batch().await? {
+            0 => return Ok(all),
+            done => all += done,
+        }
+    }
 }
 
 fn months_around(current: Period) -> Vec<Period> {

@@ -86,6 +86,14 @@ impl Usage {
         self.store.usage_month(user_id, period).await
     }
 
+    /// Whether anything was ever booked for this id, whether or not its user is still there.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn has_sums(&self, user_id: UserId) -> Result<bool> {
+        self.store.usage_any_month(user_id).await
+    }
+
     /// A user's events that `filter` leaves, newest first.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ mod revocation;
 mod rooms;
 mod schema;
 mod transport;
+mod upgrade;
 mod usage;
 mod watch;
 mod webhook;

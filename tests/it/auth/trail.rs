@@ -9,7 +9,7 @@ use tollkeeper::proto::tollkeeper::{
 use tonic::{Code, Request};
 
 use super::{assert_invalid, assert_refused};
-use crate::harness::TestApp;
+use crate::harness::{TestApp, eventually};
 
 async fn list(app: &TestApp, request: ListAuditEventsRequest) -> Vec<AuditEvent> {
     let answer = app.admin(&app.service_key).list_audit_events(request).await;
@@ -172,7 +172,7 @@ async fn pages_hold_each_event_once_also_those_of_one_transaction() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lists_of_a_user_are_read_from_an_index() {
+async fn lists_of_a_user_and_of_rare_actions_are_read_from_an_index() {
     let app = TestApp::spawn().await;
     app.sql(
         "INSERT INTO audit_events (id, action, actor_kind, actor_id, target_id, user_id, request_id) \
@@ -181,20 +181,133 @@ async fn lists_of_a_user_are_read_from_an_index() {
     )
     .await;
     app.sql("ANALYZE audit_events").await;
-    for column in ["user_id", "actor_id"] {
-        let plan = app
-            .sql(&format!(
-                "EXPLAIN SELECT * FROM audit_events WHERE {column} = md5('7')::uuid \
-                 ORDER BY occurred_at DESC, id DESC LIMIT 51"
-            ))
-            .await;
-        let plan: Vec<&str> = plan.iter().map(|row| row.get(0)).collect();
-        let plan = plan.join("\n");
-        assert!(
-            plan.contains(&format!("{column}_occurred_at_id_idx")),
-            "{plan}"
-        );
+    let id = app.sql("SELECT md5('7')::uuid::text").await[0].get::<_, String>(0);
+    let by = ListAuditEventsRequest {
+        actor_id: id.clone(),
+        ..ListAuditEventsRequest::default()
+    };
+    let rare = |action: &str| ListAuditEventsRequest {
+        action: action.to_owned(),
+        ..ListAuditEventsRequest::default()
+    };
+    let id = format!("'{id}'");
+    let ordered = "ORDER BY \"audit_events\".\"occurred_at\" DESC";
+    for (request, found, mark, value, index) in [
+        (
+            of_user(id.trim_matches('\'')),
+            10,
+            "\"user_id\" = $1",
+            &*id,
+            "user_id_occurred",
+        ),
+        (by, 10, "\"actor_id\" = $1", &*id, "actor_id_occurred"),
+        (
+            rare("user.created"),
+            1,
+            "action COLLATE",
+            "'user.created'",
+            "action_occurred",
+        ),
+        (
+            rare("service_account."),
+            1,
+            "action COLLATE",
+            "'service_account.created'",
+            "action_occurred",
+        ),
+        (
+            rare("nothing"),
+            0,
+            "action COLLATE",
+            "'nothing'",
+            "action_occurred",
+        ),
+    ] {
+        assert_eq!(list(&app, request).await.len(), found, "{mark} {value}");
+        let plan = app.plan(&[mark, ordered], &[value, "51"]).await;
+        assert!(plan.contains(index), "{value}: {plan}");
     }
+    // From one action to the next.
+    assert_eq!(list(&app, rare("nothing.")).await, []);
+    let marks = ["action COLLATE", "> $1"];
+    let plan = app.plan(&marks, &["'nothing.'", "'nothing/'", "1"]).await;
+    assert!(plan.contains("action_occurred"), "{plan}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn actions_that_begin_alike_are_paged_in_the_order_of_time() {
+    let app = TestApp::spawn().await;
+    app.sql(
+        "INSERT INTO audit_events (id, occurred_at, action, actor_kind, target_id, request_id) \
+         SELECT gen_random_uuid(), now() - n / 2 * interval '1 minute', \
+             (ARRAY['test.a', 'test.b', 'test.c_d', 'testing', 'tesu.a'])[1 + n % 5], \
+             'operator', gen_random_uuid(), '' \
+         FROM generate_series(1, 60) n",
+    )
+    .await;
+    let (mut found, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = ListAuditEventsRequest {
+            page_size: 7,
+            page_token,
+            action: "test.".to_owned(),
+            ..ListAuditEventsRequest::default()
+        };
+        let answer = app.admin(&app.service_key).list_audit_events(request).await;
+        let page = answer.unwrap().into_inner();
+        found.extend(page.audit_events.into_iter().map(|event| event.id));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    let rows = app
+        .sql(
+            "SELECT id::text FROM audit_events WHERE starts_with(action, 'test.') \
+             ORDER BY occurred_at DESC, id DESC",
+        )
+        .await;
+    let expected: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(found, expected);
+    assert_eq!(found.len(), 36);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acts_that_older_replicas_write_down_are_found_by_their_user_in_the_end() {
+    let app = TestApp::spawn().await;
+    let (user, other) = (app.user().create().await, app.user().create().await);
+    // As they were written before there was a place for it; more than one batch.
+    app.sql(&format!(
+        "INSERT INTO audit_events (id, occurred_at, action, actor_kind, target_id, request_id, details) \
+         SELECT gen_random_uuid(), now() - n * interval '20 minutes', a.action, 'operator', \
+             CASE WHEN a.is_own THEN '{}' ELSE gen_random_uuid() END, '', a.details \
+         FROM generate_series(1, 1500) n, (VALUES \
+             ('user.tier_set', true, '{{}}'::jsonb), \
+             ('quota.override_set', true, '{{}}'), \
+             ('session.opened', false, '{{\"user_id\": \"{}\"}}'), \
+             ('session.ended', false, '{{\"user_id\": \"no id\"}}'), \
+             ('service_account.created', false, '{{}}')) AS a (action, is_own, details)",
+        user.id, other.id
+    ))
+    .await;
+    let _replicas = (app.replica().await, app.replica().await);
+    let of = async |id: &str| {
+        let rows = format!("SELECT count(*) FROM audit_events WHERE user_id = '{id}'");
+        app.count(&rows).await
+    };
+    // Each with the creation of the user.
+    eventually("all are found", async || {
+        (of(&user.id).await, of(&other.id).await) == (3001, 1501)
+    })
+    .await;
+    let none = "SELECT count(*) FROM audit_events WHERE user_id IS NULL \
+         AND action IN ('session.ended', 'service_account.created')";
+    assert_eq!(app.count(none).await, 3001);
+    let set = ListAuditEventsRequest {
+        action: "quota.override_set".to_owned(),
+        ..of_user(&user.id)
+    };
+    assert_eq!(list(&app, set).await.len(), 50);
 }
 
 #[tokio::test(flavor = "multi_thread")]

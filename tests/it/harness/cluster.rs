@@ -33,12 +33,14 @@ const ROOMY_BYTES: u64 = 1 << 30;
 
 /// Nothing here has to survive a power cut. A test may hold a pool, and nextest
 /// runs many tests at once.
-const SETTINGS: [(&str, &str); 5] = [
+const SETTINGS: [(&str, &str); 6] = [
     ("fsync", "off"),
     ("synchronous_commit", "off"),
     ("full_page_writes", "off"),
     ("max_connections", "400"),
     ("shared_buffers", "64MB"),
+    // Whole statements are to be seen.
+    ("track_activity_query_size", "16kB"),
 ];
 
 /// Waits for process `$1` to end, then stops the server below folder `$2` and removes the folder.

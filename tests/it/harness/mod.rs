@@ -12,6 +12,7 @@ mod certificates;
 mod client;
 pub(crate) mod cluster;
 mod edge;
+mod plan;
 mod proxy;
 mod user;
 mod wait;

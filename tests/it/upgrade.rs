@@ -1,0 +1,144 @@
+//! Migrations of a database that others go on to use.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+use tokio_postgres::{Client, NoTls};
+use tollkeeper::store::Migrator;
+
+use crate::harness::cluster;
+
+async fn empty_database() -> String {
+    tokio::task::spawn_blocking(|| cluster::create_from_template("template0"))
+        .await
+        .unwrap()
+}
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+async fn count(client: &Client, statement: &str) -> i64 {
+    client.query_one(statement, &[]).await.unwrap().get(0)
+}
+
+/// Indexes that are of no use.
+const BROKEN: &str = "SELECT count(*) FROM pg_index WHERE NOT indisvalid";
+
+/// A database as it was before people were administered, with a trail of some months.
+async fn older_database() -> (String, Migrator) {
+    let url = empty_database().await;
+    let mut migrator = Migrator::connect(&url).await.unwrap();
+    migrator.up().unwrap();
+    while migrator.down().unwrap().unwrap() != "2026-11-21-000016_people" {}
+    connect(&url)
+        .await
+        .batch_execute(
+            "CREATE TABLE audit_events_2026_10 PARTITION OF audit_events
+                 FOR VALUES FROM ('2026-10-01 00:00:00+00') TO ('2026-11-01 00:00:00+00');
+             CREATE TABLE audit_events_2026_11 PARTITION OF audit_events
+                 FOR VALUES FROM ('2026-11-01 00:00:00+00') TO ('2026-12-01 00:00:00+00');
+             INSERT INTO audit_events (id, occurred_at, action, actor_kind, target_id, request_id)
+             SELECT gen_random_uuid(), '2026-09-01'::timestamptz + n * interval '15 minutes',
+                 'user.created', 'operator', gen_random_uuid(), ''
+             FROM generate_series(1, 5000) n;",
+        )
+        .await
+        .unwrap();
+    (url, migrator)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
+    let (url, mut migrator) = older_database().await;
+    let (user, other) = (connect(&url).await, connect(&url).await);
+    let act = "INSERT INTO audit_events (id, action, actor_kind, target_id, request_id)
+         VALUES (gen_random_uuid(), 'user.created', 'operator', gen_random_uuid(), '')";
+    user.batch_execute(&format!("BEGIN; {act}")).await.unwrap();
+    let migrating = tokio::spawn(async move { migrator.up() });
+    let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted
+         AND mode = 'AccessExclusiveLock' AND relation = 'audit_events'::regclass";
+    while count(&other, waiting).await == 0 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    // Whoever writes now stands behind the migration, and not for long.
+    let written = timeout(Duration::from_secs(8), other.batch_execute(act)).await;
+    written.expect("it gives way").unwrap();
+    user.batch_execute("COMMIT").await.unwrap();
+    let applied = migrating.await.unwrap().unwrap();
+    assert!(!applied.is_empty());
+    assert_eq!(count(&other, BROKEN).await, 0);
+    let parts = "SELECT count(*) FROM pg_index JOIN pg_inherits ON inhrelid = indexrelid
+         JOIN pg_class AS whole ON whole.oid = inhparent
+         WHERE whole.relname IN ('audit_events_user_id_idx', 'audit_events_actor_id_idx',
+             'audit_events_action_idx', 'audit_events_unattributed_idx')";
+    assert_eq!(count(&other, parts).await, 4 * 3);
+    // A partition that is made from now on has them at once.
+    let partition = "CREATE TABLE audit_events_2026_12 PARTITION OF audit_events
+         FOR VALUES FROM ('2026-12-01 00:00:00+00') TO ('2027-01-01 00:00:00+00')";
+    other.batch_execute(partition).await.unwrap();
+    assert_eq!(count(&other, parts).await, 4 * 4);
+    assert_eq!(count(&other, BROKEN).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn indexes_are_built_beside_those_who_write() {
+    let (url, mut migrator) = older_database().await;
+    let (writer, other) = (connect(&url).await, connect(&url).await);
+    let user = |name: &str| {
+        format!(
+            "INSERT INTO users (id, email, username, tier)
+             VALUES (gen_random_uuid(), '{name}@example.com', '{name}', 'free')"
+        )
+    };
+    // Who writes users is in no migration's way, and a build waits for them to end.
+    let begin = format!("BEGIN; {}", user("ada"));
+    writer.batch_execute(&begin).await.unwrap();
+    let migrating = tokio::spawn(async move { migrator.up() });
+    let building = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+         AND query LIKE 'CREATE%CONCURRENTLY%' AND wait_event_type = 'Lock'";
+    while count(&other, building).await == 0 {
+        assert!(!migrating.is_finished(), "it waits");
+        sleep(Duration::from_millis(5)).await;
+    }
+    let bea = user("bea");
+    let written = timeout(Duration::from_secs(1), other.batch_execute(&bea));
+    written.await.expect("nobody waits behind it").unwrap();
+    writer.batch_execute("COMMIT").await.unwrap();
+    migrating.await.unwrap().unwrap();
+    assert_eq!(count(&other, BROKEN).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_was_left_half_built_is_built_anew() {
+    let (url, mut migrator) = older_database().await;
+    let client = connect(&url).await;
+    // In some locale these were two names.
+    client
+        .batch_execute(
+            "DROP INDEX users_email_key;
+             INSERT INTO users (id, email, username, tier) VALUES
+                 (gen_random_uuid(), 'info@example.com', 'one', 'free'),
+                 (gen_random_uuid(), 'INFO@example.com', 'two', 'free')",
+        )
+        .await
+        .unwrap();
+    migrator.up().unwrap_err();
+    assert_eq!(count(&client, BROKEN).await, 1 + 4, "and those not begun");
+    let index = "SELECT count(*) FROM pg_class WHERE relname = 'users_email_lower_key'";
+    assert_eq!(count(&client, index).await, 1);
+    client
+        .batch_execute("DELETE FROM users WHERE username = 'two'")
+        .await
+        .unwrap();
+    assert_eq!(migrator.up().unwrap(), Vec::<String>::new());
+    assert_eq!(count(&client, BROKEN).await, 0);
+    // And back, whatever there is.
+    client
+        .batch_execute("CREATE UNIQUE INDEX users_email_key ON users (lower(email))")
+        .await
+        .unwrap();
+    while migrator.down().unwrap().is_some() {}
+}
