@@ -32,6 +32,9 @@ pub enum Error {
     AccountDisabled,
     #[error("no such user")]
     UserNotFound,
+    /// Nobody would be left to administer.
+    #[error("this is the last active administrator")]
+    LastAdmin,
     #[error("no such service account")]
     ServiceAccountNotFound,
     #[error("no such session")]

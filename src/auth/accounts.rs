@@ -120,7 +120,7 @@ impl Auth {
     /// Changes what an account says of its user.
     ///
     /// # Errors
-    /// `UserNotFound` · `AccountExists` · `Unavailable`
+    /// `UserNotFound` · `AccountExists` · `LastAdmin` · `Unavailable`
     pub async fn update_user(
         &self,
         id: UserId,
@@ -135,7 +135,7 @@ impl Auth {
     /// Erases a user; `reason` is for the audit trail. What was used stays in the sums.
     ///
     /// # Errors
-    /// `UserNotFound` · `Unavailable`
+    /// `UserNotFound` · `LastAdmin` · `Unavailable`
     pub async fn delete_user(&self, id: UserId, reason: &str, origin: &Origin) -> Result<()> {
         self.store.user_delete(id, reason, origin).await?;
         self.apply(Change::User(id));
@@ -212,7 +212,7 @@ impl Auth {
     /// the audit trail. Repeating it changes nothing.
     ///
     /// # Errors
-    /// `UserNotFound` · `Unavailable`
+    /// `UserNotFound` · `LastAdmin` · `Unavailable`
     pub async fn set_active(
         &self,
         id: UserId,

@@ -54,6 +54,7 @@ impl From<Error> for Status {
                 status(Code::PermissionDenied, Reason::AccountDisabled, message)
             }
             Error::UserNotFound => status(Code::NotFound, Reason::UserNotFound, message),
+            Error::LastAdmin => status(Code::FailedPrecondition, Reason::LastAdmin, message),
             Error::ServiceAccountNotFound => {
                 status(Code::NotFound, Reason::ServiceAccountNotFound, message)
             }

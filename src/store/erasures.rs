@@ -16,13 +16,14 @@ use uuid::Uuid;
 
 use super::{
     Store,
+    administrators::another_admin_in_txn,
     audit::audit_insert_in_txn,
     errors::stored,
     schema::{api_keys, login_throttle, sessions, user_erasures, users},
 };
 use crate::{
     error::{Error, Result},
-    model::{AuditAction, AuditEvent, ErasureStep, Origin, UserId},
+    model::{AuditAction, AuditEvent, ErasureStep, Origin, Role, UserId},
 };
 
 /// Users whose traces are looked for in one transaction.
@@ -34,7 +35,7 @@ impl Store {
     /// audit trail, which stays too.
     ///
     /// # Errors
-    /// `UserNotFound` · `Unavailable`
+    /// `UserNotFound` · `LastAdmin` · `Unavailable`
     pub async fn user_delete(&self, id: UserId, reason: &str, origin: &Origin) -> Result<()> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
@@ -98,17 +99,20 @@ impl Store {
     }
 }
 
-/// Locks a user and what refers to them, each in the order that others lock it in, so that nobody waits
+/// Locks a user, unless that is the last administrator, and what refers to them, each in the order that others lock it in, so that nobody waits
 /// in a circle. Whoever comes later finds nobody.
 async fn lock_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
-    users::table
+    let (role, is_active): (String, bool) = users::table
         .find(id.0)
-        .select(users::id)
+        .select((users::role, users::is_active))
         .for_update()
-        .first::<Uuid>(conn)
+        .first(conn)
         .await
         .optional()?
         .ok_or(Error::UserNotFound)?;
+    if is_active && role == Role::Admin.as_str() {
+        another_admin_in_txn(id, conn).await?;
+    }
     sessions::table
         .filter(sessions::user_id.eq(id.0))
         .select(sessions::id)

@@ -3,6 +3,7 @@
 //! Every public operation is one statement or one transaction, so a dropped future leaves all of it
 //! or nothing: the pool discards a connection whose transaction was cut short.
 
+mod administrators;
 mod api_keys;
 mod audit;
 mod changes;

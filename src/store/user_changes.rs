@@ -6,8 +6,8 @@ use diesel_async::{AsyncConnection as _, RunQueryDsl};
 use serde_json::json;
 
 use super::{
-    Store, audit::audit_insert_in_txn, errors::on_unique, schema::users,
-    sessions::session_revoke_all_in_txn, users::UserRow,
+    Store, administrators::another_admin_in_txn, audit::audit_insert_in_txn, errors::on_unique,
+    schema::users, sessions::session_revoke_all_in_txn, users::UserRow,
 };
 use crate::{
     error::{Error, Result},
@@ -22,7 +22,7 @@ impl Store {
     /// is one that nobody has proven.
     ///
     /// # Errors
-    /// `UserNotFound` · `AccountExists` · `Unavailable`
+    /// `UserNotFound` · `AccountExists` · `LastAdmin` · `Unavailable`
     pub async fn user_update(
         &self,
         id: UserId,
@@ -44,6 +44,9 @@ impl Store {
             let fields = set.profile_fields();
             if fields.is_empty() && set.role.is_none() {
                 return Ok(user);
+            }
+            if set.role.is_some() && user.is_active && user.role == Role::Admin {
+                another_admin_in_txn(id, conn).await?;
             }
             let changed: UserRow = diesel::update(users::table.find(id.0))
                 .set((&set, users::updated_at.eq(now)))

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::{
     Store,
+    administrators::another_admin_in_txn,
     audit::audit_insert_in_txn,
     errors::{on_unique, stored},
     quota::{quota_settle_in_txn, record_in_txn},
@@ -311,7 +312,7 @@ impl Store {
     /// Turns a user on or off; `reason` is for the audit trail. Repeating it changes nothing.
     ///
     /// # Errors
-    /// `UserNotFound` · `Unavailable`
+    /// `UserNotFound` · `LastAdmin` · `Unavailable`
     pub async fn user_set_active(
         &self,
         id: UserId,
@@ -331,6 +332,9 @@ impl Store {
             let Some(row) = changed else {
                 return user_by_id_in_txn(id, conn).await;
             };
+            if !is_active && row.role == Role::Admin.as_str() {
+                another_admin_in_txn(id, conn).await?;
+            }
             let action = if is_active {
                 AuditAction::UserEnabled
             } else {

@@ -9,6 +9,7 @@ mod deletion_races;
 mod erasure;
 mod key_rotation;
 mod keys;
+mod last_admin;
 mod locale;
 mod login;
 mod own_account;

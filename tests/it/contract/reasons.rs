@@ -192,6 +192,14 @@ async fn of_things(app: &TestApp) -> Vec<Status> {
         user_id: NOBODY.to_owned(),
     };
     errors.push(app.admin(key).get_user(request).await.unwrap_err());
+    let admin = app
+        .sql("SELECT id::text FROM users WHERE role = 'admin'")
+        .await;
+    let request = DisableUserRequest {
+        user_id: admin[0].get(0),
+        reason: String::new(),
+    };
+    errors.push(app.admin(key).disable_user(request).await.unwrap_err());
     let request = DisableServiceAccountRequest {
         service_account_id: NOBODY.to_owned(),
     };
