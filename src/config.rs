@@ -33,6 +33,7 @@ pub struct Settings {
     pub auth: AuthSettings,
     pub password: PasswordSettings,
     pub throttle: ThrottleSettings,
+    pub audit: AuditSettings,
     pub usage: UsageSettings,
     pub quota: QuotaSettings,
     pub gateway: GatewaySettings,
@@ -191,6 +192,14 @@ pub struct UsageSettings {
     pub retention_months: u32,
 }
 
+/// The audit trail.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AuditSettings {
+    /// Full months that the trail is kept, beside the running one; 0 keeps all.
+    pub retention_months: u32,
+}
+
 /// What servers hold ready of users' quota.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -280,6 +289,7 @@ impl Default for Settings {
             auth: AuthSettings::default(),
             password: PasswordSettings::default(),
             throttle: ThrottleSettings::default(),
+            audit: AuditSettings::default(),
             usage: UsageSettings::default(),
             quota: QuotaSettings::default(),
             gateway: GatewaySettings::default(),

@@ -32,7 +32,7 @@ use crate::{
     ops,
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
-    tasks::{self, Delivery, Upkeep},
+    tasks::{self, Delivery, Retention, Upkeep},
     usage::{HandleKey, TiersError, Usage, load_tiers},
     webhook::Webhook,
 };
@@ -150,7 +150,10 @@ impl Server {
         let upkeep = Upkeep::new(
             store.clone(),
             usage.clone(),
-            settings.usage.retention_months,
+            Retention {
+                usage_months: settings.usage.retention_months,
+                audit_months: settings.audit.retention_months,
+            },
         );
         let delivery = Delivery::new(store.clone(), webhook);
         Ok(Self {

@@ -45,6 +45,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         password.queue: 0, 100_000;
         throttle.account_failures: 0, 100;
         throttle.address_failures: 0, 1_000_000;
+        audit.retention_months: 0, 1200;
         usage.writers: 1, 64;
         usage.batch_events: 1, 10_000;
         usage.queue_events: 1000, 10_000_000;

@@ -60,6 +60,7 @@ pub use leases::Operated;
 pub use ledger::UsageInsert;
 pub use migrations::{MigrationStatus, Migrator};
 pub use outbox::OutboxEvent;
+pub use partitions::Partitioned;
 pub use recalls::RecallListener;
 pub use replicas::Heard;
 pub use service_accounts::{NewServiceAccount, ServiceStanding};

@@ -22,10 +22,31 @@ const LOCK: i64 = 0x746f_6c6c_0002;
 /// Longest wait for a table that others read or write. Meanwhile those who come later queue behind.
 const LOCK_WAIT: Duration = Duration::from_millis(250);
 
-/// Names and months of the partitions of usage that the service made.
-const OF_USAGE: &str = "SELECT replace(right(p.relname, 7), '_', '-') AS month
-     FROM pg_inherits JOIN pg_class AS p ON p.oid = inhrelid
-     WHERE inhparent = 'usage_records'::regclass AND p.relname ~ '^usage_records_[0-9]{4}_[0-9]{2}$'";
+/// A table that is partitioned by months.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Partitioned {
+    Usage,
+    Audit,
+}
+
+impl Partitioned {
+    fn table(self) -> &'static str {
+        match self {
+            Self::Usage => "usage_records",
+            Self::Audit => "audit_events",
+        }
+    }
+
+    /// The months of the partitions that the service made.
+    fn months(self) -> String {
+        let table = self.table();
+        format!(
+            "SELECT replace(right(p.relname, 7), '_', '-') AS month
+             FROM pg_inherits JOIN pg_class AS p ON p.oid = inhrelid
+             WHERE inhparent = '{table}'::regclass AND p.relname ~ '^{table}_[0-9]{{4}}_[0-9]{{2}}$'"
+        )
+    }
+}
 
 #[derive(QueryableByName)]
 struct Count {
@@ -82,34 +103,36 @@ impl Store {
     /// `Unavailable`
     pub async fn usage_partitions(&self) -> Result<Vec<Period>> {
         let mut conn = self.conn().await?;
-        months(diesel::sql_query(OF_USAGE).load(&mut conn).await?)
+        let made = diesel::sql_query(Partitioned::Usage.months());
+        months(made.load(&mut conn).await?)
     }
 
-    /// Those of them that ended `months` full months ago or before, oldest first; by the clock of
+    /// The months with a partition of a table that ended `months` full months ago or before, oldest first; by the clock of
     /// Postgres, so that the wrong one of a replica deletes nothing.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn usage_partitions_older(&self, months_kept: u32) -> Result<Vec<Period>> {
+    pub async fn partitions_older(&self, of: Partitioned, months_kept: u32) -> Result<Vec<Period>> {
         let mut conn = self.conn().await?;
         let older = format!(
-            "SELECT month FROM ({OF_USAGE}) AS made WHERE month COLLATE \"C\" <
+            "SELECT month FROM ({}) AS made WHERE month COLLATE \"C\" <
                  to_char((now() AT TIME ZONE 'UTC') - make_interval(months => $1), 'YYYY-MM')
-             ORDER BY month"
+             ORDER BY month",
+            of.months()
         );
         let kept = i32::try_from(months_kept).map_err(Error::internal)?;
         let older = diesel::sql_query(older).bind::<Integer, _>(kept);
         months(older.load(&mut conn).await?)
     }
 
-    /// Drops a month's usage records; the sums stay. Says how many rows there were, about, or −1
+    /// Drops a month of a table. Says how many rows there were, about, or −1
     /// when that is not known; `None` when another replica was quicker.
     ///
     /// # Errors
     /// `Unavailable`, also when somebody reads the table for long: nothing was dropped, try again
     /// later
-    pub async fn usage_partition_drop(&self, month: Period) -> Result<Option<i64>> {
-        let name = name("usage_records", month);
+    pub async fn partition_drop(&self, of: Partitioned, month: Period) -> Result<Option<i64>> {
+        let name = name(of.table(), month);
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
             take_turn(conn).await?;

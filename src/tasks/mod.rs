@@ -8,4 +8,4 @@ mod upkeep;
 pub use api_key_uses::{api_key_uses, last_api_key_uses};
 pub use change_feed::change_feed;
 pub use delivery::{Delivery, DeliveryStatus};
-pub use upkeep::{Upkeep, UpkeepStatus, make_partitions};
+pub use upkeep::{Retention, Upkeep, UpkeepStatus, make_partitions};

@@ -11,7 +11,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     error::Result,
     model::{Count, Period},
-    store::Store,
+    store::{Partitioned, Store},
     usage::Usage,
 };
 
@@ -45,13 +45,20 @@ const ERASURE_WAIT: TimeDelta = TimeDelta::days(36);
 const ERASURE_BATCH: i64 = 2_000;
 const ATTRIBUTION_BATCH: i64 = 2_000;
 
-/// Makes partitions ahead, drops those of old usage records, deletes sessions and API keys long
+/// Makes partitions ahead, drops those of old usage records and acts, deletes sessions and API keys long
 /// ended, and writes down what has become of users' months by itself.
 pub struct Upkeep {
     store: Store,
     usage: Usage,
-    retention_months: u32,
+    retention: Retention,
     status: Arc<UpkeepStatus>,
+}
+
+/// How many full months are kept beside the running one; 0 keeps all.
+#[derive(Clone, Copy, Debug)]
+pub struct Retention {
+    pub usage_months: u32,
+    pub audit_months: u32,
 }
 
 /// What upkeep has seen and done, for whoever watches.
@@ -99,12 +106,11 @@ impl UpkeepStatus {
 }
 
 impl Upkeep {
-    /// Usage records of `retention_months` full months are kept, or all when it is 0.
-    pub fn new(store: Store, usage: Usage, retention_months: u32) -> Self {
+    pub fn new(store: Store, usage: Usage, retention: Retention) -> Self {
         Self {
             store,
             usage,
-            retention_months,
+            retention,
             status: Arc::default(),
         }
     }
@@ -187,14 +193,30 @@ impl Upkeep {
     }
 
     async fn drop_old(&self) -> Result<()> {
-        if self.retention_months == 0 {
+        let usage = self.drop_months(Partitioned::Usage, self.retention.usage_months);
+        let usage = usage.await;
+        self.drop_months(Partitioned::Audit, self.retention.audit_months)
+            .await?;
+        usage
+    }
+
+    /// Drops what is older than so many full months.
+    async fn drop_months(&self, of: Partitioned, months_kept: u32) -> Result<()> {
+        if months_kept == 0 {
             return Ok(());
         }
-        let older = self.store.usage_partitions_older(self.retention_months);
-        for month in older.await? {
-            if let Some(rows) = self.store.usage_partition_drop(month).await? {
-                self.status.dropped.add_one();
-                info!(%month, rows_about = rows, "dropped usage records past their retention");
+        for month in self.store.partitions_older(of, months_kept).await? {
+            let Some(rows) = self.store.partition_drop(of, month).await? else {
+                continue;
+            };
+            self.status.dropped.add_one();
+            match of {
+                Partitioned::Usage => {
+                    info!(%month, rows_about = rows, "dropped usage records past their retention");
+                }
+                Partitioned::Audit => {
+                    info!(%month, rows_about = rows, "dropped audit events past their retention");
+                }
             }
         }
         Ok(())

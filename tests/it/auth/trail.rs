@@ -2,14 +2,17 @@
 
 use chrono::Utc;
 use prost_types::{Timestamp, value::Kind};
-use tollkeeper::proto::tollkeeper::{
-    admin::v1::{ActorKind, AuditEvent, ListAuditEventsRequest},
-    auth::v1::LogoutRequest,
+use tollkeeper::{
+    model::Period,
+    proto::tollkeeper::{
+        admin::v1::{ActorKind, AuditEvent, ListAuditEventsRequest},
+        auth::v1::LogoutRequest,
+    },
 };
 use tonic::{Code, Request};
 
 use super::{assert_invalid, assert_refused};
-use crate::harness::{TestApp, eventually};
+use crate::harness::{RunningServer, TestApp, eventually};
 
 async fn list(app: &TestApp, request: ListAuditEventsRequest) -> Vec<AuditEvent> {
     let answer = app.admin(&app.service_key).list_audit_events(request).await;
@@ -308,6 +311,51 @@ async fn acts_that_older_replicas_write_down_are_found_by_their_user_in_the_end(
         ..of_user(&user.id)
     };
     assert_eq!(list(&app, set).await.len(), 50);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acts_past_their_retention_go_by_the_month() {
+    let app = TestApp::spawn().await;
+    let months = [0, 1, 2, 3, 14].map(|ago| Period::containing(Utc::now()).minus_months(ago));
+    for month in months {
+        let name = month.to_string().replace('-', "_");
+        for statement in [
+            format!(
+                "CREATE TABLE IF NOT EXISTS audit_events_{name} PARTITION OF audit_events
+                     FOR VALUES FROM ('{month}-01 00:00:00+00') TO ('{}-01 00:00:00+00')",
+                month.plus_months(1)
+            ),
+            format!(
+                "INSERT INTO audit_events (id, occurred_at, action, actor_kind, target_id, request_id)
+                 VALUES (gen_random_uuid(), '{month}-01 12:00:00+00', 'test.made', 'operator',
+                     gen_random_uuid(), '')"
+            ),
+        ] {
+            app.sql(&statement).await;
+        }
+    }
+    // By default all are kept.
+    let _keeps_all = app.replica().await;
+    let mut settings = app.settings().clone();
+    settings.audit.retention_months = 2;
+    let replicas = (
+        RunningServer::start(&settings).await.unwrap(),
+        RunningServer::start(&settings).await.unwrap(),
+    );
+    let made = ListAuditEventsRequest {
+        action: "test.made".to_owned(),
+        ..ListAuditEventsRequest::default()
+    };
+    eventually("what is older is gone", async || {
+        list(&app, made.clone()).await.len() == 3
+    })
+    .await;
+    let partitions = "SELECT count(*) FROM pg_inherits JOIN pg_class ON oid = inhrelid
+         WHERE inhparent = 'audit_events'::regclass";
+    // The default one, two months back, this one, three ahead.
+    assert_eq!(app.count(partitions).await, 1 + 2 + 1 + 3);
+    drop(replicas);
+    assert_eq!(list(&app, made).await.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]
