@@ -11,5 +11,6 @@ DROP INDEX audit_events_unattributed_idx;
 DROP INDEX audit_events_action_idx;
 DROP INDEX audit_events_actor_id_idx;
 DROP INDEX audit_events_user_id_idx;
-DROP FUNCTION audit_user;
+-- And with it what was left of indexes half built, which the function is in.
 ALTER TABLE audit_events DROP COLUMN user_id;
+DROP FUNCTION audit_user;

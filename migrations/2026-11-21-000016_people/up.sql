@@ -38,7 +38,8 @@ CREATE TABLE user_erasures (
     deleted_at timestamptz NOT NULL DEFAULT now(),
     due_at timestamptz NOT NULL DEFAULT now(),
     -- Where the search goes on that is under way: what is looked through, and behind which row.
-    step text NOT NULL DEFAULT 'trail_about' CHECK (step IN ('trail_about', 'trail_by', 'usage')),
+    step text NOT NULL DEFAULT 'trail_about' 
+        CHECK (step IN ('trail_about', 'trail_by', 'usage', 'usage_end')),
     after_at timestamptz,
     after_id uuid,
     CHECK ((after_at IS NULL) = (after_id IS NULL))

@@ -13,6 +13,8 @@ pub enum ErasureStep {
     TrailBy,
     /// What they used.
     Usage,
+    /// The same, once nothing can come any more.
+    UsageEnd,
 }
 
 impl ErasureStep {
@@ -23,14 +25,17 @@ impl ErasureStep {
             Self::TrailAbout => "trail_about",
             Self::TrailBy => "trail_by",
             Self::Usage => "usage",
+            Self::UsageEnd => "usage_end",
         }
     }
 
-    pub fn next(self) -> Option<Self> {
+    /// What comes then; the last search has an end of its own.
+    pub fn next(self, is_last: bool) -> Option<Self> {
         match self {
             Self::TrailAbout => Some(Self::TrailBy),
             Self::TrailBy => Some(Self::Usage),
-            Self::Usage => None,
+            Self::Usage if is_last => Some(Self::UsageEnd),
+            Self::Usage | Self::UsageEnd => None,
         }
     }
 
@@ -45,7 +50,7 @@ impl FromStr for ErasureStep {
     type Err = Violation;
 
     fn from_str(text: &str) -> Result<Self, Violation> {
-        let all = [Self::TrailAbout, Self::TrailBy, Self::Usage];
+        let all = [Self::TrailAbout, Self::TrailBy, Self::Usage, Self::UsageEnd];
         let known = all.into_iter().find(|step| step.as_str() == text);
         known.ok_or_else(|| "must be a step of an erasure".into())
     }

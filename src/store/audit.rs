@@ -8,7 +8,7 @@ use diesel::{
     helper_types::IntoBoxed,
     pg::Pg,
     prelude::*,
-    sql_types::{BigInt, Text},
+    sql_types::{BigInt, Nullable, Text, Timestamptz},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use serde_json::Value;
@@ -69,25 +69,44 @@ impl Store {
         }))
     }
 
-    /// Writes down whom acts concerned of which that was not written down, up to `limit` of them; returns
-    /// how many. They are of before there was a place for it, or of replicas that do not know of it.
+    /// Writes down whom acts concerned of which that was not written down, up to `limit` of them from a
+    /// time on; returns how many, and the time of the last. They are of before there was a place for
+    /// it, or of replicas that do not know of it.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn audit_attribute(&self, limit: i64) -> Result<usize> {
+    pub async fn audit_attribute(
+        &self,
+        from: DateTime<Utc>,
+        limit: i64,
+    ) -> Result<(usize, Option<DateTime<Utc>>)> {
+        #[derive(QueryableByName)]
+        struct Attributed {
+            #[diesel(sql_type = BigInt)]
+            count: i64,
+            #[diesel(sql_type = Nullable<Timestamptz>)]
+            last: Option<DateTime<Utc>>,
+        }
         let mut conn = self.conn().await?;
-        // The condition is that of an index.
-        let attributed = diesel::sql_query(
+        // The condition is that of an index. Its dead entries are many after a while: each batch begins
+        // behind those of the batches before.
+        let Attributed { count, last } = diesel::sql_query(
             "WITH behind AS (
                  SELECT occurred_at, id FROM audit_events
                  WHERE user_id IS NULL AND audit_user(action, target_id, details) IS NOT NULL
-                 LIMIT $1 FOR UPDATE SKIP LOCKED
+                     AND occurred_at >= $1
+                 ORDER BY occurred_at LIMIT $2 FOR UPDATE SKIP LOCKED
+             ), attributed AS (
+                 UPDATE audit_events AS e SET user_id = audit_user(e.action, e.target_id, e.details)
+                 FROM behind WHERE e.occurred_at = behind.occurred_at AND e.id = behind.id
              )
-             UPDATE audit_events AS e SET user_id = audit_user(e.action, e.target_id, e.details)
-             FROM behind WHERE e.occurred_at = behind.occurred_at AND e.id = behind.id",
+             SELECT count(*) AS count, max(occurred_at) AS last FROM behind",
         )
-        .bind::<BigInt, _>(limit);
-        Ok(attributed.execute(&mut conn).await?)
+        .bind::<Timestamptz, _>(from)
+        .bind::<BigInt, _>(limit)
+        .get_result(&mut conn)
+        .await?;
+        Ok((usize::try_from(count).unwrap_or(0), last))
     }
 }
 

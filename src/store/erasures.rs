@@ -178,7 +178,7 @@ impl Erasure {
         let mut after = self.after_at.zip(self.after_id);
         let mut left = limit;
         loop {
-            let seen = self.look(step, is_last, after, left, conn).await?;
+            let seen = self.look(step, after, left, conn).await?;
             if seen.rows >= left {
                 let note = user_erasures::table.find(self.user_id);
                 diesel::update(note)
@@ -193,7 +193,7 @@ impl Erasure {
             }
             left -= seen.rows;
             after = None;
-            match step.next() {
+            match step.next(is_last) {
                 Some(next) => step = next,
                 None => break,
             }
@@ -221,18 +221,16 @@ impl Erasure {
     async fn look(
         &self,
         step: ErasureStep,
-        is_last: bool,
         after: Option<(DateTime<Utc>, Uuid)>,
         limit: i64,
         conn: &mut AsyncPgConnection,
     ) -> Result<Seen> {
         let first = (DateTime::UNIX_EPOCH, Uuid::nil());
-        let (statement, after) = match step {
-            ErasureStep::TrailAbout => (BLANK_TRAIL_ABOUT, after),
-            ErasureStep::TrailBy => (BLANK_TRAIL_BY, after),
-            // From the first on, wherever a search before has come to.
-            ErasureStep::Usage if is_last => (DELETE_USAGE, None),
-            ErasureStep::Usage => (BLANK_USAGE, after),
+        let statement = match step {
+            ErasureStep::TrailAbout => BLANK_TRAIL_ABOUT,
+            ErasureStep::TrailBy => BLANK_TRAIL_BY,
+            ErasureStep::Usage => BLANK_USAGE,
+            ErasureStep::UsageEnd => DELETE_USAGE,
         };
         let (at, id) = after.unwrap_or(first);
         let seen = diesel::sql_query(statement)
@@ -305,4 +303,6 @@ const DELETE_USAGE: &str = "
         DELETE FROM usage_records AS r USING seen
         WHERE r.user_id = $1 AND r.usage_month = seen.usage_month AND r.event_id = seen.event_id
     )
-    SELECT count(*) AS rows, NULL::timestamptz AS last_at, NULL::uuid AS last_id FROM seen";
+    SELECT count(*) AS rows, max(occurred_at) AS last_at,
+        (array_agg(event_id ORDER BY occurred_at DESC, event_id DESC))[1] AS last_id
+    FROM seen";

@@ -95,6 +95,10 @@ async fn build(
     definition: &str,
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
+    // Of a process that was killed, Postgres may still go on with it.
+    while is_being_built(name, conn).await? {
+        sleep(RETRY).await;
+    }
     match state(name, conn).await? {
         Some(true) => return Ok(()),
         Some(false) => {
@@ -146,6 +150,22 @@ async fn parts(
         conn.batch_execute(&attach).await?;
     }
     Ok(())
+}
+
+async fn is_being_built(name: &str, conn: &mut AsyncPgConnection) -> Result<bool> {
+    #[derive(QueryableByName)]
+    struct Building {
+        #[diesel(sql_type = Bool)]
+        is_building: bool,
+    }
+    let building: Building = diesel::sql_query(
+        "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index
+             WHERE datname = current_database() AND index_relid = to_regclass($1)) AS is_building",
+    )
+    .bind::<Text, _>(name)
+    .get_result(conn)
+    .await?;
+    Ok(building.is_building)
 }
 
 /// Whether an index is whole; `None`: there is none of this name.

@@ -156,14 +156,8 @@ impl Upkeep {
         })
         .await?;
         // Before the search for traces, which goes by it.
-        let attributed = repeat(|| store.audit_attribute(ATTRIBUTION_BATCH)).await?;
-        if attributed > 0 {
-            info!(attributed, "wrote down whom older acts concerned");
-        }
-        let searched = repeat(|| store.user_erase(ERASURE_WAIT, ERASURE_BATCH)).await?;
-        if searched > 0 {
-            info!(searched, "looked for traces of deleted users");
-        }
+        let attributed = self.attribute().await;
+        let erased = self.erase().await;
         let before = now - THROTTLE_RETENTION;
         sweep("failed attempts", || {
             store.throttle_sweep(before, SWEEP_BATCH)
@@ -174,7 +168,34 @@ impl Upkeep {
         let settled = self.usage.settle(now).await;
         // Last: it gives way to whoever reads for long, and nothing else is to wait for that.
         self.drop_old().await?;
-        settled.map(drop)
+        settled?;
+        attributed?;
+        erased
+    }
+
+    /// Writes down whom older acts concerned.
+    async fn attribute(&self) -> Result<()> {
+        let (mut from, mut all) = (DateTime::UNIX_EPOCH, 0);
+        while let (attributed, Some(last)) =
+            self.store.audit_attribute(from, ATTRIBUTION_BATCH).await?
+        {
+            from = last;
+            all += attributed;
+        }
+        if all > 0 {
+            info!(attributed = all, "wrote down whom older acts concerned");
+        }
+        Ok(())
+    }
+
+    /// Looks for traces of deleted users.
+    async fn erase(&self) -> Result<()> {
+        let batch = || self.store.user_erase(ERASURE_WAIT, ERASURE_BATCH);
+        let searched = repeat(batch).await?;
+        if searched > 0 {
+            info!(searched, "looked for traces of deleted users");
+        }
+        Ok(())
     }
 
     async fn look(&self) -> Result<()> {

@@ -135,10 +135,59 @@ async fn an_index_that_was_left_half_built_is_built_anew() {
         .unwrap();
     assert_eq!(migrator.up().unwrap(), Vec::<String>::new());
     assert_eq!(count(&client, BROKEN).await, 0);
-    // And back, whatever there is.
+    // And back, whatever there is: a part that was built and not attached.
+    for statement in [
+        "DROP INDEX audit_events_unattributed_idx",
+        "CREATE INDEX audit_events_unattributed_idx ON ONLY audit_events (occurred_at)
+             WHERE user_id IS NULL AND audit_user(action, target_id, details) IS NOT NULL",
+        "CREATE INDEX audit_events_default_occurred_at_idx ON audit_events_default (occurred_at)
+             WHERE user_id IS NULL AND audit_user(action, target_id, details) IS NOT NULL",
+    ] {
+        client.batch_execute(statement).await.unwrap();
+    }
     client
         .batch_execute("CREATE UNIQUE INDEX users_email_key ON users (lower(email))")
         .await
         .unwrap();
     while migrator.down().unwrap().is_some() {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_a_killed_process_left_to_postgres_is_waited_for() {
+    let (url, mut migrator) = older_database().await;
+    let (writer, builder, other) = (
+        connect(&url).await,
+        connect(&url).await,
+        connect(&url).await,
+    );
+    let user = "INSERT INTO users (id, email, username, tier)
+         VALUES (gen_random_uuid(), 'ada@example.com', 'ada', 'free')";
+    writer
+        .batch_execute(&format!("BEGIN; {user}"))
+        .await
+        .unwrap();
+    let building = tokio::spawn(async move {
+        let build = "CREATE UNIQUE INDEX CONCURRENTLY users_email_lower_key
+             ON users (lower(email COLLATE \"C\"))";
+        builder.batch_execute(build).await
+    });
+    let in_progress = "SELECT count(*) FROM pg_stat_progress_create_index
+         WHERE datname = current_database()";
+    while count(&other, in_progress).await == 0 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    let migrating = tokio::spawn(async move { migrator.up() });
+    let asking = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+         AND query LIKE '%is_building%' AND pid <> pg_backend_pid()";
+    while count(&other, asking).await == 0 {
+        assert!(!migrating.is_finished(), "it waits");
+        sleep(Duration::from_millis(5)).await;
+    }
+    let index = "SELECT 'users_email_lower_key'::regclass::oid::bigint";
+    let before = count(&other, index).await;
+    writer.batch_execute("COMMIT").await.unwrap();
+    building.await.unwrap().unwrap();
+    migrating.await.unwrap().unwrap();
+    assert_eq!(count(&other, index).await, before, "it is the same");
+    assert_eq!(count(&other, BROKEN).await, 0);
 }
