@@ -14,6 +14,7 @@ mod load;
 mod login;
 mod memory;
 mod naive;
+mod pages;
 mod process;
 mod quota;
 mod report;
@@ -140,6 +141,14 @@ enum Command {
         check: String,
         #[arg(long)]
         limit: String,
+    },
+    /// A page far down the list of users, beside the first one
+    Pages {
+        #[command(flatten)]
+        options: Options,
+        /// Users in the list [default: 1000000, quick 20000]
+        #[arg(long)]
+        users: Option<usize>,
     },
     /// Checks quota as one would write it first, until standard input ends
     #[command(hide = true)]
@@ -320,6 +329,10 @@ fn main() -> anyhow::Result<()> {
             options,
         }),
         Command::EnvoyNoop { check, limit } => envoy::serve_noop(&check, &limit),
+        Command::Pages { options, users } => pages::run(&pages::Plan {
+            users: users.unwrap_or(if options.quick { 20_000 } else { 1_000_000 }),
+            options,
+        }),
         Command::NaiveQuota { shape, url } => quota::serve_naively(shape, &url),
         Command::Burn => {
             process::burn();
