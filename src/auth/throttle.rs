@@ -3,10 +3,11 @@
 //! Failures count against
 //!
 //! - `user ID`: an account, by whichever of its names, for those who come from elsewhere;
-//! - `user ID from ADDRESS`: the same account from an address at which its user has logged in before, so
-//!   that strangers who guess do not keep the user out;
+//! - `user ID from NETWORK`: the same account from its home, a network in which its user has logged in
+//!   before, so that strangers who guess do not keep the user out;
 //! - `name HASH`: a name that nobody has. It must look as if somebody had;
-//! - `from ADDRESS`, `new ADDRESS`: failed logins, and registrations, from an address;
+//! - `from NETWORK`, `new NETWORK`: failed logins, and registrations, from a network, whoever's home it is:
+//!   else it would tell whose;
 //! - `own ID`: the present password, asked for within a session. Apart from the logins: whoever stole a
 //!   session must not keep the user from logging in, and no guesser at the door keeps the user from a
 //!   new password.
@@ -23,9 +24,11 @@ use aws_lc_rs::hmac;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, Utc};
 use tokio::{
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
+use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::{Auth, MasterKey};
@@ -33,6 +36,7 @@ use crate::{
     config::{PasswordSettings, ThrottleSettings},
     error::{Error, Result},
     model::{Identifier, Origin, ThrottleRule, UserId},
+    store::Store,
 };
 
 /// A day without guesses forgives a hundred of them.
@@ -68,10 +72,55 @@ struct AccountAttempt {
     /// Of whom a home is looked for; nobody's id for a name that nobody has, for both to take as long.
     user: UserId,
     subject: String,
-    /// Where failures are counted instead, once that is known to be a home.
+    /// What counts instead, if this is a home.
     home: Option<String>,
+    /// `None`: not looked up yet.
+    is_home: Option<bool>,
     is_known: bool,
+    claim: Option<Claim>,
     _turn: Turn,
+}
+
+impl AccountAttempt {
+    /// What failures count against.
+    fn counted(&self) -> &str {
+        match (&self.home, self.is_home) {
+            (Some(home), Some(true)) => home,
+            _ => &self.subject,
+        }
+    }
+}
+
+/// The one attempt that may be made now. Given back when dropped: it was not made, for want of a thread or
+/// as the caller hung up, and must not cost the user the wait.
+struct Claim {
+    store: Store,
+    subject: String,
+    until: DateTime<Utc>,
+    now: DateTime<Utc>,
+    runtime: Handle,
+    is_kept: bool,
+}
+
+impl Claim {
+    fn keep(&mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.is_kept {
+            return;
+        }
+        let (store, subject) = (self.store.clone(), std::mem::take(&mut self.subject));
+        let (until, now) = (self.until, self.now);
+        self.runtime.spawn(async move {
+            if let Err(error) = store.throttle_unclaim(&subject, until, now).await {
+                tracing::warn!(%error, "an attempt that was not made still costs a wait");
+            }
+        });
+    }
 }
 
 impl Throttle {
@@ -107,11 +156,21 @@ impl Throttle {
         format!("name {}", URL_SAFE_NO_PAD.encode(hash))
     }
 
-    /// A turn to try something: as many at once as may fail for free, or racing guesses would not see
-    /// each other's failures.
-    async fn turn(&self, subject: &str, rule: &ThrottleRule) -> Result<Turn> {
+    /// A turn to try something from somewhere: as many at once as may fail for free, or racing guesses
+    /// would not see each other's failures. By network: strangers who come in floods take no turn of the
+    /// user's.
+    async fn turn(
+        &self,
+        subject: &str,
+        address: Option<IpAddr>,
+        rule: &ThrottleRule,
+    ) -> Result<Turn> {
         let places = usize::try_from(rule.free).unwrap_or(usize::MAX);
-        let waiting = self.turns.take(subject, places.min(Semaphore::MAX_PERMITS));
+        let whose = match address {
+            Some(address) => format!("{subject} {}", from(address)),
+            None => subject.to_owned(),
+        };
+        let waiting = self.turns.take(&whose, places.min(Semaphore::MAX_PERMITS));
         timeout(self.turn_timeout, waiting)
             .await
             .map_err(|_| Error::Overloaded {
@@ -176,93 +235,126 @@ impl Auth {
         now: DateTime<Utc>,
     ) -> Result<Attempt> {
         let (by_account, by_address) = (self.throttle.account, self.throttle.address);
-        let address_rule = by_address.filter(|_| address.is_some());
-        let attempt = Attempt {
+        let by_address = by_address.zip(address.map(from));
+        let mut attempt = Attempt {
             account: None,
             address,
             now,
             admitted: Instant::now(),
         };
         let turn = match by_account {
-            Some(rule) => Some(self.throttle.turn(&subject, &rule).await?),
+            Some(rule) => Some(self.throttle.turn(&subject, address, &rule).await?),
             None => None,
         };
-        if by_account.is_none() && address_rule.is_none() {
+        if by_account.is_none() && by_address.is_none() {
             return Ok(attempt);
         }
-        let from = address.map(from).unwrap_or_default();
-        let mut states = self
-            .store
-            .throttle_states(&[subject.clone(), from.clone()])
-            .await?;
-        let is_spent = |rule: &ThrottleRule, subject: &str| {
-            let state = states.get(subject);
-            state.is_some_and(|state| rule.is_spent(state, now))
-        };
-        let account_spent = by_account.is_some_and(|rule| is_spent(&rule, &subject));
-        let address_wait =
-            address_rule.and_then(|rule| states.get(&from).and_then(|state| rule.wait(state, now)));
-        let mut home = None;
-        if account_spent || address_wait.is_some() {
-            // At home, what strangers did elsewhere, and others at the same address, does not count.
-            home = self.home(user, address).await?;
-            match &home {
-                Some(home) => states.extend(self.store.throttle_states(from_ref(home)).await?),
-                None => {
-                    if let Some(retry_after) = address_wait {
-                        return Err(Error::Throttled { retry_after });
-                    }
-                }
-            }
-        }
-        let counted = home.as_ref().unwrap_or(&subject);
-        if let (Some(rule), Some(state)) = (by_account, states.get(counted))
-            && rule.is_spent(state, now)
+        let home = address.map(|address| format!("user {user} {}", from(address)));
+        let mut subjects = vec![subject.clone()];
+        subjects.extend(home.clone());
+        subjects.extend(by_address.as_ref().map(|(_, from)| from.clone()));
+        let states = self.store.throttle_states(&subjects).await?;
+        if let Some((rule, from)) = by_address
+            && let Some(retry_after) = states.get(&from).and_then(|state| rule.wait(state, now))
         {
-            if let Some(retry_after) = rule.wait(state, now) {
-                return Err(Error::Throttled { retry_after });
-            }
-            // From here on one attempt at a time, over all replicas.
-            let retry_after = rule.delay(rule.failures(state, now).saturating_add(1));
-            let claimed = self.store.throttle_claim(counted, now + retry_after, now);
-            if !claimed.await? {
-                return Err(Error::Throttled { retry_after });
+            return Err(Error::Throttled { retry_after });
+        }
+        let Some((rule, turn)) = by_account.zip(turn) else {
+            return Ok(attempt);
+        };
+        let is_home = match &home {
+            None => Some(false),
+            // It was one when something failed there.
+            Some(home) if states.contains_key(home) => Some(true),
+            // At home, what strangers did elsewhere does not count.
+            Some(_) => match states.get(&subject) {
+                Some(state) if rule.is_spent(state, now) => {
+                    Some(self.is_home(user, address).await?)
+                }
+                _ => None,
+            },
+        };
+        let mut account = AccountAttempt {
+            user,
+            subject,
+            home,
+            is_home,
+            is_known: false,
+            claim: None,
+            _turn: turn,
+        };
+        if let Some(state) = states.get(account.counted()) {
+            account.is_known = true;
+            if rule.is_spent(state, now) {
+                if let Some(retry_after) = rule.wait(state, now) {
+                    return Err(Error::Throttled { retry_after });
+                }
+                // From here on one attempt at a time, over all replicas.
+                let wait = rule.delay(rule.failures(state, now).saturating_add(1));
+                account.claim = Some(self.claim(account.counted(), &rule, wait, now).await?);
             }
         }
-        let is_known = states.contains_key(counted);
-        Ok(Attempt {
-            account: turn.map(|turn| AccountAttempt {
-                user,
-                subject,
-                home,
-                is_known,
-                _turn: turn,
-            }),
-            ..attempt
-        })
+        attempt.account = Some(account);
+        Ok(attempt)
     }
 
-    /// Counts an attempt as failed.
+    async fn claim(
+        &self,
+        subject: &str,
+        rule: &ThrottleRule,
+        wait: Duration,
+        now: DateTime<Utc>,
+    ) -> Result<Claim> {
+        // Made first: should this be dropped while it is being taken, it is given back all the same.
+        let mut claim = Claim {
+            store: self.store.clone(),
+            subject: subject.to_owned(),
+            until: now + wait,
+            now,
+            runtime: Handle::current(),
+            is_kept: false,
+        };
+        let latest = rule.latest(now);
+        let claiming = self.store.throttle_claim(subject, claim.until, latest, now);
+        if !claiming.await? {
+            claim.keep();
+            return Err(Error::Throttled { retry_after: wait });
+        }
+        Ok(claim)
+    }
+
+    /// Counts an attempt as failed, also for a caller who is gone by now or out of time: who sets the
+    /// deadline between a success and a failure has failed all the same.
     ///
     /// # Errors
     /// `Unavailable`: nobody is told then that it failed.
     pub(super) async fn attempt_failed(&self, attempt: Attempt) -> Result<()> {
+        let auth = self.clone();
+        let counting = async move { auth.count_failure(attempt).await };
+        tokio::spawn(counting.in_current_span())
+            .await
+            .map_err(Error::internal)?
+    }
+
+    async fn count_failure(&self, attempt: Attempt) -> Result<()> {
         let now = attempt.now + attempt.admitted.elapsed();
         let Attempt {
-            account, address, ..
+            mut account,
+            address,
+            ..
         } = attempt;
         let mut counts = Vec::new();
-        let mut is_home = false;
         // Borrowed: whoever waits for the turn is to see this failure.
-        if let (Some(rule), Some(account)) = (self.throttle.account, &account) {
-            let home = match &account.home {
-                None => self.home(account.user, address).await?,
-                home => home.clone(),
-            };
-            is_home = home.is_some();
-            counts.push((home.unwrap_or_else(|| account.subject.clone()), rule));
+        if let (Some(rule), Some(account)) = (self.throttle.account, &mut account) {
+            if let Some(claim) = &mut account.claim {
+                claim.keep();
+            }
+            if account.is_home.is_none() {
+                account.is_home = Some(self.is_home(account.user, address).await?);
+            }
+            counts.push((account.counted().to_owned(), rule));
         }
-        if let (Some(rule), Some(address), false) = (self.throttle.address, address, is_home) {
+        if let (Some(rule), Some(address)) = (self.throttle.address, address) {
             counts.push((from(address), rule));
         }
         if counts.is_empty() {
@@ -273,23 +365,22 @@ impl Auth {
 
     /// Forgets what failed before. Should that not be possible now, it is forgiven in time.
     pub(super) async fn attempt_succeeded(&self, attempt: Attempt) {
-        let Some(account) = attempt.account.filter(|account| account.is_known) else {
+        let Some(mut account) = attempt.account.filter(|account| account.is_known) else {
             return;
         };
-        let subject = account.home.as_ref().unwrap_or(&account.subject);
-        if let Err(error) = self.store.throttle_clear(subject).await {
+        if let Err(error) = self.store.throttle_clear(account.counted()).await {
             tracing::warn!(%error, "failed attempts before a success still count");
+        } else if let Some(claim) = &mut account.claim {
+            claim.keep();
         }
     }
 
-    /// Where a user counts apart, if they have logged in from this address before.
-    async fn home(&self, user: UserId, address: Option<IpAddr>) -> Result<Option<String>> {
-        let Some(address) = address else {
-            return Ok(None);
-        };
-        let text = address.to_string();
-        let is_home = self.store.session_any_from(user, &text).await?;
-        Ok(is_home.then(|| format!("user {user} from {text}")))
+    /// Whether a user has logged in from around this address before.
+    async fn is_home(&self, user: UserId, address: Option<IpAddr>) -> Result<bool> {
+        match address {
+            Some(address) => self.store.session_any_from(user, &networks(address)).await,
+            None => Ok(false),
+        }
     }
 }
 
@@ -305,6 +396,17 @@ fn network(address: IpAddr) -> IpAddr {
             IpAddr::V6(Ipv6Addr::from_bits(bits))
         }
         address => address,
+    }
+}
+
+/// The same as networks, in all forms that addresses of it may have been written down in.
+fn networks(address: IpAddr) -> Vec<String> {
+    match network(address) {
+        IpAddr::V4(address) => vec![
+            format!("{address}/32"),
+            format!("{}/128", address.to_ipv6_mapped()),
+        ],
+        IpAddr::V6(network) => vec![format!("{network}/64")],
     }
 }
 
@@ -369,6 +471,20 @@ mod tests {
         ] {
             let address = network(address.parse().expect("an address"));
             assert_eq!(address.to_string(), of);
+        }
+    }
+
+    #[test]
+    fn an_address_is_looked_for_however_it_was_written_down() {
+        for (address, in_networks) in [
+            ("192.0.2.7", &["192.0.2.7/32", "::ffff:192.0.2.7/128"][..]),
+            (
+                "::ffff:192.0.2.7",
+                &["192.0.2.7/32", "::ffff:192.0.2.7/128"],
+            ),
+            ("2001:db8:1:2:3:4:5:6", &["2001:db8:1:2::/64"]),
+        ] {
+            assert_eq!(networks(address.parse().expect("an address")), in_networks);
         }
     }
 

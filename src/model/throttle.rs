@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 
 /// What is known of the failed attempts against something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +22,9 @@ pub struct ThrottleRule {
     /// One failure is forgotten in this time.
     pub forgiven_in: Duration,
 }
+
+/// As far as the clocks of replicas may differ: one that is a little ahead blocks as it should.
+const CLOCKS_APART: Duration = Duration::from_mins(1);
 
 impl ThrottleRule {
     /// Failures that still count.
@@ -64,15 +67,23 @@ impl ThrottleRule {
 
     /// How long to wait; `None`: not at all.
     pub fn wait(&self, state: &ThrottleState, now: DateTime<Utc>) -> Option<Duration> {
-        let wait = state.blocked_until - now;
-        // A clock that was wrong must not lock anybody out for longer than the rule does.
-        let wait = wait.min(TimeDelta::from_std(self.max_delay).unwrap_or(TimeDelta::MAX));
-        wait.to_std().ok().filter(|wait| !wait.is_zero())
+        if state.blocked_until > self.latest(now) {
+            return None;
+        }
+        let wait = (state.blocked_until - now).to_std().ok()?;
+        Some(wait.min(self.max_delay)).filter(|wait| !wait.is_zero())
+    }
+
+    /// Until when anything may be blocked by now. A later time was set by a clock that is wrong and holds
+    /// for nothing: it would keep people out for as long as that clock was ahead.
+    pub fn latest(&self, now: DateTime<Utc>) -> DateTime<Utc> {
+        now + self.max_delay + CLOCKS_APART
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use chrono::TimeDelta;
     use proptest::prelude::*;
 
     use super::*;
@@ -118,6 +129,23 @@ mod tests {
         assert_eq!(RULE.failures(&state, now + TimeDelta::days(400)), 0);
         // A clock that is behind forgives nothing and adds nothing.
         assert_eq!(RULE.failures(&state, now - TimeDelta::days(1)), 8);
+    }
+
+    #[test]
+    fn what_a_wrong_clock_blocked_is_not() {
+        let blocked = |ahead| {
+            let state = ThrottleState {
+                failures: 20,
+                last_failed_at: start(),
+                blocked_until: start() + ahead,
+            };
+            RULE.wait(&state, start())
+        };
+        let max = RULE.max_delay;
+        assert_eq!(blocked(max), Some(max));
+        assert_eq!(blocked(max + Duration::from_secs(10)), Some(max));
+        assert_eq!(blocked(max + CLOCKS_APART + Duration::from_secs(1)), None);
+        assert_eq!(blocked(Duration::from_hours(24)), None);
     }
 
     proptest! {

@@ -19,7 +19,8 @@ use super::{
     administrators::another_admin_in_txn,
     audit::audit_insert_in_txn,
     errors::stored,
-    schema::{api_keys, login_throttle, sessions, user_erasures, users},
+    schema::{api_keys, sessions, user_erasures, users},
+    throttle::throttle_clear_user_in_txn,
 };
 use crate::{
     error::{Error, Result},
@@ -44,7 +45,7 @@ impl Store {
             diesel::delete(users::table.find(id.0))
                 .execute(conn)
                 .await?;
-            forget_attempts_in_txn(id, conn).await?;
+            throttle_clear_user_in_txn(id, conn).await?;
             diesel::insert_into(user_erasures::table)
                 .values(user_erasures::user_id.eq(id.0))
                 .execute(conn)
@@ -99,8 +100,8 @@ impl Store {
     }
 }
 
-/// Locks a user, unless that is the last administrator, and what refers to them, each in the order that others lock it in, so that nobody waits
-/// in a circle. Whoever comes later finds nobody.
+/// Locks a user, unless that is the last administrator, and what refers to them, each in the order that
+/// others lock it in, so that nobody waits in a circle. Whoever comes later finds nobody.
 async fn lock_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
     let (role, is_active): (String, bool) = users::table
         .find(id.0)
@@ -126,17 +127,6 @@ async fn lock_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
         .order(api_keys::id)
         .for_update()
         .load::<Uuid>(conn)
-        .await?;
-    Ok(())
-}
-
-/// Some of what counts against a user holds an address.
-async fn forget_attempts_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
-    let subjects = login_throttle::subject
-        .eq(format!("own {id}"))
-        .or(login_throttle::subject.like(format!("user {id}%")));
-    diesel::delete(login_throttle::table.filter(subjects))
-        .execute(conn)
         .await?;
     Ok(())
 }
@@ -198,7 +188,8 @@ impl Erasure {
                 None => break,
             }
         }
-        forget_attempts_in_txn(UserId(self.user_id), conn).await?;
+        // Some of what counts against a user holds an address.
+        throttle_clear_user_in_txn(UserId(self.user_id), conn).await?;
         let note = user_erasures::table.find(self.user_id);
         if is_last {
             diesel::delete(note).execute(conn).await?;

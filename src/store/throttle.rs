@@ -3,8 +3,12 @@
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
-use diesel::{dsl::exists, prelude::*};
-use diesel_async::{AsyncConnection as _, RunQueryDsl};
+use diesel::{
+    dsl::{exists, sql},
+    prelude::*,
+    sql_types::{Array, Bool, Nullable, Text},
+};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 
 use super::{
     Store,
@@ -37,7 +41,7 @@ impl Store {
     }
 
     /// Takes the one attempt that may be made now: nothing more is tried before `until`. Whether it was
-    /// free to take.
+    /// free to take; what is blocked beyond `latest` is.
     ///
     /// # Errors
     /// `Unavailable`
@@ -45,15 +49,36 @@ impl Store {
         &self,
         subject: &str,
         until: DateTime<Utc>,
+        latest: DateTime<Utc>,
         now: DateTime<Utc>,
     ) -> Result<bool> {
+        let blocked_until = login_throttle::blocked_until;
         let mut conn = self.conn().await?;
         let claimed = diesel::update(login_throttle::table.find(subject))
-            .filter(login_throttle::blocked_until.le(now))
-            .set(login_throttle::blocked_until.eq(until))
+            .filter(blocked_until.le(now).or(blocked_until.gt(latest)))
+            .set(blocked_until.eq(until))
             .execute(&mut conn)
             .await?;
         Ok(claimed == 1)
+    }
+
+    /// Gives back what [`Store::throttle_claim`] took, as long as nothing came after it.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn throttle_unclaim(
+        &self,
+        subject: &str,
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> Result<()> {
+        let mut conn = self.conn().await?;
+        diesel::update(login_throttle::table.find(subject))
+            .filter(login_throttle::blocked_until.eq(until))
+            .set(login_throttle::blocked_until.eq(now))
+            .execute(&mut conn)
+            .await?;
+        Ok(())
     }
 
     /// Counts a failure against each of these, by their rules.
@@ -131,19 +156,36 @@ impl Store {
         Ok(diesel::delete(old).execute(&mut conn).await?)
     }
 
-    /// Whether a user has logged in from this address: some session of theirs says so.
+    /// Whether a user has logged in from one of these networks: some session of theirs says so.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn session_any_from(&self, user_id: UserId, address: &str) -> Result<bool> {
+    pub async fn session_any_from(&self, user_id: UserId, networks: &[String]) -> Result<bool> {
+        let is_from = sql::<Nullable<Bool>>("address::inet <<= ANY(")
+            .bind::<Array<Text>, _>(networks)
+            .sql("::inet[])");
         let from = sessions::table
             .filter(sessions::user_id.eq(user_id.0))
-            .filter(sessions::address.eq(address));
+            .filter(is_from);
         let mut conn = self.conn().await?;
         Ok(diesel::select(exists(from.select(sessions::id)))
             .get_result(&mut conn)
             .await?)
     }
+}
+
+/// Forgets all failures against a user, wherever they were made.
+pub(super) async fn throttle_clear_user_in_txn(
+    id: UserId,
+    conn: &mut AsyncPgConnection,
+) -> Result<()> {
+    let subjects = login_throttle::subject
+        .eq_any([format!("own {id}"), format!("user {id}")])
+        .or(login_throttle::subject.like(format!("user {id} from %")));
+    diesel::delete(login_throttle::table.filter(subjects))
+        .execute(conn)
+        .await?;
+    Ok(())
 }
 
 #[derive(Queryable, Selectable, Insertable, AsChangeset)]

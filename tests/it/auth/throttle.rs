@@ -1,17 +1,25 @@
 //! Guessing is slowed down, over replicas and restarts, and keeps nobody out for good.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use tollkeeper::{
     config::Settings,
-    proto::tollkeeper::auth::v1::{ChangePasswordRequest, RegisterRequest, Tokens},
+    proto::tollkeeper::auth::v1::{
+        ChangePasswordRequest, LoginRequest, RegisterRequest, Tokens,
+        auth_service_client::AuthServiceClient,
+    },
 };
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Request, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 
 use super::{assert_refused, refresh};
-use crate::harness::{PASSWORD, TestApp, TestUser, login_through, reason};
+use crate::harness::{
+    Blocker, PASSWORD, TestApp, TestUser, eventually, login_through, reason, with_bearer,
+};
 
 const FREE: u32 = 5;
 const WRONG: &str = "certainly not this one";
@@ -169,6 +177,20 @@ async fn sessions_go_on_while_logins_wait() {
     refresh(&app, &tokens.refresh_token).await.unwrap();
 }
 
+/// From where nobody has logged in.
+fn elsewhere(app: &TestApp) -> Channel {
+    app.running().channel_from([127, 0, 0, 2])
+}
+
+/// Makes all who wait wait for longer than any test takes.
+async fn go_on_waiting(app: &TestApp) {
+    app.sql(
+        "UPDATE login_throttle SET failures = 1000, blocked_until = now() + \
+         CASE WHEN subject LIKE 'from %' THEN interval '55 s' ELSE interval '14 min' END",
+    )
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_do_not_keep_a_user_out_where_the_user_has_logged_in_before() {
     let app = TestApp::spawn_with(|settings| {
@@ -178,26 +200,163 @@ async fn strangers_do_not_keep_a_user_out_where_the_user_has_logged_in_before() 
     .await;
     let user = app.user().create().await;
     app.login(&user).await;
-    // The guesses of others, from elsewhere, and others at this address.
-    app.sql(&format!(
-        "INSERT INTO login_throttle VALUES
-         ('user {}', 40, now(), now() + interval '15 min'),
-         ('from 127.0.0.1', 400, now(), now() + interval '1 min')",
-        user.id
-    ))
-    .await;
+    let elsewhere = elsewhere(&app);
+    for _ in 0..=FREE {
+        let refused = login_through(&elsewhere, &user.email, WRONG).await;
+        assert_refused(refused, Code::Unauthenticated, "INVALID_CREDENTIALS");
+    }
+    go_on_waiting(&app).await;
+    wait_of(login_through(&elsewhere, &user.email, PASSWORD).await);
     for _ in 0..3 {
         app.login(&user).await;
     }
-    // Their own guesses count here too, apart.
-    fail(&app, &user.email, FREE + 1).await;
-    wait_of(try_login(&app, &user.email, PASSWORD).await);
-    // Somebody who was never here waits.
-    let other = app.user().create().await;
-    wait_of(try_login(&app, &other.email, PASSWORD).await);
+    // Homes as a socket of both families writes them down.
+    app.sql("UPDATE sessions SET address = '::ffff:127.0.0.1'")
+        .await;
+    app.login(&user).await;
     move_homes(&app).await;
     let wait = wait_of(try_login(&app, &user.email, PASSWORD).await);
-    assert!(wait > Duration::from_secs(30), "{wait:?}");
+    assert!(wait > Duration::from_mins(10), "{wait:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guesses_where_the_user_has_logged_in_before_wait_too() {
+    let app = TestApp::spawn_with(by_account).await;
+    let user = app.user().create().await;
+    app.login(&user).await;
+    fail(&app, &user.email, FREE + 1).await;
+    wait_of(try_login(&app, &user.email, PASSWORD).await);
+    // Apart: elsewhere it is as before.
+    login_through(&elsewhere(&app), &user.email, PASSWORD)
+        .await
+        .unwrap();
+    go_on_waiting(&app).await;
+    wait_of(try_login(&app, &user.email, PASSWORD).await);
+    wait_out(&app).await;
+    app.login(&user).await;
+    // Then all is forgotten here as well.
+    fail(&app, &user.email, FREE).await;
+    wait_out(&app).await;
+    app.login(&user).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_waits_does_not_tell_who_has_an_account() {
+    let app = TestApp::spawn_with(|settings| {
+        by_account(settings);
+        by_address(settings);
+    })
+    .await;
+    let user = app.user().create().await;
+    app.login(&user).await;
+    let failures = "SELECT failures::bigint FROM login_throttle WHERE subject = 'from 127.0.0.1'";
+    fail(&app, &user.email, 1).await;
+    assert_eq!(app.count(failures).await, 1, "whoever's home it is");
+    for n in 0..20 {
+        fail(&app, &format!("nobody-{n}"), 1).await;
+    }
+    go_on_waiting(&app).await;
+    app.sql("DELETE FROM login_throttle WHERE subject NOT LIKE 'from %'")
+        .await;
+    for name in [&*user.email, "nobody-1", "nobody-at-all"] {
+        for password in [WRONG, PASSWORD] {
+            let wait = wait_of(try_login(&app, name, password).await);
+            assert!(wait <= Duration::from_mins(1), "{wait:?}");
+        }
+    }
+    login_through(&elsewhere(&app), &user.email, PASSWORD)
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_counts_though_its_caller_is_out_of_time() {
+    let app = TestApp::spawn_with(by_account).await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    // What is to be counted waits, past the deadlines of those who failed.
+    let blocker = Blocker::lock_writes(&app, "login_throttle").await;
+    let mut login = Request::new(LoginRequest {
+        identifier: user.email.clone(),
+        password: WRONG.to_owned(),
+    });
+    login.set_timeout(Duration::from_secs(3));
+    let mut auth = AuthServiceClient::new(app.channel.clone());
+    let login = tokio::spawn(async move { auth.login(login).await });
+    blocker.hold_up(&app, 1).await;
+    let change = ChangePasswordRequest {
+        current_password: WRONG.to_owned(),
+        new_password: "a staple for the next battery".to_owned(),
+        keep_other_sessions: true,
+    };
+    let mut change = with_bearer(change, &token);
+    change.set_timeout(Duration::from_secs(3));
+    let mut auth = AuthServiceClient::new(app.channel.clone());
+    let change = tokio::spawn(async move { auth.change_password(change).await });
+    blocker.hold_up(&app, 2).await;
+    for refused in [
+        login.await.unwrap().map(drop),
+        change.await.unwrap().map(drop),
+    ] {
+        let status = refused.unwrap_err();
+        assert!(
+            matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled),
+            "{status:?}"
+        );
+    }
+    blocker.release().await;
+    let counted = "SELECT count(*) FROM login_throttle WHERE failures = 1";
+    eventually("both count", async || app.count(counted).await == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_finds_no_thread_costs_no_wait() {
+    let app = TestApp::spawn_with(|settings| {
+        by_account(settings);
+        settings.password.threads = 1;
+        settings.password.queue = 0;
+    })
+    .await;
+    let user = app.user().create().await;
+    // Takes the one thread for a while.
+    let slow = app.user().create().await;
+    app.sql(&format!(
+        "UPDATE users SET password_hash = \
+         '$2b$14$abcdefghijklmnopqrstuuxHeTz5LxLCPn2Ro2YXnlxAqP0pXG0Hm' WHERE id = '{}'",
+        slow.id
+    ))
+    .await;
+    fail(&app, &user.email, FREE + 1).await;
+    go_on_waiting(&app).await;
+    wait_out(&app).await;
+    let channel = app.channel.clone();
+    let hashing = tokio::spawn(async move { login_through(&channel, &slow.email, WRONG).await });
+    let names = AtomicU32::new(0);
+    eventually("the thread is taken", async || {
+        let name = format!("nobody-{}", names.fetch_add(1, Ordering::Relaxed));
+        let refused = try_login(&app, &name, WRONG).await;
+        reason(&refused.unwrap_err()) == "OVERLOADED"
+    })
+    .await;
+    let refused = try_login(&app, &user.email, PASSWORD).await;
+    assert_refused(refused, Code::ResourceExhausted, "OVERLOADED");
+    let blocked = "SELECT count(*) FROM login_throttle WHERE blocked_until > now()";
+    eventually("the attempt is given back", async || {
+        app.count(blocked).await == 0
+    })
+    .await;
+    hashing.await.unwrap().unwrap_err();
+    app.login(&user).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_clock_ahead_blocked_is_not() {
+    let app = TestApp::spawn_with(by_account).await;
+    let user = app.user().create().await;
+    fail(&app, &user.email, FREE + 1).await;
+    app.sql("UPDATE login_throttle SET blocked_until = now() + interval '1 day'")
+        .await;
+    app.login(&user).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -339,7 +498,7 @@ async fn what_failed_long_ago_is_forgotten_and_swept() {
     app.sql("UPDATE login_throttle SET blocked_until = now() - interval '3 days'")
         .await;
     let _replica = app.replica().await;
-    crate::harness::eventually("it is swept", async || {
+    eventually("it is swept", async || {
         app.count("SELECT count(*) FROM login_throttle").await == 0
     })
     .await;

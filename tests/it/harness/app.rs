@@ -178,6 +178,14 @@ impl RunningServer {
             .connect_lazy()
     }
 
+    /// A connection from another address of this machine.
+    pub(crate) fn channel_from(&self, address: [u8; 4]) -> Channel {
+        Endpoint::from_shared(format!("http://{}", self.address))
+            .expect("an address")
+            .local_address(Some(address.into()))
+            .connect_lazy()
+    }
+
     pub(crate) async fn stop(mut self) -> Result<(), ServerError> {
         let _ = self.shutdown.take().expect("stopped once").send(());
         self.ended.await.expect("no panic")

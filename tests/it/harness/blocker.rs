@@ -9,10 +9,19 @@ pub(crate) struct Blocker {
 
 impl Blocker {
     pub(crate) async fn lock(app: &TestApp, table: &str) -> Self {
+        Self::lock_in(app, table, "ACCESS EXCLUSIVE").await
+    }
+
+    /// Lets calls read the table.
+    pub(crate) async fn lock_writes(app: &TestApp, table: &str) -> Self {
+        Self::lock_in(app, table, "SHARE").await
+    }
+
+    async fn lock_in(app: &TestApp, table: &str, mode: &str) -> Self {
         let connected = tokio_postgres::connect(&app.database_url, NoTls).await;
         let (client, connection) = connected.unwrap();
         tokio::spawn(connection);
-        let lock = format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
+        let lock = format!("BEGIN; LOCK TABLE {table} IN {mode} MODE");
         client.batch_execute(&lock).await.unwrap();
         Self { client }
     }
