@@ -7,19 +7,21 @@ use serde_json::json;
 
 use super::{
     Store, administrators::another_admin_in_txn, audit::audit_insert_in_txn, errors::on_unique,
-    schema::users, sessions::session_revoke_all_in_txn, users::UserRow,
+    schema::users, sessions::session_revoke_all_in_txn, throttle::throttle_clear_user_in_txn,
+    users::UserRow,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Email, FullName, Origin, Role, SessionId, User, UserChanges,
-        UserId, Username,
+        Actor, AuditAction, AuditEvent, Email, FullName, Origin, Role, SessionId, User,
+        UserChanges, UserId, Username,
     },
 };
 
 impl Store {
     /// Changes what an account says of its user. What is so already changes nothing; a new address
-    /// is one that nobody has proven.
+    /// is one that nobody has proven. Whose account somebody else looks after may log in at once,
+    /// whatever failed before.
     ///
     /// # Errors
     /// `UserNotFound` · `AccountExists` · `LastAdmin` · `Unavailable`
@@ -42,11 +44,14 @@ impl Store {
             let user = User::try_from(row)?;
             let set = Changeset::between(&user, changes);
             let fields = set.profile_fields();
-            if fields.is_empty() && set.role.is_none() {
-                return Ok(user);
-            }
             if set.role.is_some() && user.is_active && user.role == Role::Admin {
                 another_admin_in_txn(id, conn).await?;
+            }
+            if origin.actor != Actor::User(id) {
+                throttle_clear_user_in_txn(id, conn).await?;
+            }
+            if fields.is_empty() && set.role.is_none() {
+                return Ok(user);
             }
             let changed: UserRow = diesel::update(users::table.find(id.0))
                 .set((&set, users::updated_at.eq(now)))

@@ -15,12 +15,13 @@ use super::{
     errors::{on_unique, stored},
     quota::{quota_settle_in_txn, record_in_txn},
     schema::users,
+    throttle::throttle_clear_user_in_txn,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Identifier, NamePrefix, Origin, Page, PageRequest, Person, Role,
-        TierName, Tiers, User, UserFilter, UserId, UserStanding,
+        Actor, AuditAction, AuditEvent, Identifier, NamePrefix, Origin, Page, PageRequest, Person,
+        Role, TierName, Tiers, User, UserFilter, UserId, UserStanding,
     },
 };
 
@@ -309,7 +310,8 @@ impl Store {
         .await
     }
 
-    /// Turns a user on or off; `reason` is for the audit trail. Repeating it changes nothing.
+    /// Turns a user on or off; `reason` is for the audit trail. Repeating it changes nothing. Who is
+    /// turned on by somebody else may log in at once, whatever failed before.
     ///
     /// # Errors
     /// `UserNotFound` · `LastAdmin` · `Unavailable`
@@ -329,6 +331,9 @@ impl Store {
                 .get_result(conn)
                 .await
                 .optional()?;
+            if is_active && origin.actor != Actor::User(id) {
+                throttle_clear_user_in_txn(id, conn).await?;
+            }
             let Some(row) = changed else {
                 return user_by_id_in_txn(id, conn).await;
             };

@@ -6,11 +6,15 @@ use std::{
 };
 
 use futures_util::future::join_all;
+use prost_types::FieldMask;
 use tollkeeper::{
     config::Settings,
-    proto::tollkeeper::auth::v1::{
-        ChangePasswordRequest, LoginRequest, RegisterRequest, Tokens,
-        auth_service_client::AuthServiceClient,
+    proto::tollkeeper::{
+        admin::v1::UpdateUserRequest,
+        auth::v1::{
+            ChangePasswordRequest, LoginRequest, RegisterRequest, Tokens, UpdateCurrentUserRequest,
+            User, auth_service_client::AuthServiceClient,
+        },
     },
 };
 use tonic::{Code, Request, Status, transport::Channel};
@@ -357,6 +361,51 @@ async fn what_a_clock_ahead_blocked_is_not() {
     app.sql("UPDATE login_throttle SET blocked_until = now() + interval '1 day'")
         .await;
     app.login(&user).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_administrator_lets_a_user_in_again() {
+    let app = TestApp::spawn_with(by_account).await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    let lock_out = async || {
+        let _ = change(&app, &token, WRONG).await;
+        let _ = try_login(&app, &user.email, WRONG).await;
+        let _ = login_through(&elsewhere(&app), &user.email, WRONG).await;
+        assert_eq!(app.count("SELECT count(*) FROM login_throttle").await, 3);
+        go_on_waiting(&app).await;
+        wait_of(try_login(&app, &user.email, PASSWORD).await);
+    };
+    let named = || User {
+        id: user.id.clone(),
+        full_name: "Ada".to_owned(),
+        ..User::default()
+    };
+    let mask = Some(FieldMask {
+        paths: vec!["full_name".to_owned()],
+    });
+
+    lock_out().await;
+    app.enable(&user.id).await;
+    assert_eq!(app.count("SELECT count(*) FROM login_throttle").await, 0);
+    app.login(&user).await;
+
+    lock_out().await;
+    // Who has stolen a session lets themselves in to nothing.
+    let own = UpdateCurrentUserRequest {
+        user: Some(named()),
+        update_mask: mask.clone(),
+    };
+    app.auth(&token).update_current_user(own).await.unwrap();
+    assert_eq!(app.count("SELECT count(*) FROM login_throttle").await, 3);
+    wait_of(change(&app, &token, PASSWORD).await);
+    let update = UpdateUserRequest {
+        user: Some(named()),
+        update_mask: mask,
+    };
+    let mut admin = app.admin(&app.service_key);
+    admin.update_user(update).await.unwrap();
+    change(&app, &token, PASSWORD).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
