@@ -30,14 +30,19 @@ use crate::{
 /// Users whose traces are looked for in one transaction.
 const USERS_AT_ONCE: i64 = 100;
 
+/// Sessions that are deleted in one transaction: each is told to all replicas.
+const SESSIONS_AT_ONCE: i64 = 5000;
+
 impl Store {
     /// Deletes a user with all that belongs to the account, and notes that traces are to be looked for by
-    /// [`Store::user_erase`]. What was used stays, under an id that means nobody. `reason` is for the
+    /// [`Store::user_erase`]. More sessions than go in one transaction go before, of a user who is turned
+    /// off first: should it end halfway, it is to be called again, and goes on from there. What was used stays, under an id that means nobody. `reason` is for the
     /// audit trail, which stays too.
     ///
     /// # Errors
     /// `UserNotFound` · `LastAdmin` · `Unavailable`
     pub async fn user_delete(&self, id: UserId, reason: &str, origin: &Origin) -> Result<()> {
+        while self.user_thin_out(id, reason, origin).await? {}
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
             lock_in_txn(id, conn).await?;
@@ -61,6 +66,39 @@ impl Store {
             let event = AuditEvent::of_user(AuditAction::UserDeleted, id, origin)
                 .with_details(json!({"reason": reason}));
             audit_insert_in_txn(&event, conn).await
+        })
+        .await
+    }
+
+    /// Deletes some sessions of a user who has too many to be deleted with; whether there may be more.
+    async fn user_thin_out(&self, id: UserId, reason: &str, origin: &Origin) -> Result<bool> {
+        let of_user = sessions::table.filter(sessions::user_id.eq(id.0));
+        let some = of_user
+            .select(sessions::id)
+            .order(sessions::id)
+            .limit(SESSIONS_AT_ONCE);
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let is_active = lock_user_in_txn(id, conn).await?;
+            let seen: Vec<Uuid> = some.load(conn).await?;
+            if i64::try_from(seen.len()).is_ok_and(|seen| seen < SESSIONS_AT_ONCE) {
+                return Ok(false);
+            }
+            if is_active {
+                diesel::update(users::table.find(id.0))
+                    .set((users::is_active.eq(false), users::updated_at.eq(now)))
+                    .execute(conn)
+                    .await?;
+                let event = AuditEvent::of_user(AuditAction::UserDisabled, id, origin)
+                    .with_details(json!({"reason": reason}));
+                audit_insert_in_txn(&event, conn).await?;
+            }
+            // In the order that others lock them in.
+            let locked: Vec<Uuid> = some.for_update().load(conn).await?;
+            diesel::delete(sessions::table.filter(sessions::id.eq_any(locked)))
+                .execute(conn)
+                .await?;
+            Ok(true)
         })
         .await
     }
@@ -100,9 +138,8 @@ impl Store {
     }
 }
 
-/// Locks a user, unless that is the last administrator, and what refers to them, each in the order that
-/// others lock it in, so that nobody waits in a circle. Whoever comes later finds nobody.
-async fn lock_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
+/// Locks a user, unless that is the last administrator; whether they are active.
+async fn lock_user_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<bool> {
     let (role, is_active): (String, bool) = users::table
         .find(id.0)
         .select((users::role, users::is_active))
@@ -114,6 +151,13 @@ async fn lock_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
     if is_active && role == Role::Admin.as_str() {
         another_admin_in_txn(id, conn).await?;
     }
+    Ok(is_active)
+}
+
+/// Locks a user, unless that is the last administrator, and what refers to them, each in the order that
+/// others lock it in, so that nobody waits in a circle. Whoever comes later finds nobody.
+async fn lock_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
+    lock_user_in_txn(id, conn).await?;
     sessions::table
         .filter(sessions::user_id.eq(id.0))
         .select(sessions::id)

@@ -20,7 +20,7 @@ use tonic::{Code, Status};
 
 use super::assert_refused;
 use crate::{
-    harness::{TestApp, TestUser, eventually},
+    harness::{PASSWORD, TestApp, TestUser, eventually},
     usage::{event, reservations},
 };
 
@@ -333,4 +333,52 @@ async fn many_deleted_users_are_looked_through_together() {
     let _third = app.replica().await;
     let rows = "SELECT (SELECT count(*) FROM usage_records) + (SELECT count(*) FROM user_erasures)";
     eventually("nothing is left", async || app.count(rows).await == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_of_very_many_sessions_is_off_at_once_and_deleted_in_parts() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let tokens = app.login(&user).await;
+    app.sql(&format!(
+        "INSERT INTO sessions (id, user_id, counter, rotated_at, created_at, last_used_at, \
+             idle_expires_at, absolute_expires_at, user_agent) \
+         SELECT lpad(to_hex(n), 32, '0')::uuid, '{}', 0, now(), now(), now(), \
+             now() + interval '1 day', now() + interval '1 day', '' \
+         FROM generate_series(1, 12000) n",
+        user.id
+    ))
+    .await;
+    // Somebody holds a session of the second part.
+    let connected = tokio_postgres::connect(&app.database_url, tokio_postgres::NoTls);
+    let (holder, connection) = connected.await.unwrap();
+    tokio::spawn(connection);
+    let hold =
+        "BEGIN; SELECT FROM sessions WHERE id = lpad(to_hex(7000), 32, '0')::uuid FOR UPDATE";
+    holder.batch_execute(hold).await.unwrap();
+    let request = DeleteUserRequest {
+        user_id: user.id.clone(),
+        reason: String::new(),
+    };
+    let mut admin = app.admin(&app.service_key);
+    let deletion = tokio::spawn(async move { admin.delete_user(request).await });
+    let sessions = format!(
+        "SELECT count(*) FROM sessions WHERE user_id = '{}'",
+        user.id
+    );
+    eventually("the first part is gone", async || {
+        app.count(&sessions).await == 12001 - 5000
+    })
+    .await;
+    eventually("nobody gets in", async || {
+        app.validate(&tokens.access_token).await.is_err()
+    })
+    .await;
+    let refused = app.login_as(&user.email, PASSWORD).await;
+    assert_refused(refused, Code::PermissionDenied, "ACCOUNT_DISABLED");
+    holder.batch_execute("COMMIT").await.unwrap();
+    deletion.await.unwrap().expect("deleted");
+    assert_eq!(app.count(&sessions).await, 0);
+    let again = delete_as(&app, &app.service_key, &user.id).await;
+    assert_refused(again, Code::NotFound, "USER_NOT_FOUND");
 }
