@@ -20,7 +20,7 @@ use tokio::{sync::watch, time::sleep};
 use tollkeeper::{
     auth::{BootTime, KeyRing, MasterKey, Trust},
     config::{DatabaseSettings, Secret, Settings, SigningAlgorithm},
-    grpc::{AccessLayer, CallLayer, CallMetrics, MemoryLayer, Rules, routes},
+    grpc::{AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, routes},
     proto::{DESCRIPTOR_SET, tollkeeper::auth::v1::ValidateTokenRequest},
     server::Server,
     tasks,
@@ -155,7 +155,14 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
         tonic_health::server::HealthReporter::new(),
     );
     let max_bytes = settings.server.max_request_bytes;
-    let routes = routes(auth.clone(), usage.clone(), health, false, max_bytes)?;
+    let routes = routes(
+        auth.clone(),
+        usage.clone(),
+        health,
+        false,
+        max_bytes,
+        Afterwards::default(),
+    )?;
     let (_, cut) = watch::channel(false);
     let metrics = CallMetrics::new(&rules);
     let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
