@@ -12,22 +12,20 @@
 //!   session must not keep the user from logging in, and no guesser at the door keeps the user from a
 //!   new password.
 
+mod network;
+mod turns;
+
 use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     slice::from_ref,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use aws_lc_rs::hmac;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, Utc};
-use tokio::{
-    runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
-};
+use tokio::{runtime::Handle, sync::Semaphore, time::timeout};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
@@ -38,6 +36,8 @@ use crate::{
     model::{Identifier, Origin, ThrottleRule, UserId},
     store::Store,
 };
+use network::{from, network, networks};
+use turns::{Turn, Turns};
 
 /// A day without guesses forgives a hundred of them.
 const ACCOUNT_FORGIVEN_IN: Duration = Duration::from_mins(15);
@@ -381,124 +381,5 @@ impl Auth {
             Some(address) => self.store.session_any_from(user, &networks(address)).await,
             None => Ok(false),
         }
-    }
-}
-
-fn from(address: IpAddr) -> String {
-    format!("from {}", network(address))
-}
-
-/// What one person has of the addresses: of IPv6 a whole /64.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => {
-            let bits = address.to_bits() >> 64 << 64;
-            IpAddr::V6(Ipv6Addr::from_bits(bits))
-        }
-        address => address,
-    }
-}
-
-/// The same as networks, in all forms that addresses of it may have been written down in.
-fn networks(address: IpAddr) -> Vec<String> {
-    match network(address) {
-        IpAddr::V4(address) => vec![
-            format!("{address}/32"),
-            format!("{}/128", address.to_ipv6_mapped()),
-        ],
-        IpAddr::V6(network) => vec![format!("{network}/64")],
-    }
-}
-
-/// Who tries what, in this process.
-#[derive(Default)]
-struct Turns(Mutex<HashMap<String, Arc<Semaphore>>>);
-
-/// Given back when dropped.
-struct Turn {
-    turns: Arc<Turns>,
-    subject: String,
-    permit: Option<OwnedSemaphorePermit>,
-}
-
-impl Turns {
-    async fn take(self: &Arc<Self>, subject: &str, places: usize) -> Turn {
-        // Made first: should this be dropped while it waits, it cleans up all the same.
-        let mut turn = Turn {
-            turns: self.clone(),
-            subject: subject.to_owned(),
-            permit: None,
-        };
-        let places = self
-            .lock()
-            .entry(subject.to_owned())
-            .or_insert_with(|| Arc::new(Semaphore::new(places)))
-            .clone();
-        turn.permit = places.acquire_owned().await.ok();
-        turn
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Semaphore>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let mut turns = self.turns.lock();
-        self.permit = None;
-        // Nobody has it or waits for it but the map.
-        if turns
-            .get(&self.subject)
-            .is_some_and(|places| Arc::strong_count(places) == 1)
-        {
-            turns.remove(&self.subject);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_is_one_and_of_ipv6_a_network() {
-        for (address, of) in [
-            ("192.0.2.7", "192.0.2.7"),
-            ("::ffff:192.0.2.7", "192.0.2.7"),
-            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
-            ("::1", "::"),
-        ] {
-            let address = network(address.parse().expect("an address"));
-            assert_eq!(address.to_string(), of);
-        }
-    }
-
-    #[test]
-    fn an_address_is_looked_for_however_it_was_written_down() {
-        for (address, in_networks) in [
-            ("192.0.2.7", &["192.0.2.7/32", "::ffff:192.0.2.7/128"][..]),
-            (
-                "::ffff:192.0.2.7",
-                &["192.0.2.7/32", "::ffff:192.0.2.7/128"],
-            ),
-            ("2001:db8:1:2:3:4:5:6", &["2001:db8:1:2::/64"]),
-        ] {
-            assert_eq!(networks(address.parse().expect("an address")), in_networks);
-        }
-    }
-
-    #[tokio::test]
-    async fn turns_are_bounded_and_nothing_is_left_of_them() {
-        let turns = Arc::new(Turns::default());
-        let (one, two) = (turns.take("a", 2).await, turns.take("a", 2).await);
-        let waits = timeout(Duration::from_millis(20), turns.take("a", 2)).await;
-        assert!(waits.is_err());
-        let other = turns.take("b", 2).await;
-        drop(one);
-        let three = turns.take("a", 2).await;
-        assert_eq!(turns.lock().len(), 2);
-        drop((two, three, other));
-        assert_eq!(turns.lock().len(), 0);
     }
 }

@@ -1,0 +1,78 @@
+//! Turns to try something, so that racing guesses see each other's failures.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Who tries what, in this process.
+#[derive(Default)]
+pub(super) struct Turns(Mutex<HashMap<String, Arc<Semaphore>>>);
+
+/// Given back when dropped.
+pub(super) struct Turn {
+    turns: Arc<Turns>,
+    subject: String,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Turns {
+    pub(super) async fn take(self: &Arc<Self>, subject: &str, places: usize) -> Turn {
+        // Made first: should this be dropped while it waits, it cleans up all the same.
+        let mut turn = Turn {
+            turns: self.clone(),
+            subject: subject.to_owned(),
+            permit: None,
+        };
+        let places = self
+            .lock()
+            .entry(subject.to_owned())
+            .or_insert_with(|| Arc::new(Semaphore::new(places)))
+            .clone();
+        turn.permit = places.acquire_owned().await.ok();
+        turn
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Semaphore>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut turns = self.turns.lock();
+        self.permit = None;
+        // Nobody has it or waits for it but the map.
+        if turns
+            .get(&self.subject)
+            .is_some_and(|places| Arc::strong_count(places) == 1)
+        {
+            turns.remove(&self.subject);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn turns_are_bounded_and_nothing_is_left_of_them() {
+        let turns = Arc::new(Turns::default());
+        let (one, two) = (turns.take("a", 2).await, turns.take("a", 2).await);
+        let waits = timeout(Duration::from_millis(20), turns.take("a", 2)).await;
+        assert!(waits.is_err());
+        let other = turns.take("b", 2).await;
+        drop(one);
+        let three = turns.take("a", 2).await;
+        assert_eq!(turns.lock().len(), 2);
+        drop((two, three, other));
+        assert_eq!(turns.lock().len(), 0);
+    }
+}
