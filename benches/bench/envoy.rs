@@ -120,13 +120,8 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
         "written to {0}/envoy.json, {0}/envoy.svg and {0}/envoy-limits.svg",
         folder.display()
     );
-    let rows = through.iter().chain(&limits).flat_map(|panel| &panel.rows);
-    let wrong: u64 = rows
-        .flat_map(|row| &row.rounds)
-        .map(|slice| slice.wrong)
-        .sum();
-    ensure!(wrong == 0, "{wrong} calls had another status than expected");
-    Ok(())
+    let panels = through.iter().chain(&limits);
+    report::ensure_expected(panels.flat_map(|panel| &panel.rows))
 }
 
 /// By how many times fewer requests pass when the service answers instead of the no-op.

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use argon2::{
     Algorithm, Argon2, Params, PasswordHasher as _, PasswordVerifier as _, Version,
     password_hash::phc::PasswordHash,
@@ -83,13 +83,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     });
     report::write_json(&options.results, "login", &result)?;
     println!("written to {}/login.json", options.results.display());
-    let wrong: u64 = [&logins, &idle, &busy]
-        .iter()
-        .flat_map(|row| &row.rounds)
-        .map(|slice| slice.wrong)
-        .sum();
-    ensure!(wrong == 0, "{wrong} calls had another status than expected");
-    Ok(())
+    report::ensure_expected([&logins, &idle, &busy])
 }
 
 fn measure(

@@ -1,7 +1,7 @@
 //! What servers that are written as one would write them first have in common: tonic on its default
 //! runtime, a pool of 16 connections, one RPC.
 
-use std::{convert::Infallible, io::Read as _, marker::PhantomData, thread};
+use std::{convert::Infallible, marker::PhantomData};
 
 use anyhow::Context as _;
 use diesel_async::{
@@ -19,6 +19,8 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 use tonic_prost::ProstCodec;
+
+use crate::process;
 
 /// Of a team that has read what its pool defaults to.
 const CONNECTIONS: usize = 16;
@@ -43,10 +45,7 @@ where
     Q: prost::Message + Default + 'static,
 {
     let runtime = tokio::runtime::Runtime::new()?;
-    thread::spawn(|| {
-        let _ = std::io::stdin().read(&mut [0]);
-        std::process::exit(0);
-    });
+    process::end_with_standard_input();
     runtime.block_on(async {
         let service = OneRpc {
             path,

@@ -208,6 +208,14 @@ impl Drop for Burner {
     }
 }
 
+/// Ends this process with its standard input: so with whoever started it.
+pub(crate) fn end_with_standard_input() {
+    thread::spawn(|| {
+        let _ = std::io::stdin().read(&mut [0]);
+        std::process::exit(0);
+    });
+}
+
 /// Spins on every core until standard input ends.
 pub(crate) fn burn() {
     for _ in 0..crate::cores() {

@@ -2,6 +2,7 @@
 
 use std::{fmt::Write as _, fs, path::Path};
 
+use anyhow::ensure;
 use serde_json::{Value, json};
 
 use crate::load::Slice;
@@ -152,6 +153,14 @@ impl Panel {
 
 pub(crate) fn times(ratio: Option<f64>) -> String {
     ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"))
+}
+
+/// Fails if a call had another status than it should have.
+pub(crate) fn ensure_expected<'a>(rows: impl IntoIterator<Item = &'a Row>) -> anyhow::Result<()> {
+    let rounds = rows.into_iter().flat_map(|row| &row.rounds);
+    let wrong: u64 = rounds.map(|slice| slice.wrong).sum();
+    ensure!(wrong == 0, "{wrong} calls had another status than expected");
+    Ok(())
 }
 
 pub(crate) fn wrong(row: &Row) -> String {

@@ -1,13 +1,11 @@
 //! The echo with the product's compiler settings and allocator, in either serving shape.
 
-use std::{io::Read as _, thread};
-
 use clap::ValueEnum;
 use tokio::net::TcpListener;
 use tollkeeper::server::{Incoming, Workers};
 use tonic::transport::{Server, server::TcpIncoming};
 
-use crate::{cores, echo::Echo};
+use crate::{cores, echo::Echo, process};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Shape {
@@ -21,10 +19,7 @@ pub(crate) fn serve(shape: Shape) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    thread::spawn(|| {
-        let _ = std::io::stdin().read(&mut [0]);
-        std::process::exit(0);
-    });
+    process::end_with_standard_input();
     runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);

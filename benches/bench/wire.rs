@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::atomic::AtomicUsize};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use clap::ValueEnum;
 use prost::Message as _;
 use serde_json::json;
@@ -161,14 +161,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<()> {
         "written to {0}/wire.json and {0}/wire.svg",
         options.results.display()
     );
-    let wrong: u64 = panels
-        .iter()
-        .flat_map(|panel| &panel.rows)
-        .flat_map(|row| &row.rounds)
-        .map(|slice| slice.wrong)
-        .sum();
-    ensure!(wrong == 0, "{wrong} calls had another status than expected");
-    Ok(())
+    report::ensure_expected(panels.iter().flat_map(|panel| &panel.rows))
 }
 
 fn measure(

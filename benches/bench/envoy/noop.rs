@@ -3,7 +3,7 @@
 //! The answers are encoded beforehand, as the real service gave them, so that they are as long and mean
 //! as much work to the gateway.
 
-use std::{convert::Infallible, future, io::Read as _, marker::PhantomData, thread};
+use std::{convert::Infallible, future, marker::PhantomData};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::{BufMut as _, Bytes};
@@ -23,7 +23,7 @@ use tonic::{
 };
 use tonic_prost::ProstDecoder;
 
-use crate::cores;
+use crate::{cores, process};
 
 /// Serves as the product serves, until standard input ends.
 pub(crate) fn serve(check: &str, limit: &str) -> anyhow::Result<()> {
@@ -32,10 +32,7 @@ pub(crate) fn serve(check: &str, limit: &str) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    thread::spawn(|| {
-        let _ = std::io::stdin().read(&mut [0]);
-        std::process::exit(0);
-    });
+    process::end_with_standard_input();
     runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);
