@@ -192,15 +192,19 @@ impl Book {
         if short != [None; 2] {
             return Reserved::Short(short);
         }
-        if is_look {
-            return Reserved::Enough;
-        }
         for index in meters.into_iter().filter(|index| *index != NONE) {
             let meter = self.meters.at_mut(index).expect("just found");
-            meter.hold(tokens, standing.now);
+            meter.touch(standing.now);
+            if is_look {
+                continue;
+            }
+            meter.hold(tokens);
             if meter.runs_low(standing.now) {
                 self.make_due(index);
             }
+        }
+        if is_look {
+            return Reserved::Enough;
         }
         let id = self.insert(ask, meters, tokens, expires, false);
         Reserved::Held(Held {

@@ -177,6 +177,42 @@ fn a_chunk_larger_than_what_is_left_is_not_asked_for_again_and_again() {
     );
 }
 
+/// Users of a gateway that asks before and charges after are only looked at.
+#[test]
+fn a_lease_that_is_looked_at_is_in_use_while_it_has_enough() {
+    let idle_after = Pace::default().idle_after_ms;
+    let half = Standing {
+        now: STANDING.now.plus(idle_after / 2),
+        fence: STANDING.fence.plus(idle_after),
+        horizon: STANDING.horizon.plus(idle_after),
+    };
+    let meters = [meter()];
+    let look = |tokens| Ask {
+        mode: Mode::LookOnly,
+        ..ask(1, &meters, tokens)
+    };
+    let given_back = |book: &mut Book, now: Boot| -> Tokens {
+        book.sweep(now, 1);
+        let operations = book.operations(now, 10);
+        operations.iter().map(|(_, sent)| sent.give_back).sum()
+    };
+    let mut book = leased(100);
+    assert_eq!(book.reserve(&look(100), &half), Reserved::Enough);
+    assert_eq!(given_back(&mut book, STANDING.now.plus(idle_after)), 0);
+    assert_eq!(given_back(&mut book, half.now.plus(idle_after)), 100);
+
+    let mut book = leased(100);
+    let short = book.reserve(&look(101), &half);
+    assert_eq!(short, Reserved::Short([Some(meter()), None]));
+    let (key, operation) = book.operations(half.now, 10)[0];
+    let answer = Answer {
+        granted: 100,
+        remaining: Some(0),
+    };
+    book.answered(key, operation.number, &answer, half.now);
+    assert_eq!(given_back(&mut book, STANDING.now.plus(idle_after)), 100);
+}
+
 #[test]
 #[ignore = "a measure: prints nanoseconds"]
 fn measures_a_reservation_and_its_commit() {

@@ -180,11 +180,16 @@ impl Meter {
         if self.is_outdated { 0 } else { self.free() }
     }
 
-    pub(super) fn hold(&mut self, tokens: Tokens, now: Boot) {
+    /// Had enough for a reservation, or for a look: who is only looked at is not idle, for each look
+    /// would have to wait for Postgres otherwise.
+    pub(super) fn touch(&mut self, now: Boot) {
+        self.used_at = now;
+    }
+
+    pub(super) fn hold(&mut self, tokens: Tokens) {
         debug_assert!(tokens <= self.free());
         self.held += tokens;
         self.holds += 1;
-        self.used_at = now;
     }
 
     /// A hold ends; `actual` of it, and of what is free, is booked.

@@ -141,7 +141,7 @@ caught! {
     settlements_apart_from_their_record_oversell: SettlementApart,
     tokens_taken_out_before_they_are_booked_oversell: SpentBeforeBooked,
     // One seed in a thousand: here is one.
-    one_snapshot_for_lock_and_usage_oversells: OneSnapshot from 1_057,
+    one_snapshot_for_lock_and_usage_oversells: OneSnapshot from 3_200,
     holds_beyond_the_horizon_are_caught: NoHorizon,
     acknowledging_before_it_is_booked_is_caught: AcknowledgedBeforeBooked,
     charging_the_month_of_the_commit_is_caught: MonthOfCommit,
