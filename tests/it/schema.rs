@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use chrono::Utc;
 use futures_util::future::join_all;
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 use tollkeeper::{
     config::Settings, model::Period, proto::tollkeeper::admin::v1::GrantCreditsRequest,
     store::Migrator,
@@ -48,7 +48,7 @@ const SCHEMA_RS: &str = include_str!("../../src/store/schema.rs");
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrating_up_again_after_down_makes_the_same_schema() {
-    let url = empty_database().await;
+    let url = cluster::empty_database().await;
     let untouched = catalog(&url).await;
     let mut migrator = Migrator::connect(&url).await.unwrap();
     let names = migrator.up().unwrap();
@@ -69,7 +69,7 @@ async fn migrating_up_again_after_down_makes_the_same_schema() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_migration_goes_down_to_what_was_there_before_it() {
-    let url = empty_database().await;
+    let url = cluster::empty_database().await;
     let mut migrator = Migrator::connect(&url).await.unwrap();
     migrator.up().unwrap();
     // Down by n, up again, for every n: a later migration may hide what an earlier one leaves.
@@ -110,7 +110,7 @@ async fn a_database_in_use_can_be_migrated_down_and_up_again() {
     }
     down(&mut migrator);
     assert_eq!(
-        lines(&connect(&url).await, TABLES).await,
+        lines(&cluster::connect(&url).await, TABLES).await,
         Vec::<String>::new()
     );
     assert!(migrator.down().unwrap().is_none());
@@ -119,7 +119,7 @@ async fn a_database_in_use_can_be_migrated_down_and_up_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_code_knows_the_schema_as_it_is() {
     let app = TestApp::spawn().await;
-    let client = connect(&app.database_url).await;
+    let client = cluster::connect(&app.database_url).await;
     let mut tables = String::new();
     for table in lines(&client, TABLES).await {
         let keys = format!(
@@ -201,7 +201,7 @@ async fn replicas_that_start_together_make_each_partition_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_servers_started_at_once_on_an_empty_database_all_come_up() {
-    let url = empty_database().await;
+    let url = cluster::empty_database().await;
     let mut settings = Settings {
         dev: true,
         ..Settings::default()
@@ -217,14 +217,14 @@ async fn ten_servers_started_at_once_on_an_empty_database_all_come_up() {
         server.expect("came up").stop().await.unwrap();
     }
     let applied = "SELECT version::text FROM __diesel_schema_migrations";
-    let applied = lines(&connect(&url).await, applied).await.len();
+    let applied = lines(&cluster::connect(&url).await, applied).await.len();
     let mut migrator = Migrator::connect(&url).await.unwrap();
     assert_eq!(migrator.status().unwrap().len(), applied);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrators_take_turns_on_an_empty_database() {
-    let url = empty_database().await;
+    let url = cluster::empty_database().await;
     let migrators = (0..10).map(|_| {
         let url = url.clone();
         tokio::spawn(async move { Migrator::connect(&url).await?.up() })
@@ -243,18 +243,6 @@ fn down(migrator: &mut Migrator) -> Vec<String> {
     std::iter::from_fn(|| migrator.down().unwrap()).collect()
 }
 
-async fn empty_database() -> String {
-    tokio::task::spawn_blocking(|| cluster::create_from_template("template0"))
-        .await
-        .unwrap()
-}
-
-async fn connect(url: &str) -> Client {
-    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
-    tokio::spawn(connection);
-    client
-}
-
 /// The first column of what a statement answers.
 async fn lines(client: &Client, statement: &str) -> Vec<String> {
     let rows = client.query(statement, &[]).await.expect(statement);
@@ -262,7 +250,7 @@ async fn lines(client: &Client, statement: &str) -> Vec<String> {
 }
 
 async fn catalog(url: &str) -> BTreeSet<String> {
-    let client = connect(url).await;
+    let client = cluster::connect(url).await;
     let mut all = BTreeSet::new();
     for statement in CATALOG {
         all.extend(lines(&client, statement).await);
@@ -273,7 +261,7 @@ async fn catalog(url: &str) -> BTreeSet<String> {
 async fn partitions(url: &str) -> BTreeSet<String> {
     let statement = "SELECT inhrelid::regclass::text FROM pg_inherits
          JOIN pg_class ON pg_class.oid = inhrelid WHERE relkind = 'r'";
-    BTreeSet::from_iter(lines(&connect(url).await, statement).await)
+    BTreeSet::from_iter(lines(&cluster::connect(url).await, statement).await)
 }
 
 fn diesel_type(postgres: &str) -> String {

@@ -10,7 +10,6 @@ use futures_util::future::join_all;
 use http::StatusCode;
 use prost::Message as _;
 use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
-use tokio_postgres::NoTls;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{DisableUserRequest, GetUserRequest},
     auth::v1::{GetJwksRequest, RegisterRequest, ValidateTokenRequest},
@@ -19,7 +18,7 @@ use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 use wire::{Wire, frame};
 
-use crate::harness::{Raw, TestApp, TestUser, reason};
+use crate::harness::{Raw, TestApp, TestUser, cluster, reason};
 
 const JWKS: &str = "/tollkeeper.auth.v1.AuthService/GetJwks";
 const REGISTER: &str = "/tollkeeper.auth.v1.AuthService/Register";
@@ -357,10 +356,7 @@ struct RowLock(tokio_postgres::Client);
 
 impl RowLock {
     async fn of(app: &TestApp, user: &TestUser) -> Self {
-        let (client, connection) = tokio_postgres::connect(&app.database_url, NoTls)
-            .await
-            .unwrap();
-        tokio::spawn(connection);
+        let client = cluster::connect(&app.database_url).await;
         let lock = format!(
             "BEGIN; SELECT 1 FROM users WHERE id = '{}' FOR UPDATE",
             user.id

@@ -3,22 +3,10 @@
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 use tollkeeper::store::Migrator;
 
 use crate::harness::cluster;
-
-async fn empty_database() -> String {
-    tokio::task::spawn_blocking(|| cluster::create_from_template("template0"))
-        .await
-        .unwrap()
-}
-
-async fn connect(url: &str) -> Client {
-    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
-    tokio::spawn(connection);
-    client
-}
 
 async fn count(client: &Client, statement: &str) -> i64 {
     client.query_one(statement, &[]).await.unwrap().get(0)
@@ -29,11 +17,11 @@ const BROKEN: &str = "SELECT count(*) FROM pg_index WHERE NOT indisvalid";
 
 /// A database as it was before people were administered, with a trail of some months.
 async fn older_database() -> (String, Migrator) {
-    let url = empty_database().await;
+    let url = cluster::empty_database().await;
     let mut migrator = Migrator::connect(&url).await.unwrap();
     migrator.up().unwrap();
     while migrator.down().unwrap().unwrap() != "2026-11-21-000016_people" {}
-    connect(&url)
+    cluster::connect(&url)
         .await
         .batch_execute(
             "CREATE TABLE audit_events_2026_10 PARTITION OF audit_events
@@ -53,7 +41,7 @@ async fn older_database() -> (String, Migrator) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
     let (url, mut migrator) = older_database().await;
-    let (user, other) = (connect(&url).await, connect(&url).await);
+    let (user, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
     let act = "INSERT INTO audit_events (id, action, actor_kind, target_id, request_id)
          VALUES (gen_random_uuid(), 'user.created', 'operator', gen_random_uuid(), '')";
     user.batch_execute(&format!("BEGIN; {act}")).await.unwrap();
@@ -86,7 +74,7 @@ async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn indexes_are_built_beside_those_who_write() {
     let (url, mut migrator) = older_database().await;
-    let (writer, other) = (connect(&url).await, connect(&url).await);
+    let (writer, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
     let user = |name: &str| {
         format!(
             "INSERT INTO users (id, email, username, tier)
@@ -114,7 +102,7 @@ async fn indexes_are_built_beside_those_who_write() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_that_was_left_half_built_is_built_anew() {
     let (url, mut migrator) = older_database().await;
-    let client = connect(&url).await;
+    let client = cluster::connect(&url).await;
     // In some locale these were two names.
     client
         .batch_execute(
@@ -156,9 +144,9 @@ async fn an_index_that_was_left_half_built_is_built_anew() {
 async fn an_index_that_a_killed_process_left_to_postgres_is_waited_for() {
     let (url, mut migrator) = older_database().await;
     let (writer, builder, other) = (
-        connect(&url).await,
-        connect(&url).await,
-        connect(&url).await,
+        cluster::connect(&url).await,
+        cluster::connect(&url).await,
+        cluster::connect(&url).await,
     );
     let user = "INSERT INTO users (id, email, username, tier)
          VALUES (gen_random_uuid(), 'ada@example.com', 'ada', 'free')";

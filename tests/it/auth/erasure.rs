@@ -20,7 +20,7 @@ use tonic::{Code, Status};
 
 use super::assert_refused;
 use crate::{
-    harness::{PASSWORD, TestApp, TestUser, eventually},
+    harness::{PASSWORD, TestApp, TestUser, cluster, eventually},
     usage::{event, reservations},
 };
 
@@ -168,9 +168,7 @@ async fn a_long_trail_is_blanked_in_parts_by_all_and_resumed_by_others() {
     ))
     .await;
     // Somebody holds a row of the last batch.
-    let connected = tokio_postgres::connect(&app.database_url, tokio_postgres::NoTls);
-    let (holder, connection) = connected.await.unwrap();
-    tokio::spawn(connection);
+    let holder = cluster::connect(&app.database_url).await;
     let hold = format!(
         "BEGIN; SELECT FROM audit_events WHERE user_id = '{}' AND action = 'test.made' \
          ORDER BY occurred_at DESC LIMIT 1 FOR UPDATE",
@@ -350,9 +348,7 @@ async fn a_user_of_very_many_sessions_is_off_at_once_and_deleted_in_parts() {
     ))
     .await;
     // Somebody holds a session of the second part.
-    let connected = tokio_postgres::connect(&app.database_url, tokio_postgres::NoTls);
-    let (holder, connection) = connected.await.unwrap();
-    tokio::spawn(connection);
+    let holder = cluster::connect(&app.database_url).await;
     let hold =
         "BEGIN; SELECT FROM sessions WHERE id = lpad(to_hex(7000), 32, '0')::uuid FOR UPDATE";
     holder.batch_execute(hold).await.unwrap();

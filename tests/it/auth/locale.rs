@@ -11,14 +11,9 @@ use crate::harness::{PASSWORD, TestApp, cluster};
 
 /// A database in which lower('I') is another letter than i.
 async fn turkish_database() -> String {
-    let url = tokio::task::spawn_blocking(|| cluster::create_from_template("template0"));
-    let url = url.await.unwrap();
+    let url = cluster::empty_database().await;
     let name = url.rsplit('/').next().unwrap().to_owned();
-    let (client, connection) =
-        tokio_postgres::connect(&cluster::url("postgres"), tokio_postgres::NoTls)
-            .await
-            .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&cluster::url("postgres")).await;
     let drop = format!("DROP DATABASE {name}");
     client.batch_execute(&drop).await.unwrap();
     let create = format!(

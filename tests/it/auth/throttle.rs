@@ -82,11 +82,7 @@ async fn wrong_passwords_beyond_the_free_ones_cost_waits_that_double() {
         );
         wait_out(&app).await;
     }
-    app.login(&user).await;
-    // Then all is forgotten.
-    fail(&app, &user.email, FREE).await;
-    wait_out(&app).await;
-    app.login(&user).await;
+    a_login_forgets_what_failed(&app, &user).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,6 +182,13 @@ fn elsewhere(app: &TestApp) -> Channel {
     app.running().channel_from([127, 0, 0, 2])
 }
 
+async fn a_login_forgets_what_failed(app: &TestApp, user: &TestUser) {
+    app.login(user).await;
+    fail(app, &user.email, FREE).await;
+    wait_out(app).await;
+    app.login(user).await;
+}
+
 /// Makes all who wait wait for longer than any test takes.
 async fn go_on_waiting(app: &TestApp) {
     app.sql(
@@ -237,11 +240,7 @@ async fn guesses_where_the_user_has_logged_in_before_wait_too() {
     go_on_waiting(&app).await;
     wait_of(try_login(&app, &user.email, PASSWORD).await);
     wait_out(&app).await;
-    app.login(&user).await;
-    // Then all is forgotten here as well.
-    fail(&app, &user.email, FREE).await;
-    wait_out(&app).await;
-    app.login(&user).await;
+    a_login_forgets_what_failed(&app, &user).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -114,7 +114,7 @@ async fn an_answer_is_charged_once_and_exactly_as_it_reports_streamed_or_whole()
         })
         .await;
     }
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    site.nothing_stays_held(&user).await;
     println!(
         "reported {:?}, charged {:?}",
         (input, output),
@@ -154,7 +154,7 @@ async fn an_answer_that_the_gateway_had_to_ask_for_twice_is_charged_once() {
         site.used(&user).await == (5, 6, 1)
     })
     .await;
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    site.nothing_stays_held(&user).await;
     site.app.assert_books_balance(1).await;
 }
 
@@ -172,7 +172,7 @@ async fn a_client_that_hangs_up_pays_what_was_reported_until_then() {
         site.used(&user).await == (11, 22, 1)
     })
     .await;
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    site.nothing_stays_held(&user).await;
     println!("reported until then: {:?}", site.used(&user).await);
     site.app.assert_books_balance(1).await;
 }
@@ -204,12 +204,12 @@ async fn an_answer_that_does_not_say_what_it_used_costs_the_estimate() {
         () = eventually("it is asked", async || site.upstream.asked() > asked) => {}
     }
     eventually("the estimate is charged", async || charged(3).await).await;
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    site.nothing_stays_held(&user).await;
 
     // An error is free.
     let answer = site.prompt(&format!("{path}&fail=yes"), &token).await;
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    site.nothing_stays_held(&user).await;
     println!("three answers without usage: {:?}", site.used(&user).await);
     assert!(charged(3).await);
     site.app.assert_books_balance(3).await;
@@ -230,7 +230,7 @@ async fn an_upstream_that_breaks_off_costs_what_it_reported_else_the_estimate() 
     let mut other = site.prompt(path, &token).await;
     other.read_until("completion_tokens").await;
     eventually("it is charged", async || charged((11, 1022, 2)).await).await;
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    site.nothing_stays_held(&user).await;
     drop((answer, other));
     site.app.assert_books_balance(2).await;
 }
@@ -265,7 +265,7 @@ async fn only_to_ask_the_model_costs_something() {
         .text()
         .await;
     eventually("it is charged", async || site.used(&user).await.2 == 3).await;
-    eventually("nothing stays held", async || site.held(&user).await == 0).await;
+    site.nothing_stays_held(&user).await;
     site.app.assert_books_balance(3).await;
 }
 

@@ -91,13 +91,22 @@ impl Site {
     }
 
     pub(super) async fn held(&self, user: &TestUser) -> i64 {
-        let request = GetQuotaRequest {
-            user_id: user.id.clone(),
-        };
-        let mut usage = self.app.usage(&self.app.service_key);
-        let quota = usage.get_quota(request).await.unwrap().into_inner().quota;
-        quota.unwrap().held_tokens
+        held(&self.app, &user.id).await
     }
+
+    pub(super) async fn nothing_stays_held(&self, user: &TestUser) {
+        eventually("nothing stays held", async || self.held(user).await == 0).await;
+    }
+}
+
+/// Tokens of a user.
+pub(super) async fn held(app: &TestApp, user: &str) -> i64 {
+    let request = GetQuotaRequest {
+        user_id: user.to_owned(),
+    };
+    let mut usage = app.usage(&app.service_key);
+    let quota = usage.get_quota(request).await.unwrap().into_inner().quota;
+    quota.unwrap().held_tokens
 }
 
 /// What the upstream was told by headers of this name, whatever stands for the hyphens.

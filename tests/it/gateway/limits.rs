@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
 use tokio::time::{Instant, timeout};
-use tokio_postgres::NoTls;
 use tollkeeper::{
     error::Error,
     model::{Period, TokenCounts, UserStanding},
@@ -19,15 +18,15 @@ use tollkeeper::{
                 rate_limit_service_client::RateLimitServiceClient,
             },
         },
-        tollkeeper::usage::v1::{GetQuotaRequest, ListUsageRecordsRequest},
+        tollkeeper::usage::v1::ListUsageRecordsRequest,
     },
     usage::{Recorded, RequestName, WhenFull},
 };
 use tonic::{Code, Status, transport::Channel};
 
-use super::{metadata, unique};
+use super::{edge::held, metadata, unique};
 use crate::{
-    harness::{Blocker, TestApp, eventually, with_bearer},
+    harness::{Blocker, TestApp, cluster, eventually, with_bearer},
     usage::{
         quota::{use_tokens, with_tiers},
         reservations::Client,
@@ -98,15 +97,6 @@ async fn verdict(app: &TestApp, descriptor: RateLimitDescriptor) -> Verdict {
     assert_eq!(answer.statuses.len(), 1);
     assert_eq!(answer.statuses[0].code, answer.overall_code);
     answer.overall_code()
-}
-
-async fn held(app: &TestApp, user: &str) -> i64 {
-    let request = GetQuotaRequest {
-        user_id: user.to_owned(),
-    };
-    let mut usage = app.usage(&app.service_key);
-    let quota = usage.get_quota(request).await.unwrap().into_inner().quota;
-    quota.unwrap().held_tokens
 }
 
 /// Tokens of the month, as everybody reads them.
@@ -558,8 +548,7 @@ async fn what_waits_for_room_when_its_gateway_has_gone_is_booked_before_the_serv
     assert!(early.await.is_err(), "waits for what waits");
     blocker.release().await;
     stopping.await.unwrap().unwrap();
-    let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&url).await;
     let booked = "SELECT count(*) FROM usage_records";
     let booked: i64 = client.query_one(booked, &[]).await.unwrap().get(0);
     assert_eq!(booked, ROOM as i64 + 1);

@@ -25,7 +25,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use tokio_postgres::NoTls;
+use tokio_postgres::{Client, NoTls};
 use tollkeeper::embedded::{Cluster, Lifetime, Options, running_url};
 
 /// Free memory that makes `/dev/shm` the better place; a run needs a fraction of it.
@@ -104,6 +104,20 @@ pub(crate) fn create_from_template(template: &str) -> String {
         "CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy"
     ));
     url(&name)
+}
+
+/// An empty database for a test, and its URL.
+pub(crate) async fn empty_database() -> String {
+    tokio::task::spawn_blocking(|| create_from_template("template0"))
+        .await
+        .unwrap()
+}
+
+/// A connection of the test's own to the database that `url` names.
+pub(crate) async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
 }
 
 /// Drops the database that `url` names, whoever is still connected to it.

@@ -6,6 +6,7 @@ use std::sync::{
 use tollkeeper::proto::tollkeeper::auth::v1::ValidateTokenRequest;
 
 use super::*;
+use crate::harness::cluster;
 
 /// Ends every connection of the servers under test, as an administrator of Postgres would.
 const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -164,10 +165,7 @@ async fn what_cancelled_calls_brought_is_booked_by_a_server_that_ends() {
     assert!(!ending.is_finished(), "it waits for what it was given");
     blocker.release().await;
     ending.await.unwrap().unwrap();
-    let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&url).await;
     let count = "SELECT count(*), (SELECT sum(request_count)::bigint FROM monthly_usage)
          FROM usage_records";
     let row = client.query_one(count, &[]).await.unwrap();

@@ -1,7 +1,7 @@
 use tokio::time::Instant;
-use tokio_postgres::NoTls;
 
 use super::*;
+use crate::harness::cluster;
 
 /// What a busy machine may add to a deadline.
 const SLACK: Duration = Duration::from_secs(5);
@@ -29,8 +29,7 @@ async fn calls_in_flight_finish_and_new_connections_are_refused() {
         assert_eq!(call.await.unwrap().unwrap(), Outcome::Recorded);
     }
     stopping.await.unwrap().unwrap();
-    let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&url).await;
     let booked = "SELECT count(*) FROM usage_records";
     let booked: i64 = client.query_one(booked, &[]).await.unwrap().get(0);
     assert_eq!(booked, 4);
@@ -104,8 +103,7 @@ async fn a_server_at_rest_stops_at_once() {
     let started = Instant::now();
     app.stop().await.unwrap();
     assert!(started.elapsed() < SLACK);
-    let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&url).await;
     let left = "SELECT count(*) FROM pg_stat_activity
          WHERE datname = current_database() AND application_name = 'tollkeeper'";
     eventually("its connections are closed", async || {

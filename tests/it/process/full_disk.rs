@@ -5,7 +5,6 @@ use std::{
 };
 
 use chrono::Utc;
-use tokio_postgres::NoTls;
 use tollkeeper::{
     model::Period,
     proto::tollkeeper::usage::v1::{
@@ -20,7 +19,11 @@ use super::{
     ledger_load::{Load, serve, service_key},
     own_postgres::{Postgres, processes_in},
 };
-use crate::{harness::with_bearer, outage::assert_database_unavailable, usage::event};
+use crate::{
+    harness::{cluster, with_bearer},
+    outage::assert_database_unavailable,
+    usage::event,
+};
 
 /// What a file of the write-ahead log needs, so that no other is refused.
 const MOST_BYTES: u64 = 16 << 20;
@@ -80,8 +83,7 @@ async fn while_postgres_cannot_write_callers_are_told_and_afterwards_all_goes_on
     let (mut service, channel) = serve(&home).await;
     let load = Load::new(key.clone(), vec![channel.clone()]).await;
     let user_id = load.users[0].clone();
-    let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&url).await;
     let month = Period::containing(Utc::now());
     // Of somebody else, up to a little less than what a file may hold.
     let fill = format!(

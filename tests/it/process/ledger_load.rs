@@ -15,7 +15,6 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tokio_postgres::NoTls;
 use tokio_stream::wrappers::ReceiverStream;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::{
@@ -32,7 +31,7 @@ use tonic_types::StatusExt as _;
 
 use super::{Service, home::Home};
 use crate::{
-    harness::{PASSWORD, with_bearer},
+    harness::{PASSWORD, cluster, with_bearer},
     usage::{WRONG_MODELS, WRONG_MONTHS, event},
 };
 
@@ -337,8 +336,7 @@ pub(super) struct Audit {
 
 impl Audit {
     pub(super) async fn of(url: &str) -> Self {
-        let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
-        tokio::spawn(connection);
+        let client = cluster::connect(url).await;
         Self { client }
     }
 

@@ -4,12 +4,12 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use tokio_postgres::NoTls;
 
 use super::{
     home::{Home, MASTER_KEY},
     jwks,
 };
+use crate::harness::cluster;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_processes_starting_at_once_on_an_empty_database_all_serve() {
@@ -138,8 +138,7 @@ async fn rows_that_came_before_their_partition_do_not_block_the_start() {
     let migrated = home.run(&["migrate", "up"]);
     assert_eq!(migrated.code, Some(0), "{}", migrated.stderr);
     let url = home.database_url();
-    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(url).await;
     let rows = "
         INSERT INTO audit_events (id, action, actor_kind, target_id, request_id)
         VALUES (gen_random_uuid(), 'user.create', 'operator', gen_random_uuid(), '');

@@ -41,7 +41,7 @@ use super::{
     quota_load::{Chance, Load, METERED, UNMETERED},
 };
 use crate::{
-    harness::{eventually, reason, with_bearer},
+    harness::{cluster, eventually, reason, with_bearer},
     usage::{WRONG_MODELS, WRONG_MONTHS},
 };
 
@@ -359,8 +359,7 @@ struct Found {
 
 impl Audit {
     async fn of(url: &str) -> Self {
-        let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
-        tokio::spawn(connection);
+        let client = cluster::connect(url).await;
         Self { client }
     }
 

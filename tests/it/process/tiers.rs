@@ -1,14 +1,13 @@
 use std::fs;
 
 use nix::sys::signal::Signal;
-use tokio_postgres::NoTls;
 use tollkeeper::proto::tollkeeper::usage::v1::{
     ListTiersRequest, Tier, usage_service_client::UsageServiceClient,
 };
 use tonic::transport::Channel;
 
 use super::{Service, home::Home};
-use crate::harness::with_bearer;
+use crate::harness::{cluster, with_bearer};
 
 const TIERS: &str = r#"default = "small"
 
@@ -107,10 +106,7 @@ async fn sighup_reads_the_tiers_again_and_keeps_the_old_ones_when_they_are_wrong
     let renamed = TIERS.replace("\"large\"", "\"huge\"");
     hang_up(&mut service, &renamed, "read the tiers again");
     assert_eq!(names(&tiers(&channel, &key).await), ["small", "huge"]);
-    let (client, connection) = tokio_postgres::connect(home.database_url(), NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(home.database_url()).await;
     let user = "INSERT INTO users (id, email, username, tier)
         VALUES (gen_random_uuid(), 'a@example.com', 'ada', 'huge')";
     client.batch_execute(user).await.unwrap();

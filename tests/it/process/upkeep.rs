@@ -1,9 +1,9 @@
 use chrono::Utc;
 use serde_json::Value;
-use tokio_postgres::NoTls;
 use tollkeeper::model::Period;
 
 use super::{Service, home::Home};
+use crate::harness::cluster;
 
 /// The line of the log with this message.
 fn told(service: &Service, message: &str) -> Option<Value> {
@@ -17,10 +17,7 @@ async fn the_log_tells_what_retention_dropped_and_of_rows_without_a_partition() 
     let home = Home::with_database();
     let mut first = home.start(home.production(&["serve"]));
     first.serving().await;
-    let (client, connection) = tokio_postgres::connect(home.database_url(), NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(home.database_url()).await;
     let current = Period::containing(Utc::now());
     let (old, far) = (current.minus_months(30), current.plus_months(30));
     let name = format!("usage_records_{}", old.to_string().replace('-', "_"));

@@ -2,7 +2,7 @@ use std::{collections::HashSet, fs};
 
 use chrono::Utc;
 use serde_json::Value;
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 use tollkeeper::{
     model::Period,
     proto::tollkeeper::usage::v1::{
@@ -12,7 +12,7 @@ use tollkeeper::{
 };
 
 use super::home::{Home, Outcome};
-use crate::harness::with_bearer;
+use crate::harness::{cluster, with_bearer};
 
 /// Records of the export whose memory is watched. A million take minutes in a debug build; the bound
 /// does not depend on how many there are.
@@ -55,10 +55,7 @@ impl Used {
         let key = lines
             .find_map(|line| line.strip_prefix("key"))
             .expect("a key");
-        let (client, connection) = tokio_postgres::connect(home.database_url(), NoTls)
-            .await
-            .unwrap();
-        tokio::spawn(connection);
+        let client = cluster::connect(home.database_url()).await;
         let this = Period::containing(Utc::now());
         let key = key.trim().to_owned();
         let used = Self {

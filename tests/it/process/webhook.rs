@@ -1,8 +1,7 @@
 use std::net::TcpListener;
 
-use tokio_postgres::NoTls;
-
 use super::home::Home;
+use crate::harness::cluster;
 
 const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
@@ -27,10 +26,7 @@ async fn the_log_says_that_events_cannot_be_delivered_and_no_secret_of_the_webho
         "log.filter=info,tollkeeper=trace",
     ]));
     service.serving().await;
-    let (client, connection) = tokio_postgres::connect(home.database_url(), NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(home.database_url()).await;
     let insert = "INSERT INTO outbox (id, kind, payload)
         VALUES (gen_random_uuid(), 'quota.threshold_reached', '{\"data\": \"of-the-payload\"}')";
     client.batch_execute(insert).await.unwrap();

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
-use tokio_postgres::NoTls;
 use tollkeeper::proto::tollkeeper::usage::v1::{UsageEvent, record_usage_response::Outcome};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -14,7 +13,7 @@ use super::{
     event, record_through,
 };
 use crate::{
-    harness::{Blocker, TestApp, eventually, reason},
+    harness::{Blocker, TestApp, cluster, eventually, reason},
     ops::scrape,
     outage::assert_database_unavailable,
 };
@@ -145,10 +144,7 @@ async fn a_real_deadlock_costs_a_retry_at_most() {
     for user in &users {
         app.record(&event(user)).await.unwrap();
     }
-    let (client, connection) = tokio_postgres::connect(&app.database_url, NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&app.database_url).await;
     let lock = |user: &str| {
         format!("UPDATE monthly_model_usage SET month = month WHERE user_id = '{user}'")
     };

@@ -4,7 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use chrono::Utc;
 use futures_util::future::join_all;
-use tokio_postgres::NoTls;
 use tollkeeper::{
     model::{
         Answer, Ending, HoldId, Kind, MeterName, Operation, Period, ReplicaId, Tiers, Tokens,
@@ -14,7 +13,7 @@ use tollkeeper::{
 };
 
 use super::quota::{use_tokens, with_tiers};
-use crate::harness::{TestApp, eventually};
+use crate::harness::{TestApp, cluster, eventually};
 
 const TTL: Duration = Duration::from_mins(1);
 
@@ -157,10 +156,7 @@ async fn a_grant_that_waited_for_a_shrink_sees_the_use_that_it_stands_for() {
     let meter = total(&user);
     let (owner, other) = (Replica::start(&app).await, Replica::start(&app).await);
     assert_eq!(owner.ask(&meter, 1, 100, 100).await, 100);
-    let (shrinking, connection) = tokio_postgres::connect(&app.database_url, NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let shrinking = cluster::connect(&app.database_url).await;
     shrinking
         .batch_execute(
             "BEGIN; UPDATE quota_balances SET leased = leased - 60 WHERE model = '';
@@ -364,10 +360,7 @@ async fn a_replica_is_not_reaped_while_an_operation_of_it_is_under_way() {
     let meter = total(&user);
     let (survivor, slow) = (Replica::start(&app).await, Replica::start(&app).await);
     assert_eq!(slow.ask(&meter, 1, 10, 10).await, 10);
-    let (holder, connection) = tokio_postgres::connect(&app.database_url, NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let holder = cluster::connect(&app.database_url).await;
     holder
         .batch_execute("BEGIN; SELECT FROM quota_balances FOR UPDATE")
         .await

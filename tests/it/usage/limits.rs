@@ -4,7 +4,6 @@ use std::{collections::BTreeSet, future::ready, pin::pin};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::future::join_all;
-use tokio_postgres::NoTls;
 use tollkeeper::{
     config::{DatabaseSettings, Secret},
     model::{Change, Period, UserId},
@@ -32,7 +31,7 @@ use super::{
     quota::{use_tokens, with_tiers},
     tokens, turn_of_the_month,
 };
-use crate::harness::{TestApp, eventually, reason, with_bearer};
+use crate::harness::{TestApp, cluster, eventually, reason, with_bearer};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quota_says_where_each_number_comes_from() {
@@ -344,10 +343,7 @@ async fn of_two_reloads_at_once_the_later_one_counts() {
     // The first has a tier less, so it asks whether anybody is in that, and has to wait.
     let first = read(text.replace("name = \"open\"", "name = \"wide\""));
     let second = read(format!("{text}\n[[tier]]\nname = \"more\"\n"));
-    let (client, connection) = tokio_postgres::connect(&app.database_url, NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&app.database_url).await;
     client
         .batch_execute("BEGIN; LOCK TABLE users")
         .await
@@ -607,10 +603,7 @@ async fn a_credit_is_closed_as_of_the_moment_that_its_draws_are_of() {
     let (app, _tiers) = with_tiers().await;
     let user = app.user().tier("small").create().await.id;
     let granted = grant(&app, credits(&user, 50)).await;
-    let (client, connection) = tokio_postgres::connect(&app.database_url, NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
+    let client = cluster::connect(&app.database_url).await;
     let lock = "BEGIN; SELECT FROM quota_balances FOR UPDATE";
     client.batch_execute(lock).await.unwrap();
     let voiding = async {
