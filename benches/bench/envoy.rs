@@ -206,13 +206,12 @@ impl<'a> Stage<'a> {
         let service = fixture.serve("service", &[("TOLLKEEPER_USAGE_TIERS_FILE", &tiers)])?;
 
         let key = fixture.service_key.as_str();
-        let all = |path, message: &dyn Fn(&String) -> Vec<u8>, of: &[String]| {
-            let messages: Vec<_> = of.iter().map(message).collect();
-            Calls::new(path, Some(key), messages, Code::Ok).drawn_at_random()
+        let all = |message: &dyn Fn(&String) -> Vec<u8>| {
+            let messages: Vec<_> = users.iter().map(message).collect();
+            Calls::new(LIMIT, Some(key), messages, Code::Ok).drawn_at_random()
         };
-        let limit = |user: &String| checks(user).encode_to_vec();
-        let check = all(LIMIT, &limit, &users);
-        let count = all(LIMIT, &|user| counts(user).encode_to_vec(), &users);
+        let check = all(&|user| checks(user).encode_to_vec());
+        let count = all(&|user| counts(user).encode_to_vec());
         let (model, people) = ("a-model".to_owned(), users.clone());
         let hold = move |user: &str| {
             let id = Uuid::now_v7().to_string();
@@ -229,7 +228,9 @@ impl<'a> Stage<'a> {
         );
 
         eprintln!("==> every user and token once, so that no turn begins cold");
-        let asked = all(CHECK, &|token| asks_about(token).encode_to_vec(), &tokens);
+        // In turn: drawn at random, a third would be left out.
+        let asked = tokens.iter().map(|token| asks_about(token).encode_to_vec());
+        let asked = Calls::new(CHECK, Some(key), asked, Code::Ok);
         let hold_once = Calls::new(LIMIT, Some(key), known, Code::Ok);
         for calls in [&asked, &hold_once] {
             warm_up(&service, calls)?;

@@ -180,6 +180,8 @@ fn a_chunk_larger_than_what_is_left_is_not_asked_for_again_and_again() {
 /// Users of a gateway that asks before and charges after are only looked at.
 #[test]
 fn a_lease_that_is_looked_at_is_in_use_while_it_has_enough() {
+    // More than a chunk, or more would be asked for.
+    const LEASED: Tokens = 10_000;
     let idle_after = Pace::default().idle_after_ms;
     let half = Standing {
         now: STANDING.now.plus(idle_after / 2),
@@ -196,21 +198,21 @@ fn a_lease_that_is_looked_at_is_in_use_while_it_has_enough() {
         let operations = book.operations(now, 10);
         operations.iter().map(|(_, sent)| sent.give_back).sum()
     };
-    let mut book = leased(100);
-    assert_eq!(book.reserve(&look(100), &half), Reserved::Enough);
+    let mut book = leased(LEASED);
+    assert_eq!(book.reserve(&look(LEASED), &half), Reserved::Enough);
     assert_eq!(given_back(&mut book, STANDING.now.plus(idle_after)), 0);
-    assert_eq!(given_back(&mut book, half.now.plus(idle_after)), 100);
+    assert_eq!(given_back(&mut book, half.now.plus(idle_after)), LEASED);
 
-    let mut book = leased(100);
-    let short = book.reserve(&look(101), &half);
+    let mut book = leased(LEASED);
+    let short = book.reserve(&look(LEASED + 1), &half);
     assert_eq!(short, Reserved::Short([Some(meter()), None]));
     let (key, operation) = book.operations(half.now, 10)[0];
     let answer = Answer {
-        granted: 100,
+        granted: LEASED,
         remaining: Some(0),
     };
     book.answered(key, operation.number, &answer, half.now);
-    assert_eq!(given_back(&mut book, STANDING.now.plus(idle_after)), 100);
+    assert_eq!(given_back(&mut book, STANDING.now.plus(idle_after)), LEASED);
 }
 
 #[test]
