@@ -5,6 +5,7 @@
 //! An unknown key is an error.
 
 mod layers;
+mod networks;
 mod throttle;
 mod tls;
 mod validate;
@@ -15,6 +16,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, ti
 use serde::{Deserialize, Serialize};
 
 pub use layers::{Loaded, Origin, SettingsError, load};
+pub use networks::Networks;
 pub use throttle::ThrottleSettings;
 pub use tls::{TlsSettings, is_uri};
 pub use webhook::WebhookSettings;
@@ -50,6 +52,8 @@ pub struct ServerSettings {
     pub listen: SocketAddr,
     /// Whether anyone may read the protos by server reflection.
     pub reflection: bool,
+    /// Networks of proxies that say by `x-forwarded-for` whom they speak for, such as `10.0.0.0/8`.
+    pub trusted_proxies: Networks,
     /// Largest request, bytes.
     pub max_request_bytes: usize,
     /// Concurrent calls on one connection.
@@ -305,6 +309,7 @@ impl Default for ServerSettings {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
             reflection: true,
+            trusted_proxies: Networks::default(),
             max_request_bytes: 1 << 20,
             max_streams: 256,
             max_connections: 10_000,

@@ -27,6 +27,7 @@ use crate::{
     error::Error,
     grpc::{
         self, AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, RulesError,
+        TrustedProxies,
         health::{self, Readiness},
     },
     ops,
@@ -240,6 +241,7 @@ impl Server {
         let serve = {
             let (settings, metrics) = (settings.clone(), metrics.clone());
             let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
+            let proxies = TrustedProxies::new(&settings.trusted_proxies.0);
             let access =
                 AccessLayer::new(auth.clone(), rules).trusting_loopback(gateway.trust_loopback);
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
@@ -251,6 +253,7 @@ impl Server {
                     .layer(memory.clone())
                     .layer(CallLayer::new(
                         metrics.clone(),
+                        proxies.clone(),
                         settings.max_deadline,
                         cut_asked.clone(),
                     ))

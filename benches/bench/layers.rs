@@ -20,7 +20,9 @@ use tokio::{sync::watch, time::sleep};
 use tollkeeper::{
     auth::{BootTime, KeyRing, MasterKey, Trust},
     config::{DatabaseSettings, Secret, Settings, SigningAlgorithm},
-    grpc::{AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, routes},
+    grpc::{
+        AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, TrustedProxies, routes,
+    },
     proto::{DESCRIPTOR_SET, tollkeeper::auth::v1::ValidateTokenRequest},
     server::Server,
     tasks,
@@ -167,7 +169,8 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
     let metrics = CallMetrics::new(&rules);
     let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
     let access = AccessLayer::new(auth, rules).layer(routes.clone());
-    let call = CallLayer::new(metrics, Duration::from_secs(30), cut).layer(access.clone());
+    let proxies = TrustedProxies::new(&[]);
+    let call = CallLayer::new(metrics, proxies, Duration::from_secs(30), cut).layer(access.clone());
     let row = |part, title, stack, logs| Row {
         part,
         title,

@@ -11,7 +11,7 @@ pub struct ThrottleSettings {
     /// Wrong passwords for one account before each further one costs a wait; 0 turns it off.
     pub account_failures: u32,
     /// Failed logins, and separately registrations, from one address before each further one costs a
-    /// wait; ten a minute are forgiven. 0 turns it off: for where all calls come from one proxy.
+    /// wait; ten a minute are forgiven. 0 turns it off: for where all calls come from one backend.
     pub address_failures: u32,
     /// Longest wait for an account. It begins with a second and doubles.
     #[serde(with = "duration")]

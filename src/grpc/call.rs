@@ -22,6 +22,7 @@ use super::{
     access::Caller,
     metrics::CallMetrics,
     peer::Peer,
+    proxies::TrustedProxies,
     request_id::{self, REQUEST_ID},
     status,
 };
@@ -87,15 +88,22 @@ pub(super) fn origin_of<T>(request: &tonic::Request<T>) -> Origin {
 #[derive(Clone)]
 pub struct CallLayer {
     metrics: CallMetrics,
+    proxies: TrustedProxies,
     max_deadline: Duration,
     cut: watch::Receiver<bool>,
 }
 
 impl CallLayer {
     /// Calls are answered `SHUTTING_DOWN` once `cut` turns true.
-    pub fn new(metrics: CallMetrics, max_deadline: Duration, cut: watch::Receiver<bool>) -> Self {
+    pub fn new(
+        metrics: CallMetrics,
+        proxies: TrustedProxies,
+        max_deadline: Duration,
+        cut: watch::Receiver<bool>,
+    ) -> Self {
         Self {
             metrics,
+            proxies,
             max_deadline,
             cut,
         }
@@ -146,7 +154,7 @@ where
                 .extensions()
                 .get::<Peer>()
                 .and_then(|peer| peer.address)
-                .map(|address| address.ip()),
+                .map(|peer| self.layer.proxies.client(peer.ip(), request.headers())),
             user_agent: user_agent(request.headers()),
         };
         let request_id = context.request_id.clone();

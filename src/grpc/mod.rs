@@ -18,6 +18,7 @@ mod memory;
 mod metrics;
 mod peer;
 mod people;
+mod proxies;
 mod quota;
 mod reading;
 mod recording;
@@ -35,6 +36,7 @@ pub use envoy::Afterwards;
 pub use memory::MemoryLayer;
 pub use metrics::CallMetrics;
 pub use peer::Peer;
+pub use proxies::TrustedProxies;
 
 use crate::{
     auth::Auth,

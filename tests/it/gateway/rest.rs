@@ -2,6 +2,7 @@
 
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
+use tollkeeper::proto::tollkeeper::auth::v1::ListSessionsRequest;
 
 use super::edge::Site;
 use crate::{
@@ -45,6 +46,35 @@ impl Site {
         let answer = answer.json().await;
         assert_described("get", path.split('?').next().unwrap(), &answer);
         answer
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_by_a_trusted_proxy_comes_from_where_it_says() {
+    for (proxies, seen) in [("127.0.0.1", "127.0.0.9"), ("10.0.0.0/8", "127.0.0.1")] {
+        let app = TestApp::spawn_with(|settings| {
+            settings.server.trusted_proxies = proxies.to_owned().try_into().unwrap();
+        })
+        .await;
+        let site = Site::before(app).await;
+        let user = site.app.user().create().await;
+        let login = json!({"identifier": user.email, "password": PASSWORD}).to_string();
+        let headers = [
+            ("content-type", "application/json"),
+            // Of no use: the gateway writes where this comes from behind it.
+            ("x-forwarded-for", "203.0.113.7"),
+        ];
+        let path = "/api/auth/login";
+        let answer = site
+            .edge
+            .send_from([127, 0, 0, 9], Method::POST, path, &headers, &login);
+        let answer = answer.await;
+        assert_eq!(answer.status, StatusCode::OK);
+        let token = answer.json().await["tokens"]["access_token"].clone();
+        let request = ListSessionsRequest::default();
+        let mut auth = site.app.auth(token.as_str().unwrap());
+        let listed = auth.list_sessions(request).await.unwrap().into_inner();
+        assert_eq!(listed.sessions[0].address, seen, "{proxies}");
     }
 }
 

@@ -10,10 +10,13 @@ use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, task::JoinHandle};
+use tokio::{net::TcpSocket, task::JoinHandle};
 use tollkeeper::proto::DESCRIPTOR_SET;
 
 use super::eventually;
+
+/// Where those come from who do not say otherwise.
+const HOME: [u8; 4] = [127, 0, 0, 1];
 
 /// The real gateway, by the configuration that is delivered, on ports of its own. Killed when dropped.
 pub(crate) struct Edge {
@@ -118,7 +121,19 @@ impl Edge {
         headers: &[(&str, &str)],
         body: &str,
     ) -> Answer {
-        let answer = send(self.address, method, path, headers, body).await;
+        self.send_from(HOME, method, path, headers, body).await
+    }
+
+    /// From another address of this machine.
+    pub(crate) async fn send_from(
+        &self,
+        from: [u8; 4],
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
+        let answer = send(from, self.address, method, path, headers, body).await;
         answer.expect("answered")
     }
 }
@@ -162,17 +177,20 @@ impl Answer {
 }
 
 async fn get(address: SocketAddr, path: &str) -> Result<Answer, Box<dyn std::error::Error>> {
-    send(address, Method::GET, path, &[], "").await
+    send(HOME, address, Method::GET, path, &[], "").await
 }
 
 async fn send(
+    from: [u8; 4],
     address: SocketAddr,
     method: Method,
     path: &str,
     headers: &[(&str, &str)],
     body: &str,
 ) -> Result<Answer, Box<dyn std::error::Error>> {
-    let stream = TcpStream::connect(address).await?;
+    let socket = TcpSocket::new_v4()?;
+    socket.bind(SocketAddr::from((from, 0)))?;
+    let stream = socket.connect(address).await?;
     let (mut send, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let connection = Connection(tokio::spawn(async move { drop(connection.await) }));
     let mut request = Request::builder()
