@@ -7,6 +7,11 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
+use tonic_prost_build::FileDescriptorSet;
+
+/// Messages that are written by hand, in `src/proto.rs`.
+const TEXTS: &str = ".tollkeeper.Texts";
+const PAIR: &str = ".tollkeeper.Pair";
 
 const PROTOS: [&str; 8] = [
     "tollkeeper/access/v1/access.proto",
@@ -41,15 +46,40 @@ fn main() -> Result<(), Box<dyn Error>> {
         .extern_path(".google.rpc", "::tonic_types::pb")
         // How others map RPCs to HTTP; nothing here reads it.
         .extern_path(".google.api", "()")
-        .compile_fds(prost_types_of(&descriptor_set)?)?;
+        .extern_path(TEXTS, "crate::proto::Texts")
+        .extern_path(PAIR, "crate::proto::Pair")
+        .compile_fds(with_lists(prost_types_of(&descriptor_set)?))?;
     Ok(())
 }
 
+/// Has lists of pairs, which are read without a copy, stand for the maps in what gateways say. The bytes are the same, and so is the descriptor
+/// set that others read.
+fn with_lists(mut set: FileDescriptorSet) -> FileDescriptorSet {
+    let files = set.file.iter_mut();
+    for file in files.filter(|file| file.package().starts_with("envoy.")) {
+        let mut messages: Vec<_> = file.message_type.iter_mut().collect();
+        while let Some(message) = messages.pop() {
+            // Of a map, or what looks like it.
+            let entries = message.nested_type.extract_if(.., |nested| {
+                let fields: Vec<_> = nested.field.iter().map(|field| field.name()).collect();
+                fields == ["key", "value"]
+            });
+            let entries: Vec<_> = entries.map(|entry| format!(".{}", entry.name())).collect();
+            for field in &mut message.field {
+                let of = field.type_name();
+                if of == ".google.protobuf.Struct" {
+                    field.type_name = Some(TEXTS.to_owned());
+                } else if entries.iter().any(|entry| of.ends_with(entry)) {
+                    field.type_name = Some(PAIR.to_owned());
+                }
+            }
+            messages.extend(&mut message.nested_type);
+        }
+    }
+    set
+}
+
 /// Decodes the set for the generator, which knows no extensions.
-fn prost_types_of(
-    descriptor_set: &[u8],
-) -> Result<tonic_prost_build::FileDescriptorSet, Box<dyn Error>> {
-    Ok(tonic_prost_build::FileDescriptorSet::decode(
-        descriptor_set,
-    )?)
+fn prost_types_of(descriptor_set: &[u8]) -> Result<FileDescriptorSet, Box<dyn Error>> {
+    Ok(FileDescriptorSet::decode(descriptor_set)?)
 }

@@ -13,7 +13,7 @@
 //! | [`store`] | Postgres; the only room with SQL |
 //! | [`auth`] | people, programs, passwords, tokens, sessions |
 //! | [`usage`] | the ledger, the quota, the tiers |
-//! | [`proto`] | generated code |
+//! | [`proto`] | generated code, and what maps of gateways are made of |
 //! | [`grpc`] | the edge: handlers, access, errors as statuses, health |
 //! | [`ops`] | metrics and probes over HTTP |
 //! | [`tasks`] | background work |

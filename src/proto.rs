@@ -1,4 +1,5 @@
-//! Generated code and the descriptor set; nothing else.
+//! Generated code and the descriptor set; and, by hand, what maps are made of in the messages of
+//! gateways: to fill maps takes longer than all else in an answer.
 
 #![allow(
     clippy::all,
@@ -11,6 +12,62 @@
 
 /// Every proto file of this service with its imports and their options, as compiled by `build.rs`.
 pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor_set.bin"));
+
+/// `google.protobuf.Struct` of texts alone, byte for byte, as a list. Other kinds of values are read as
+/// none.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Texts {
+    #[prost(message, repeated, tag = "1")]
+    pub fields: Vec<TextField>,
+}
+
+/// An entry of [`Texts`].
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct TextField {
+    /// UTF-8; of those that are always the same nothing is copied.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key: bytes::Bytes,
+    #[prost(message, optional, tag = "2")]
+    pub value: Option<Text>,
+}
+
+/// `google.protobuf.Value` of kind `string_value`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Text {
+    #[prost(string, optional, tag = "3")]
+    pub string_value: Option<String>,
+}
+
+/// An entry of `map<string, string>`, byte for byte; it keeps the buffer that it was read from.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Pair {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key: bytes::Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub value: bytes::Bytes,
+}
+
+impl Pair {
+    /// Empty if it is not UTF-8, which no gateway sends.
+    pub fn key(&self) -> &str {
+        std::str::from_utf8(&self.key).unwrap_or_default()
+    }
+
+    /// As [`Pair::key`].
+    pub fn value(&self) -> &str {
+        std::str::from_utf8(&self.value).unwrap_or_default()
+    }
+}
+
+impl From<(&str, &str)> for Pair {
+    fn from((key, value): (&str, &str)) -> Self {
+        let copied = |text: &str| bytes::Bytes::copy_from_slice(text.as_bytes());
+        Self {
+            key: copied(key),
+            value: copied(value),
+        }
+    }
+}
 
 /// What gateways speak: `third_party/proto/README.md`.
 pub mod envoy {

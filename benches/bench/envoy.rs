@@ -12,8 +12,9 @@ use prost::Message as _;
 use serde_json::json;
 use tokio::runtime::Runtime;
 use tollkeeper::proto::{
+    Pair,
     envoy::{
-        extensions::common::ratelimit::v3::{RateLimitDescriptor, rate_limit_descriptor::Entry},
+        extensions::common::ratelimit::v3::RateLimitDescriptor,
         service::{
             auth::v3::{
                 AttributeContext, CheckRequest,
@@ -395,12 +396,11 @@ fn asks_about(token: &str) -> CheckRequest {
         ("x-forwarded-proto", "http"),
         ("x-request-id", "01934567-89ab-7def-8123-456789abcdef"),
     ];
-    let headers = headers.map(|(name, value)| (name.to_owned(), value.to_owned()));
     CheckRequest {
         attributes: Some(AttributeContext {
             request: Some(Request {
                 http: Some(HttpRequest {
-                    headers: headers.into(),
+                    headers: headers.map(Pair::from).into(),
                     ..HttpRequest::default()
                 }),
             }),
@@ -419,13 +419,9 @@ fn counts(user: &str) -> RateLimitRequest {
 }
 
 fn asks(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitRequest {
-    let entry = |(key, value): &(&str, &str)| Entry {
-        key: (*key).to_owned(),
-        value: (*value).to_owned(),
-    };
     RateLimitRequest {
         descriptors: vec![RateLimitDescriptor {
-            entries: entries.iter().map(entry).collect(),
+            entries: entries.iter().copied().map(Pair::from).collect(),
             hits_addend,
             ..RateLimitDescriptor::default()
         }],

@@ -74,7 +74,7 @@ struct Way {
     /// By which services may call.
     scope: Option<Scope>,
     metrics: Arc<RpcMetrics>,
-    answer: fn(&MemoryLayer, &[u8], Moment) -> Option<Bytes>,
+    answer: fn(&MemoryLayer, &Bytes, Moment) -> Option<Bytes>,
 }
 
 /// When a call came.
@@ -95,7 +95,7 @@ impl MemoryLayer {
         let ways = [
             way(
                 "/tollkeeper.auth.v1.AuthService/ValidateToken",
-                Self::validate_token as fn(&Self, &[u8], Moment) -> Option<Bytes>,
+                Self::validate_token as fn(&Self, &Bytes, Moment) -> Option<Bytes>,
             ),
             way(
                 "/tollkeeper.usage.v1.UsageService/ReserveQuota",
@@ -118,37 +118,38 @@ impl MemoryLayer {
         }
     }
 
-    fn validate_token(&self, call: &[u8], Moment { now, clock }: Moment) -> Option<Bytes> {
+    fn validate_token(&self, call: &Bytes, Moment { now, clock }: Moment) -> Option<Bytes> {
         let validated = self.auth.recall(token_of(call)?, now, clock)?;
         let encode = |validated: &Validated| framed(&ValidateTokenResponse::from(validated));
         Some(validated.encoded(encode).clone())
     }
 
-    fn reserve_quota(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
-        let request = ReserveQuotaRequest::decode(message_of(call)?).ok()?;
+    fn reserve_quota(&self, call: &Bytes, Moment { clock, .. }: Moment) -> Option<Bytes> {
+        let request = ReserveQuotaRequest::decode(whole(call)?).ok()?;
         let (user_id, wish) = only(|fields| reservation::request(fields, &request)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
         let reserved = self.usage.reserve_at_once(&user, &wish)?;
         Some(framed(&ReserveQuotaResponse::from(reserved)))
     }
 
-    fn check_quota(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
-        let request = CheckQuotaRequest::decode(message_of(call)?).ok()?;
+    fn check_quota(&self, call: &Bytes, Moment { clock, .. }: Moment) -> Option<Bytes> {
+        let request = CheckQuotaRequest::decode(whole(call)?).ok()?;
         let (user_id, wish) = only(|fields| quota::check(fields, &request)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
         let checked = self.usage.check_quota_at_once(&user, &wish)?;
         Some(framed(&CheckQuotaResponse::from(checked)))
     }
 
-    fn check(&self, call: &[u8], Moment { now, clock }: Moment) -> Option<Bytes> {
-        let request = CheckRequest::decode(message_of(call)?).ok()?;
+    fn check(&self, call: &Bytes, Moment { now, clock }: Moment) -> Option<Bytes> {
+        let request = CheckRequest::decode(whole(call)?).ok()?;
         let answer = envoy::check_at_once(&self.auth, &self.usage, &request, now, clock)?;
         Some(framed(&answer))
     }
 
-    fn should_rate_limit(&self, call: &[u8], Moment { clock, .. }: Moment) -> Option<Bytes> {
-        let request = RateLimitRequest::decode(message_of(call)?).ok()?;
-        let answer = envoy::should_rate_limit_at_once(&self.auth, &self.usage, &request, clock)?;
+    fn should_rate_limit(&self, call: &Bytes, Moment { now, clock }: Moment) -> Option<Bytes> {
+        let request = RateLimitRequest::decode(whole(call)?).ok()?;
+        let (auth, usage) = (&self.auth, &self.usage);
+        let answer = envoy::should_rate_limit_at_once(auth, usage, &request, now, clock)?;
         Some(framed(&answer))
     }
 }
@@ -326,6 +327,11 @@ fn message_of(data: &[u8]) -> Option<&[u8]> {
     let (prefix, message) = data.split_at_checked(PREFIX_BYTES)?;
     let len = u32::try_from(message.len()).ok()?.to_be_bytes();
     (prefix == [0, len[0], len[1], len[2], len[3]]).then_some(message)
+}
+
+/// The same, with the buffer that it is in: what is read of it need not be copied.
+fn whole(call: &Bytes) -> Option<Bytes> {
+    message_of(call).map(|message| call.slice_ref(message))
 }
 
 fn respond(headers: &HeaderMap, message: Bytes) -> Response<Body> {

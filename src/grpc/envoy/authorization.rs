@@ -62,7 +62,7 @@ impl Handler {
             },
             Wanted::Hold(request) => self.usage.reserve(&user, &request).await?.into(),
         };
-        Ok(admitted(route, &Identity::from(&validated), held, sent))
+        Ok(admitted(route, Identity::from(&validated), held, sent, now))
     }
 }
 
@@ -88,7 +88,8 @@ pub(in crate::grpc) fn check_at_once(
         },
         Wanted::Hold(request) => usage.reserve_at_once(&user, &request)?.into(),
     };
-    Some(admitted(&route, &Identity::from(&validated), held, &sent))
+    let identity = Identity::from(&validated);
+    Some(admitted(&route, identity, held, &sent, now))
 }
 
 /// Holds a user to what the route asks of them.
@@ -140,27 +141,28 @@ fn wanted(route: &Route, sent: &Headers<'_>) -> Result<Wanted> {
 /// The answer for a request that may pass.
 fn admitted(
     route: &Route,
-    identity: &Identity,
+    identity: Identity,
     held: Granted,
     sent: &Headers<'_>,
+    now: DateTime<Utc>,
 ) -> CheckResponse {
-    let mut facts = identity.metadata();
-    facts.extend(route.model.iter().map(|model| ("model", model.to_string())));
-    let estimate = route.estimate.iter();
-    facts.extend(estimate.map(|tokens| ("estimate", tokens.to_string())));
     let quota = held.quota.as_ref();
-    facts.extend(quota.into_iter().flat_map(quota_facts));
-    let limit = quota.and_then(|quota| Limit::monthly(quota, false, Utc::now()));
-    let handle = held.reservation.into_iter();
-    facts.extend(handle.map(|handle| ("reservation", handle)));
+    let limit = quota.and_then(|quota| Limit::monthly(quota, false, now));
     let told = limit.iter().flat_map(Limit::headers);
+    let http_response = HttpResponse::OkResponse(OkHttpResponse {
+        headers: identity.headers().map(overwriting).collect(),
+        headers_to_remove: identity.removed(sent, route.forwards_credential),
+        response_headers_to_add: told.map(overwriting).collect(),
+    });
+    let model = route.model.iter().map(|model| ("model", model.to_string()));
+    let estimate = route.estimate.iter();
+    let estimate = estimate.map(|tokens| ("estimate", tokens.to_string()));
+    let handle = held.reservation.map(|handle| ("reservation", handle));
+    let facts = identity.into_metadata().chain(model).chain(estimate);
+    let facts = facts.chain(quota.into_iter().flat_map(quota_facts));
     CheckResponse {
         status: Some(tonic_types::pb::Status::default()),
-        dynamic_metadata: Some(metadata(facts)),
-        http_response: Some(HttpResponse::OkResponse(OkHttpResponse {
-            headers: identity.headers().into_iter().map(overwriting).collect(),
-            headers_to_remove: identity.removed(sent, route.forwards_credential),
-            response_headers_to_add: told.map(overwriting).collect(),
-        })),
+        dynamic_metadata: Some(metadata(facts.chain(handle))),
+        http_response: Some(http_response),
     }
 }

@@ -7,7 +7,7 @@ use crate::{
         reservation,
     },
     model::{TokenCounts, Tokens, UserId, Violation},
-    proto::envoy::extensions::common::ratelimit::v3::RateLimitDescriptor,
+    proto::{Pair, envoy::extensions::common::ratelimit::v3::RateLimitDescriptor},
     usage::{QuotaRequest, QuotaWish, RequestName, lease::Mode},
 };
 
@@ -89,7 +89,7 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
         let most = format!("must be {} at most", KEYS.len());
         return Err(Error::invalid("entries", most));
     }
-    let keys = entries.iter().map(|entry| entry.key.as_str());
+    let keys = entries.iter().map(Pair::key);
     if let Some(twice) = keys
         .clone()
         .find(|key| keys.clone().filter(|of| of == key).count() > 1)
@@ -101,14 +101,14 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
         fields.take::<()>("entries", Err(known.into()));
     }
     let text = |key: &str| {
-        let entry = entries.iter().find(|entry| entry.key == key);
-        let value = entry.map_or("", |entry| entry.value.as_str());
+        let entry = entries.iter().find(|entry| entry.key() == key);
+        let value = entry.map_or("", Pair::value);
         if value == MISSING { "" } else { value }
     };
     // What may be left out is not left out by a gateway that found nothing to put there.
     let optional = |fields: &mut Fields, key: &str| {
         let text = text(key);
-        if text.is_empty() && entries.iter().any(|entry| entry.key == key) {
+        if text.is_empty() && entries.iter().any(|entry| entry.key() == key) {
             fields.take::<()>(key, Err("must not be empty".into()));
         }
         text
@@ -300,17 +300,12 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::envoy::extensions::common::ratelimit::v3::rate_limit_descriptor::Entry;
 
     const USER: &str = "01890a5d-ac96-774b-bcce-b302099a8057";
 
     fn descriptor(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitDescriptor {
-        let entry = |(key, value): &(&str, &str)| Entry {
-            key: (*key).to_owned(),
-            value: (*value).to_owned(),
-        };
         RateLimitDescriptor {
-            entries: entries.iter().map(entry).collect(),
+            entries: entries.iter().copied().map(Pair::from).collect(),
             hits_addend,
             is_negative_hits: false,
         }

@@ -52,17 +52,15 @@ impl Identity {
     }
 
     /// The headers to set.
-    pub(super) fn headers(&self) -> Vec<Said> {
+    pub(super) fn headers(&self) -> impl Iterator<Item = Said> {
         let said = self.said();
         said.map(|((header, _), value)| (*header, value.clone()))
-            .collect()
     }
 
     /// The same as metadata.
-    pub(super) fn metadata(&self) -> Vec<Said> {
-        let said = self.said();
-        said.map(|((_, key), value)| (*key, value.clone()))
-            .collect()
+    pub(super) fn into_metadata(self) -> impl Iterator<Item = Said> {
+        let said = NAMES.iter().zip(self.0);
+        said.filter_map(|((_, key), value)| Some((*key, value?)))
     }
 
     /// The headers to remove: those of ours that are not set, and what the client sent that looks like
@@ -71,21 +69,21 @@ impl Identity {
     pub(super) fn removed(&self, sent: &Headers<'_>, forwards_credential: bool) -> Vec<String> {
         let is_set = |name: &str| self.said().any(|((header, _), _)| *header == name);
         let ours = NAMES.iter().map(|(header, _)| *header);
-        let alike = sent
-            .names()
-            .filter(|name| name.replace('_', "-").starts_with(PREFIX));
-        let mut removed: Vec<String> = ours
-            .chain(alike)
-            .filter(|name| !is_set(name))
-            .map(str::to_owned)
-            .collect();
+        let alike = sent.names().filter(|name| looks_like_ours(name));
+        let mut removed: Vec<&str> = ours.chain(alike).filter(|name| !is_set(name)).collect();
         if !forwards_credential {
-            removed.extend([AUTHORIZATION, API_KEY].map(str::to_owned));
+            removed.extend([AUTHORIZATION, API_KEY]);
         }
         removed.sort_unstable();
         removed.dedup();
-        removed
+        removed.into_iter().map(str::to_owned).collect()
     }
+}
+
+fn looks_like_ours(name: &str) -> bool {
+    let bytes = name.bytes();
+    let hyphened = bytes.map(|byte| if byte == b'_' { b'-' } else { byte });
+    hyphened.take(PREFIX.len()).eq(PREFIX.bytes())
 }
 
 #[cfg(test)]
@@ -141,10 +139,7 @@ mod tests {
         let removed = identity().removed(&Headers::default(), false);
         let all: Vec<&str> = NAMES.iter().map(|(header, _)| *header).collect();
         for name in all {
-            let is_set = identity()
-                .headers()
-                .iter()
-                .any(|(header, _)| *header == name);
+            let is_set = identity().headers().any(|(header, _)| header == name);
             assert_ne!(
                 is_set,
                 removed.iter().any(|removed| removed == name),

@@ -18,13 +18,16 @@ pub use afterwards::Afterwards;
 pub(super) use authorization::check_at_once;
 pub(super) use rate_limit::should_rate_limit_at_once;
 
-use prost_types::{Struct, Value, value::Kind};
+use bytes::Bytes;
 
 use crate::{
     auth::Auth,
     model::QuotaState,
-    proto::envoy::config::core::v3::{
-        HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction,
+    proto::{
+        Text, TextField, Texts,
+        envoy::config::core::v3::{
+            HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction,
+        },
     },
     usage::{Reserved, Usage},
 };
@@ -78,13 +81,14 @@ fn overwriting(said: Said) -> HeaderValueOption {
 }
 
 /// Dynamic metadata. All of it is text: descriptors are made of nothing else, and numbers stay exact.
-fn metadata(said: impl IntoIterator<Item = Said>) -> Struct {
-    let text = |text| Value {
-        kind: Some(Kind::StringValue(text)),
+fn metadata(said: impl IntoIterator<Item = Said>) -> Texts {
+    let field = |(name, value): Said| TextField {
+        key: Bytes::from_static(name.as_bytes()),
+        value: Some(Text {
+            string_value: Some(value),
+        }),
     };
-    let fields = said.into_iter();
-    let fields = fields.map(|(name, value)| (name.to_owned(), text(value)));
-    Struct {
-        fields: fields.collect(),
+    Texts {
+        fields: said.into_iter().map(field).collect(),
     }
 }

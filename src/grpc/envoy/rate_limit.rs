@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
@@ -77,6 +77,7 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
     auth: &Auth,
     usage: &Usage,
     request: &RateLimitRequest,
+    now: DateTime<Utc>,
     clock: BootTime,
 ) -> Option<RateLimitResponse> {
     let [descriptor] = request.descriptors.as_slice() else {
@@ -97,7 +98,7 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
         }
         Ask::Book(..) | Ask::Settle(..) | Ask::Release(_) => return None,
     };
-    let mut answer = Answer::new(1);
+    let mut answer = Answer::new(1, now);
     answer.grant(&[0], granted);
     answer.finish().ok()
 }
@@ -119,7 +120,7 @@ impl Handler {
         descriptors: usize,
         when_full: WhenFull,
     ) -> Result<RateLimitResponse, Status> {
-        let mut answer = Answer::new(descriptors);
+        let mut answer = Answer::new(descriptors, Utc::now());
         for (place, error) in work.wrong {
             answer.refuse(&[place], error);
         }
@@ -223,9 +224,10 @@ impl Handler {
 
 /// An answer in the making.
 struct Answer {
+    now: DateTime<Utc>,
     statuses: Vec<DescriptorStatus>,
-    /// Of the first quota that was looked at.
-    quota: Option<QuotaState>,
+    /// The first that was looked at, and the limit that it has.
+    quota: Option<(QuotaState, Option<Limit>)>,
     reservations: Vec<String>,
     /// The first of each.
     denial: Option<Denial>,
@@ -233,8 +235,9 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(descriptors: usize) -> Self {
+    fn new(descriptors: usize, now: DateTime<Utc>) -> Self {
         Self {
+            now,
             statuses: vec![DescriptorStatus::default(); descriptors],
             quota: None,
             reservations: Vec::new(),
@@ -244,17 +247,20 @@ impl Answer {
     }
 
     fn grant(&mut self, places: &[usize], granted: Granted) {
-        let quota = granted.quota.as_ref();
-        let limit = quota.and_then(|quota| Limit::monthly(quota, false, Utc::now()));
-        self.set(places, Code::Ok, limit.as_ref());
-        self.quota = self.quota.take().or(granted.quota);
+        let quota = granted.quota.map(|quota| {
+            let limit = Limit::monthly(&quota, false, self.now);
+            (quota, limit)
+        });
+        let limit = quota.as_ref().and_then(|(_, limit)| limit.as_ref());
+        self.set(places, Code::Ok, limit);
+        self.quota = self.quota.take().or(quota);
         self.reservations.extend(granted.reservation);
     }
 
     fn refuse(&mut self, places: &[usize], error: Error) {
-        let limit = Limit::exceeded(&error, Utc::now());
+        let limit = Limit::exceeded(&error, self.now);
         self.set(places, Code::OverLimit, limit.as_ref());
-        match Denial::of_descriptor(error, Utc::now()) {
+        match Denial::of_descriptor(error, self.now) {
             Ok(denial) => drop(self.denial.get_or_insert(denial)),
             Err(failure) => drop(self.failure.get_or_insert(failure)),
         }
@@ -272,9 +278,9 @@ impl Answer {
         if let Some(failure) = self.failure {
             return Err(failure);
         }
-        let mut facts: Vec<_> = self.quota.iter().flat_map(quota_facts).collect();
-        let limit = self.quota.as_ref();
-        let limit = limit.and_then(|quota| Limit::monthly(quota, false, Utc::now()));
+        let (quota, limit) = self.quota.unzip();
+        let mut facts: Vec<_> = quota.iter().flat_map(quota_facts).collect();
+        let limit = limit.flatten();
         let mut told: Vec<_> = limit.iter().flat_map(Limit::headers).collect();
         let (mut code, mut body) = (Code::Ok, String::new());
         if let Some(denial) = self.denial {
@@ -346,7 +352,7 @@ mod tests {
 
     #[test]
     fn one_refusal_refuses_all_and_each_has_its_own_status() {
-        let mut answer = Answer::new(3);
+        let mut answer = Answer::new(3, Utc::now());
         answer.grant(&[0, 2], Granted::default());
         answer.refuse(&[1], Error::UserNotFound);
         let answer = answer.finish().expect("an answer");
@@ -357,7 +363,7 @@ mod tests {
 
     #[test]
     fn what_could_not_be_done_is_a_failure_and_no_verdict() {
-        let mut answer = Answer::new(2);
+        let mut answer = Answer::new(2, Utc::now());
         answer.refuse(&[0], Error::UserNotFound);
         answer.refuse(&[1], Error::Unavailable("away".into()));
         let failure = answer.finish().expect_err("a failure");

@@ -33,7 +33,7 @@ impl<'a> Headers<'a> {
             }
         };
         let joined = http.headers.iter();
-        let joined = joined.map(|(name, value)| (lower(name), Cow::Borrowed(value.as_str())));
+        let joined = joined.map(|pair| (lower(pair.key()), Cow::Borrowed(pair.value())));
         let raw = http.header_map.iter().flat_map(|map| &map.headers);
         let raw = raw.map(|header| {
             let value = match header.raw_value.is_empty() {
@@ -87,9 +87,12 @@ impl<'a> Headers<'a> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::proto::envoy::{
-        config::core::v3::{HeaderMap, HeaderValue},
-        service::auth::v3::attribute_context::Request,
+    use crate::proto::{
+        Pair,
+        envoy::{
+            config::core::v3::{HeaderMap, HeaderValue},
+            service::auth::v3::attribute_context::Request,
+        },
     };
 
     /// A request in the one form or the other.
@@ -104,8 +107,7 @@ pub(super) mod tests {
                     ..HeaderValue::default()
                 });
             } else {
-                let value = (*value).to_owned();
-                http.headers.insert((*name).to_owned(), value);
+                http.headers.push(Pair::from((*name, *value)));
             }
         }
         AttributeContext {

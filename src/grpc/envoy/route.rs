@@ -1,6 +1,6 @@
 //! What a route of a gateway asks of its requests.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use crate::{
     error::{Error, Result},
@@ -9,7 +9,15 @@ use crate::{
         reservation,
     },
     model::{ApiKeyScopes, ModelName, TierName, Tiers, Tokens, Violation},
+    proto::Pair,
 };
+
+/// The field that stands for a key.
+macro_rules! named {
+    ($key:literal) => {
+        concat!("context_extensions.", $key)
+    };
+}
 
 /// The context extensions of a route, read.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -54,17 +62,20 @@ impl Route {
     ///
     /// # Errors
     /// `Invalid`
-    pub(super) fn read(extensions: &HashMap<String, String>, tiers: &Tiers) -> Result<Self> {
+    pub(super) fn read(extensions: &[Pair], tiers: &Tiers) -> Result<Self> {
         let mut fields = Fields::default();
-        let text = |key: &str| extensions.get(key).map(String::as_str);
-        if extensions.keys().any(|key| !KEYS.contains(&key.as_str())) {
+        let text = |key: &str| {
+            let named = extensions.iter().rfind(|pair| pair.key() == key);
+            named.map(Pair::value)
+        };
+        if extensions.iter().any(|pair| !KEYS.contains(&pair.key())) {
             let keys = KEYS.join(", ");
             let known = format!("must hold no other keys than {keys}");
             fields.take::<()>("context_extensions", Err(known.into()));
         }
         let allowed = text("tier").map(|list| {
             let names = list.split(',').map(str::trim);
-            let names = names.map(|name| fields.known_tier(&named("tier"), name, tiers));
+            let names = names.map(|name| fields.known_tier(named!("tier"), name, tiers));
             names.collect::<Option<Vec<_>>>()
         });
         let scopes: Vec<String> = text("scope")
@@ -74,17 +85,17 @@ impl Route {
             Some(_) if scopes.is_empty() => Err("must name a scope".into()),
             _ => ApiKeyScopes::parse(&scopes),
         };
-        let scopes = fields.take(&named("scope"), scopes);
-        let model = text("model").map(|model| fields.parse::<ModelName>(&named("model"), model));
-        let estimate = text("estimate").map(|text| fields.take(&named("estimate"), tokens(text)));
+        let scopes = fields.take(named!("scope"), scopes);
+        let model = text("model").map(|model| fields.parse::<ModelName>(named!("model"), model));
+        let estimate = text("estimate").map(|text| fields.take(named!("estimate"), tokens(text)));
         let lifetime = text("lifetime").map(|text| {
             let lifetime = reservation::lifetime_from(text);
-            fields.take(&named("lifetime"), lifetime)
+            fields.take(named!("lifetime"), lifetime)
         });
         let forwards_credential = match text("credential") {
             None | Some("strip") => Some(false),
             Some("forward") => Some(true),
-            Some(_) => fields.take(&named("credential"), Err("must be strip or forward".into())),
+            Some(_) => fields.take(named!("credential"), Err("must be strip or forward".into())),
         };
         let (model, estimate) = (
             model.map_or(Some(None), all),
@@ -104,10 +115,10 @@ impl Route {
                 }),
                 _ => {
                     let needs = "needs model and estimate, the estimate above 0, to reserve";
-                    fields.take(&named("quota"), Err(needs.into()))
+                    fields.take(named!("quota"), Err(needs.into()))
                 }
             },
-            Some(_) => fields.take(&named("quota"), Err("must be look or reserve".into())),
+            Some(_) => fields.take(named!("quota"), Err("must be look or reserve".into())),
         };
         let read = || {
             Some(Self {
@@ -147,10 +158,6 @@ impl Route {
     }
 }
 
-fn named(key: &str) -> String {
-    format!("context_extensions.{key}")
-}
-
 fn all<T>(read: Option<T>) -> Option<Option<T>> {
     read.map(Some)
 }
@@ -165,10 +172,9 @@ mod tests {
     use crate::usage::load_tiers;
 
     fn read(extensions: &[(&str, &str)]) -> Result<Route, Vec<String>> {
-        let extensions = extensions.iter();
-        let extensions = extensions.map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let extensions: Vec<_> = extensions.iter().copied().map(Pair::from).collect();
         let tiers = load_tiers("".as_ref()).expect("the built-in ones");
-        Route::read(&extensions.collect(), &tiers).map_err(|error| match error {
+        Route::read(&extensions, &tiers).map_err(|error| match error {
             Error::Invalid(violations) => violations.0.into_iter().map(|one| one.field).collect(),
             other => panic!("{other:?}"),
         })

@@ -8,10 +8,9 @@ use tollkeeper::{
     error::Error,
     model::{Period, TokenCounts, UserStanding},
     proto::{
+        Pair,
         envoy::{
-            extensions::common::ratelimit::v3::{
-                RateLimitDescriptor, rate_limit_descriptor::Entry,
-            },
+            extensions::common::ratelimit::v3::RateLimitDescriptor,
             service::ratelimit::v3::{
                 RateLimitRequest, RateLimitResponse,
                 rate_limit_response::{Code as Verdict, rate_limit::Unit},
@@ -35,12 +34,8 @@ use crate::{
 
 /// A descriptor of a gateway.
 fn descriptor(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitDescriptor {
-    let entry = |(key, value): &(&str, &str)| Entry {
-        key: (*key).to_owned(),
-        value: (*value).to_owned(),
-    };
     RateLimitDescriptor {
-        entries: entries.iter().map(entry).collect(),
+        entries: entries.iter().copied().map(Pair::from).collect(),
         hits_addend,
         is_negative_hits: false,
     }
@@ -58,10 +53,7 @@ pub(super) fn about(op: &str, user: &str, request: &str, tokens: u64) -> RateLim
 }
 
 fn with(mut descriptor: RateLimitDescriptor, key: &str, value: &str) -> RateLimitDescriptor {
-    descriptor.entries.push(Entry {
-        key: key.to_owned(),
-        value: value.to_owned(),
-    });
+    descriptor.entries.push(Pair::from((key, value)));
     descriptor
 }
 

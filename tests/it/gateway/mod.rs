@@ -12,13 +12,17 @@ pub(crate) mod upstream;
 
 use std::collections::HashMap;
 
-use tollkeeper::proto::envoy::{
-    config::core::v3::HeaderValueOption,
-    service::auth::v3::{
-        AttributeContext, CheckRequest, CheckResponse, DeniedHttpResponse, OkHttpResponse,
-        attribute_context::{HttpRequest, Request},
-        authorization_client::AuthorizationClient,
-        check_response::HttpResponse,
+use prost::Message as _;
+use tollkeeper::proto::{
+    Pair, Texts,
+    envoy::{
+        config::core::v3::HeaderValueOption,
+        service::auth::v3::{
+            AttributeContext, CheckRequest, CheckResponse, DeniedHttpResponse, OkHttpResponse,
+            attribute_context::{HttpRequest, Request},
+            authorization_client::AuthorizationClient,
+            check_response::HttpResponse,
+        },
     },
 };
 use tonic::Status;
@@ -52,9 +56,8 @@ fn asking(headers: Pairs<'_>, extensions: Pairs<'_>) -> CheckRequest {
     }
 }
 
-fn map(pairs: Pairs<'_>) -> HashMap<String, String> {
-    let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
-    pairs.iter().map(owned).collect()
+fn map(pairs: Pairs<'_>) -> Vec<Pair> {
+    pairs.iter().copied().map(Pair::from).collect()
 }
 
 fn unique(name: &str) -> String {
@@ -98,9 +101,11 @@ fn overwriting(options: &[HeaderValueOption]) -> HashMap<String, String> {
     headers
 }
 
-/// Dynamic metadata by key.
-fn metadata(of: Option<prost_types::Struct>) -> HashMap<String, String> {
-    let fields = of.expect("metadata").fields.into_iter();
+/// Dynamic metadata by key, as gateways read it.
+fn metadata(of: Option<Texts>) -> HashMap<String, String> {
+    let bytes = of.expect("metadata").encode_to_vec();
+    let of = prost_types::Struct::decode(bytes.as_slice()).expect("the same bytes");
+    let fields = of.fields.into_iter();
     let text = |value: prost_types::Value| match value.kind {
         Some(prost_types::value::Kind::StringValue(text)) => text,
         other => panic!("no text: {other:?}"),
