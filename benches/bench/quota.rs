@@ -292,12 +292,17 @@ impl Stage<'_> {
         Calls::new(CHECK_QUOTA, self.caller(), all, Code::Ok).drawn_at_random()
     }
 
-    /// Each reservation is a request of its own.
+    /// Each reservation is a request of its own. They are made before, as those to the echo are: whoever
+    /// makes them would take the time from whoever answers.
     fn reserve(&self) -> Calls {
-        let people = self.people.clone();
-        let message =
-            move |call| wish(&people[load::scattered(call) % people.len()]).encode_to_vec();
-        Calls::fresh(RESERVE_QUOTA, self.caller(), message, Code::Ok)
+        let someone = |call| &self.people[load::scattered(call) % self.people.len()];
+        let all = (0..self.most_held()).map(|call| wish(someone(call)).encode_to_vec());
+        Calls::new(RESERVE_QUOTA, self.caller(), all, Code::Ok)
+    }
+
+    /// So many may be held in all turns together, beside what the warm-up holds.
+    fn most_held(&self) -> usize {
+        MAX_HOLDS.saturating_sub(2 * self.people.len())
     }
 
     /// The decisions, one panel. All holds of a panel end after it.
@@ -335,7 +340,7 @@ impl Stage<'_> {
         let time = Until::time(options.slice());
         // What it holds, it holds for minutes.
         let while_holding = Until {
-            calls: MAX_HOLDS.saturating_sub(2 * self.people.len()) / (options.rounds() + 1),
+            calls: self.most_held() / (options.rounds() + 1),
             ..time
         };
         let threads = options.threads();
