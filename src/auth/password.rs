@@ -86,7 +86,7 @@ impl Passwords {
         let dummy = hash(settings, "a password that nobody has")?;
         Ok(Self {
             settings: settings.clone(),
-            pool: HashPool::new(settings),
+            pool: HashPool::new(settings)?,
             dummy,
         })
     }
