@@ -12,6 +12,7 @@ mod freshness;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod hash_pool;
+mod import;
 mod key_text;
 mod keys;
 mod master_key;
@@ -35,6 +36,7 @@ pub use accounts::{InitialCredential, NewAccount};
 pub use cache::Memory;
 pub use counters::Counters;
 pub use freshness::{BootTime, Freshness, Trust};
+pub use import::{Import, ImportOptions, ImportRow, Imported, RowFault};
 pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
 pub use master_key::MasterKey;
 pub use password::{ImportedHash, LoginPassword};
@@ -74,6 +76,7 @@ pub struct Auth {
     lifetimes: Lifetimes,
     api_key_limits: ApiKeyLimits,
     api_key_uses: Arc<ApiKeyUses>,
+    import_ids: aws_lc_rs::hmac::Key,
 }
 
 /// For the state that a call left, beyond the call itself.
@@ -120,6 +123,7 @@ impl Auth {
                 max_ttl: settings.api_key_max_ttl,
             },
             api_key_uses: Arc::default(),
+            import_ids: master_key.mac_key("import-ids/v1"),
         })
     }
 

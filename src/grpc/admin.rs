@@ -1,11 +1,12 @@
 use chrono::{DateTime, Utc};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     audit,
+    bearer::bearer,
     call::origin_of,
     convert::{self, Fields, only, time},
-    people,
+    importing, people,
     quota::{self, reason},
 };
 use crate::{
@@ -17,13 +18,13 @@ use crate::{
         DeleteUserResponse, DisableServiceAccountRequest, DisableServiceAccountResponse,
         DisableUserRequest, DisableUserResponse, EnableUserRequest, EnableUserResponse,
         GetUserRequest, GetUserResponse, GrantCreditsRequest, GrantCreditsResponse,
-        ListAuditEventsRequest, ListAuditEventsResponse, ListCreditsRequest, ListCreditsResponse,
-        ListServiceAccountsRequest, ListServiceAccountsResponse, ListUserSessionsRequest,
-        ListUserSessionsResponse, ListUsersRequest, ListUsersResponse, LookupUserRequest,
-        LookupUserResponse, RevokeUserSessionsRequest, RevokeUserSessionsResponse,
-        RotateServiceKeyRequest, RotateServiceKeyResponse, SetQuotaOverrideRequest,
-        SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse, UpdateUserRequest,
-        UpdateUserResponse, VoidCreditsRequest, VoidCreditsResponse,
+        ImportUsersRequest, ListAuditEventsRequest, ListAuditEventsResponse, ListCreditsRequest,
+        ListCreditsResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
+        ListUserSessionsRequest, ListUserSessionsResponse, ListUsersRequest, ListUsersResponse,
+        LookupUserRequest, LookupUserResponse, RevokeUserSessionsRequest,
+        RevokeUserSessionsResponse, RotateServiceKeyRequest, RotateServiceKeyResponse,
+        SetQuotaOverrideRequest, SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse,
+        UpdateUserRequest, UpdateUserResponse, VoidCreditsRequest, VoidCreditsResponse,
         admin_service_server::AdminService, create_user_request,
     },
     usage::Usage,
@@ -145,6 +146,24 @@ impl AdminService for Handler {
         Ok(Response::new(DeleteUserResponse {
             revision: convert::revision(self.auth.revision().await),
         }))
+    }
+
+    type ImportUsersStream = importing::Answers;
+
+    async fn import_users(
+        &self,
+        request: Request<Streaming<ImportUsersRequest>>,
+    ) -> Result<Response<Self::ImportUsersStream>, Status> {
+        let credential = bearer(&request.metadata().clone().into_headers())?.to_owned();
+        let origin = origin_of(&request);
+        let (auth, usage) = (self.auth.clone(), self.usage.clone());
+        let caller = importing::Importer { credential, origin };
+        Ok(Response::new(importing::answer(
+            auth,
+            usage,
+            caller,
+            request.into_inner(),
+        )))
     }
 
     async fn list_audit_events(

@@ -65,10 +65,7 @@ impl Fields {
 
     /// Reads the name of a configured tier; empty means the default one.
     pub(super) fn tier(&mut self, field: &str, text: &str, tiers: &Tiers) -> Option<TierName> {
-        if text.is_empty() {
-            return Some(tiers.default_tier().name.clone());
-        }
-        self.known_tier(field, text, tiers)
+        self.take(field, tiers.named_or_default(text))
     }
 
     /// Reads the name of a configured tier.
@@ -78,13 +75,7 @@ impl Fields {
         text: &str,
         tiers: &Tiers,
     ) -> Option<TierName> {
-        let known = text
-            .parse()
-            .and_then(|name: TierName| match tiers.get(&name) {
-                Some(tier) => Ok(tier.name.clone()),
-                None => Err("must be a configured tier, see UsageService.ListTiers".into()),
-            });
-        self.take(field, known)
+        self.take(field, tiers.named(text))
     }
 
     /// Reads `page_size` and `page_token`. `list` names the list and all that it was asked for.

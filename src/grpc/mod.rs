@@ -14,6 +14,7 @@ mod envoy;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod health;
+mod importing;
 mod memory;
 mod metrics;
 mod peer;
@@ -37,6 +38,7 @@ pub use memory::MemoryLayer;
 pub use metrics::CallMetrics;
 pub use peer::Peer;
 pub use proxies::TrustedProxies;
+pub use status::row_reason;
 
 use crate::{
     auth::Auth,

@@ -8,6 +8,7 @@ use tonic::{Code, Status, body::Body};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
+    auth::RowFault,
     error::{Error, Fault},
     model::QuotaExceeded,
     proto::tollkeeper::error::v1::ErrorReason,
@@ -202,6 +203,17 @@ pub(super) fn event_reason(error: &Error) -> Option<&'static str> {
         _ => return None,
     };
     Some(short_name(reason))
+}
+
+/// The name of the reason for which a row of an import is refused.
+pub fn row_reason(fault: &RowFault) -> &'static str {
+    short_name(match fault {
+        RowFault::Invalid(_) => ErrorReason::InvalidField,
+        RowFault::Taken(_) => ErrorReason::AccountExists,
+        RowFault::Duplicate(_) => ErrorReason::DuplicateRow,
+        RowFault::Conflict => ErrorReason::ImportConflict,
+        RowFault::Erased => ErrorReason::UserErased,
+    })
 }
 
 fn short_name(reason: ErrorReason) -> &'static str {

@@ -101,6 +101,7 @@ impl FromStr for ActorKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AuditAction {
     UserCreated,
+    UserImported,
     UserUpdated,
     UserRoleSet,
     UserDeleted,
@@ -128,6 +129,7 @@ impl AuditAction {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::UserCreated => "user.created",
+            Self::UserImported => "user.imported",
             Self::UserUpdated => "user.updated",
             Self::UserRoleSet => "user.role_set",
             Self::UserDeleted => "user.deleted",

@@ -9,6 +9,7 @@ mod change;
 mod count;
 mod erasure;
 mod ids;
+mod import;
 mod lease;
 mod limit;
 mod names;
@@ -37,6 +38,7 @@ pub use ids::{
     ApiKeyId, CreditId, EventId, GrantRequestId, ReplicaId, ServiceAccountId, ServiceKeyId,
     SessionId, UserId,
 };
+pub use import::{ImportKey, ImportSource, ImportStanding, ImportStep, ImportUser};
 pub use lease::{
     Answer, Balance, Carried, Ending, HoldId, HoldName, Kind, LeaseRow, MeterName, Operation,
     ReplicaRow, Tokens, operate,

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 
 use super::{
     CreditId, EffectiveLimit, GrantRequestId, LimitFacts, ModelName, Period, TierName, UserId,
+    Violation,
 };
 
 /// The tiers users can be in, in the order configured. Never empty.
@@ -17,6 +18,29 @@ pub struct Tiers {
 impl Tiers {
     pub fn get(&self, name: &TierName) -> Option<&TierLimits> {
         self.all.iter().find(|tier| tier.name == *name)
+    }
+
+    /// Reads the name of a configured tier.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn named(&self, text: &str) -> Result<TierName, Violation> {
+        let name = text.parse()?;
+        match self.get(&name) {
+            Some(tier) => Ok(tier.name.clone()),
+            None => Err("must be a configured tier, see UsageService.ListTiers".into()),
+        }
+    }
+
+    /// As [`Tiers::named`]; an empty text names the default tier.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn named_or_default(&self, text: &str) -> Result<TierName, Violation> {
+        match text {
+            "" => Ok(self.default_tier().name.clone()),
+            text => self.named(text),
+        }
     }
 
     /// The limits of the users in a tier. Those whose tier is configured no longer have the default

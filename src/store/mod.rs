@@ -33,6 +33,7 @@ mod usage_cells;
 mod usage_export;
 mod usage_report;
 mod user_changes;
+mod user_import;
 mod users;
 
 use std::{sync::Arc, time::Duration};

@@ -8,9 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use prost::Message;
-use tollkeeper::proto::tollkeeper::usage::v1::{
-    BatchRecordUsageRequest, BatchRecordUsageResponse, RecordUsageRequest, StreamUsageRequest,
-    StreamUsageResponse, UsageEvent, usage_result,
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::{ImportUsersRequest, ImportUsersResponse, ImportUsersRow},
+    usage::v1::{
+        BatchRecordUsageRequest, BatchRecordUsageResponse, RecordUsageRequest, StreamUsageRequest,
+        StreamUsageResponse, UsageEvent, usage_result,
+    },
 };
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -22,7 +25,11 @@ use crate::{
 };
 
 /// Fields that no value makes wrong, or not in this way, and why.
-const ANY_VALUE: [(&str, &str, &str); 13] = [
+const ANY_VALUE: [(&str, &str, &str); 17] = [
+    (wrong::importing::IMPORT, "dry_run", "a bool"),
+    (wrong::importing::IMPORT, "allow_admins", "a bool"),
+    (wrong::importing::IMPORT, "rows.is_active", "a bool"),
+    (wrong::importing::IMPORT, "rows.row", "the caller's own"),
     (
         "auth.v1.AuthService/ChangePassword",
         "keep_other_sessions",
@@ -130,6 +137,9 @@ fn every_field_of_every_request_has_a_wrong_value_in_the_table() {
             }
         }
     }
+    for (field, ..) in wrong::importing::rows(&rows) {
+        covered.insert((wrong::importing::IMPORT.to_owned(), format!("rows.{field}")));
+    }
     let any = ANY_VALUE.map(|(rpc, field, _)| (rpc.to_owned(), field.to_owned()));
     covered.extend(any);
     for (rpc, read) in UPDATES {
@@ -200,6 +210,55 @@ async fn a_wrong_event_is_refused_among_others_as_it_is_alone() {
     }
     assert!(seen > 50, "{seen} wrong events");
     app.assert_books_balance(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_row_of_an_import_is_refused_as_a_user_to_create_would_be() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let create_user = wrong::rows(&user);
+    let rows = wrong::importing::rows(&create_user);
+    // What is said of each when it is created alone.
+    let mut alone = BTreeMap::new();
+    for row in create_user
+        .iter()
+        .filter(|row| row.rpc == wrong::CREATE_USER)
+    {
+        let status = send(&app, row.rpc, row.message.clone()).await.unwrap_err();
+        let mut violations = violations(&status);
+        let violation = violations.remove(&row.field).expect("named");
+        alone.insert((row.field.clone(), row.value.clone()), violation);
+    }
+    let numbered = |(number, (_, _, row)): (i64, &wrong::importing::WrongRow)| ImportUsersRow {
+        row: number,
+        ..row.clone()
+    };
+    let request = ImportUsersRequest {
+        source: "legacy".to_owned(),
+        allow_admins: true,
+        rows: (0..).zip(&rows).map(numbered).collect(),
+        ..ImportUsersRequest::default()
+    };
+    let answer: ImportUsersResponse = ask(&app, wrong::importing::IMPORT, request).await.unwrap();
+    assert_eq!((answer.imported, answer.already_there), (0, 0));
+    let mut compared = 0;
+    for ((number, failure), (field, value, _)) in (0..).zip(&answer.failures).zip(&rows) {
+        assert_eq!((failure.row, &*failure.reason), (number, "INVALID_FIELD"));
+        let [named] = &failure.fields[..] else {
+            panic!("{field} = {value:?}: {failure:?}");
+        };
+        assert_eq!(named.field, *field, "{value:?}");
+        assert!(
+            value.len() <= 3 || !failure.message.contains(value),
+            "{failure:?}"
+        );
+        if let Some(violation) = alone.get(&(field.clone(), value.clone())) {
+            assert_eq!(named.description, *violation, "{field} = {value:?}");
+            compared += 1;
+        }
+    }
+    assert_eq!(answer.failures.len(), rows.len());
+    assert!(compared > 25, "{compared} of the same rules");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,7 +14,7 @@ use serde_json::Value;
 /// # Panics
 /// When there is no Python with the packages of `scripts/requirements.txt`: a test that needs them
 /// must not pass without.
-pub(super) fn python(script: &str, input: &Value) -> Value {
+pub(crate) fn python(script: &str, input: &Value) -> Value {
     let python = env::var_os("TOLLKEEPER_TEST_PYTHON").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python"),
         PathBuf::from,

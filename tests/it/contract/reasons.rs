@@ -30,8 +30,20 @@ use crate::{
 };
 
 /// Reasons that no test brings about, and why.
-const NOT_PROVOKED: [(&str, &str); 3] = [
+const NOT_PROVOKED: [(&str, &str); 6] = [
     ("UNSPECIFIED", "is not a reason"),
+    (
+        "DUPLICATE_ROW",
+        "is of rows of an import alone, see its tests",
+    ),
+    (
+        "IMPORT_CONFLICT",
+        "is of rows of an import alone, see its tests",
+    ),
+    (
+        "USER_ERASED",
+        "is of rows of an import alone, see its tests",
+    ),
     (
         "TIER_NOT_ALLOWED",
         "is in answers to gateways alone, see the tests of those",

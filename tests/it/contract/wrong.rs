@@ -1,5 +1,6 @@
 //! The table of wrong values: each row is right but for one field.
 
+pub(super) mod importing;
 mod people;
 
 use std::collections::HashMap;
@@ -138,6 +139,7 @@ pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
     people::own_account(&mut table);
     people::accounts(&mut table, user);
     people::audit_trail(&mut table);
+    importing::batches(&mut table);
     table.0
 }
 
