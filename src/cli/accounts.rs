@@ -6,7 +6,7 @@ use clap::Subcommand;
 
 use super::{
     database::{Database, migrator},
-    named, secrets,
+    import, named, secrets,
     serve::PASSWORD_CHARS,
 };
 use crate::{
@@ -41,6 +41,12 @@ pub(super) enum UsersCommand {
         #[arg(long)]
         password_stdin: bool,
     },
+    /// Import users of another system, with the hashes of their passwords
+    ///
+    /// Each row is imported, was imported before, or is broken: the last are told, and leave the
+    /// others alone. Run it again after it was cut short, or with a mended file: nobody is imported
+    /// twice. Exit code 1 when rows were broken.
+    Import(import::ImportArgs),
 }
 
 #[derive(Subcommand)]
@@ -66,14 +72,17 @@ pub(super) enum ServicesCommand {
 }
 
 pub(super) async fn users(command: UsersCommand, loaded: Loaded) -> anyhow::Result<()> {
-    let UsersCommand::Create {
-        email,
-        username,
-        full_name,
-        tier,
-        admin,
-        password_stdin,
-    } = command;
+    let (email, username, full_name, tier, admin, password_stdin) = match command {
+        UsersCommand::Import(args) => return import::run(args, loaded).await,
+        UsersCommand::Create {
+            email,
+            username,
+            full_name,
+            tier,
+            admin,
+            password_stdin,
+        } => (email, username, full_name, tier, admin, password_stdin),
+    };
     let tiers = load_tiers(&loaded.settings.usage.tiers_file)?;
     let tier = match tier {
         Some(name) => named("--tier", name.parse()).and_then(|name: TierName| {
@@ -163,7 +172,7 @@ fn print_key(account: &ServiceAccount, key: &str) {
 }
 
 /// Runs `work` on the database and keys of the settings.
-async fn with_auth(
+pub(super) async fn with_auth(
     loaded: &Loaded,
     work: impl AsyncFnOnce(Auth) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {

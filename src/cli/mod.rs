@@ -2,6 +2,7 @@
 
 mod accounts;
 mod database;
+mod import;
 mod keys;
 mod migrate;
 mod numbers;
@@ -79,7 +80,7 @@ enum Command {
     /// Change or show the database schema
     #[command(subcommand)]
     Migrate(migrate::Command),
-    /// Create users
+    /// Create users, or import those of another system
     #[command(subcommand)]
     Users(accounts::UsersCommand),
     /// Create service accounts, which programs call with, and rotate their keys

@@ -6,6 +6,7 @@ mod first_start;
 mod full_disk;
 mod gateway;
 mod home;
+mod import;
 mod ledger_kills;
 mod ledger_load;
 mod logs;

@@ -1,0 +1,425 @@
+//! Rows of a file: CSV with a header, or a JSON object a line.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read as _},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use anyhow::{Context as _, bail};
+use chrono::{DateTime, NaiveDateTime, Utc};
+use csv::ByteRecord;
+use serde_json::{Map, Value};
+
+use crate::{
+    auth::ImportRow,
+    model::{Role, Violation},
+};
+
+/// Columns, by all names that they are known by; the first is ours.
+const COLUMNS: [&[&str]; 11] = [
+    &["user_id", "id"],
+    &["email"],
+    &["username"],
+    &["full_name", "name"],
+    &["password_hash", "hashed_password"],
+    &["tier"],
+    &["role"],
+    &["is_active"],
+    &["email_verified_at", "email_verified", "is_verified"],
+    &["created_at"],
+    &["last_login_at"],
+];
+
+/// Longer ones are no rows: a quote that is not closed, or no text at all.
+const MAX_ROW_BYTES: u64 = 64 * 1024;
+
+/// A row of a file as far as it could be read.
+pub(super) enum Read {
+    Row(Box<ImportRow>),
+    /// Its line, and what is wrong with it.
+    Broken(u64, Violation),
+}
+
+/// A file under way. Holds one row at a time.
+pub(super) struct Rows {
+    from: From,
+    size: Option<u64>,
+    position: Arc<AtomicU64>,
+    line: u64,
+}
+
+enum From {
+    Csv {
+        reader: Box<csv::Reader<Counted>>,
+        record: ByteRecord,
+        /// The place in [`COLUMNS`] of each column.
+        columns: Vec<usize>,
+    },
+    Jsonl(Box<BufReader<Counted>>),
+}
+
+type Values = [String; COLUMNS.len()];
+
+impl Rows {
+    /// Opens a file, or standard input, and reads the header of CSV.
+    pub(super) fn open(path: Option<&Path>, is_jsonl: bool) -> anyhow::Result<Self> {
+        let position = Arc::new(AtomicU64::new(0));
+        let (inner, size): (Box<dyn io::Read + Send>, _) = match path {
+            Some(path) => {
+                let cannot = || format!("cannot read {}", path.display());
+                let file = File::open(path).with_context(cannot)?;
+                let data = file.metadata().with_context(cannot)?;
+                (Box::new(file), data.is_file().then_some(data.len()))
+            }
+            None => (Box::new(io::stdin()), None),
+        };
+        let counted = Counted {
+            inner,
+            read: position.clone(),
+        };
+        let from = match is_jsonl {
+            true => From::Jsonl(Box::new(BufReader::new(counted))),
+            false => {
+                let mut builder = csv::ReaderBuilder::new();
+                let mut reader = Box::new(builder.flexible(true).from_reader(counted));
+                let columns = columns(reader.byte_headers().context("cannot read the header")?)?;
+                From::Csv {
+                    reader,
+                    record: ByteRecord::new(),
+                    columns,
+                }
+            }
+        };
+        Ok(Self {
+            from,
+            size,
+            position,
+            line: 0,
+        })
+    }
+
+    /// Bytes in all, of a file.
+    pub(super) fn size(&self) -> Option<u64> {
+        self.size
+    }
+
+    /// Bytes read.
+    pub(super) fn position(&self) -> u64 {
+        self.position.load(Ordering::Relaxed)
+    }
+
+    /// Of the row read last.
+    pub(super) fn line(&self) -> u64 {
+        self.line
+    }
+
+    /// The next row; `None` at the end.
+    ///
+    /// # Errors
+    /// When the file cannot be read any more.
+    pub(super) fn next(&mut self) -> anyhow::Result<Option<Read>> {
+        let values = match &mut self.from {
+            From::Csv {
+                reader,
+                record,
+                columns,
+            } => {
+                if !reader
+                    .read_byte_record(record)
+                    .context("cannot read the file")?
+                {
+                    return Ok(None);
+                }
+                self.line = record.position().map_or(self.line + 1, csv::Position::line);
+                of_record(record, columns)
+            }
+            From::Jsonl(reader) => match of_next_line(reader, &mut self.line)? {
+                Some(values) => values,
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(match values {
+            Ok(values) => Read::Row(Box::new(row(self.line, values))),
+            Err(violation) => Read::Broken(self.line, violation),
+        }))
+    }
+}
+
+/// What each column is.
+fn columns(header: &ByteRecord) -> anyhow::Result<Vec<usize>> {
+    let mut columns = Vec::new();
+    for name in header {
+        let name = String::from_utf8_lossy(name);
+        // As spreadsheets save it.
+        let name = name.trim_start_matches('\u{feff}').trim();
+        let known = COLUMNS.iter().position(|names| names.contains(&name));
+        // To pass a column over might lose everybody's passwords.
+        let Some(column) = known else {
+            let known: Vec<&str> = COLUMNS.iter().map(|names| names[0]).collect();
+            bail!(
+                "the column {name:?} is unknown; there may be: {}",
+                known.join(", ")
+            );
+        };
+        if columns.contains(&column) {
+            bail!("the column {} is there twice", COLUMNS[column][0]);
+        }
+        columns.push(column);
+    }
+    for needed in ["email", "username"] {
+        if !columns.iter().any(|&column| COLUMNS[column][0] == needed) {
+            bail!("there is no column {needed}");
+        }
+    }
+    Ok(columns)
+}
+
+fn of_record(record: &ByteRecord, columns: &[usize]) -> Result<Values, Violation> {
+    if record.len() != columns.len() {
+        return Err(format!("has {} values for {} columns", record.len(), columns.len()).into());
+    }
+    if record.as_slice().len() as u64 > MAX_ROW_BYTES {
+        return Err("is too long: is a quote missing?".into());
+    }
+    let mut values = Values::default();
+    for (&column, value) in columns.iter().zip(record) {
+        let value = str::from_utf8(value).map_err(|_| "is not UTF-8")?;
+        value.clone_into(&mut values[column]);
+    }
+    Ok(values)
+}
+
+/// Reads a line that is not empty; `None` at the end.
+fn of_next_line(
+    reader: &mut impl BufRead,
+    number: &mut u64,
+) -> anyhow::Result<Option<Result<Values, Violation>>> {
+    loop {
+        let mut line = Vec::new();
+        let read = reader
+            .by_ref()
+            .take(MAX_ROW_BYTES)
+            .read_until(b'\n', &mut line);
+        if read.context("cannot read the file")? == 0 {
+            return Ok(None);
+        }
+        *number += 1;
+        if line.len() as u64 == MAX_ROW_BYTES && line.last() != Some(&b'\n') {
+            reader.skip_until(b'\n').context("cannot read the file")?;
+            return Ok(Some(Err("is too long".into())));
+        }
+        if !line.trim_ascii().is_empty() {
+            return Ok(Some(of_object(&line)));
+        }
+    }
+}
+
+fn of_object(line: &[u8]) -> Result<Values, Violation> {
+    let object: Map<String, Value> =
+        serde_json::from_slice(line).map_err(|_| "is not a JSON object")?;
+    let mut values = Values::default();
+    let mut known = [false; COLUMNS.len()];
+    for (name, value) in object {
+        let column = COLUMNS.iter().position(|names| names.contains(&&*name));
+        // Not by its name: that may be anything.
+        let column = column.ok_or("has a member that is unknown")?;
+        if std::mem::replace(&mut known[column], true) {
+            return Err(format!("has {} twice", COLUMNS[column][0]).into());
+        }
+        values[column] = match value {
+            Value::Null => continue,
+            Value::String(text) => text,
+            Value::Bool(is_so) => is_so.to_string(),
+            _ => return Err(format!("has a {} that is no text", COLUMNS[column][0]).into()),
+        };
+    }
+    Ok(values)
+}
+
+fn row(line: u64, values: Values) -> ImportRow {
+    let [
+        user_id,
+        email,
+        username,
+        full_name,
+        password_hash,
+        tier,
+        role,
+        is_active,
+        email_verified_at,
+        created_at,
+        last_login_at,
+    ] = values;
+    let created_at = time(&created_at);
+    ImportRow {
+        row: line.cast_signed(),
+        user_id,
+        email,
+        username,
+        full_name,
+        password_hash,
+        tier,
+        role: match &*role {
+            "" => Ok(Role::User),
+            role => role.parse(),
+        },
+        is_active: boolean(&is_active).map(|is_active| is_active.unwrap_or(true)),
+        email_verified_at: match boolean(&email_verified_at) {
+            Ok(Some(true)) => {
+                let since = created_at.clone().ok().flatten();
+                Ok(Some(since.unwrap_or_else(Utc::now)))
+            }
+            Ok(_) => Ok(None),
+            Err(_) => time(&email_verified_at),
+        },
+        created_at,
+        last_login_at: time(&last_login_at),
+    }
+}
+
+/// As Postgres and Python write it.
+fn boolean(text: &str) -> Result<Option<bool>, Violation> {
+    match &*text.to_ascii_lowercase() {
+        "" => Ok(None),
+        "true" | "t" | "1" => Ok(Some(true)),
+        "false" | "f" | "0" => Ok(Some(false)),
+        _ => Err("must be true or false".into()),
+    }
+}
+
+/// As Postgres and Python write it; without a zone it is UTC.
+fn time(text: &str) -> Result<Option<DateTime<Utc>>, Violation> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let zoned = || {
+        let formats = ["%Y-%m-%d %H:%M:%S%.f%#z"];
+        let mut read = formats
+            .iter()
+            .map(|format| DateTime::parse_from_str(text, format));
+        read.find_map(Result::ok).map(|time| time.to_utc())
+    };
+    let local = || {
+        let formats = ["%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f"];
+        let mut read = formats
+            .iter()
+            .map(|format| NaiveDateTime::parse_from_str(text, format));
+        read.find_map(Result::ok).map(|time| time.and_utc())
+    };
+    let time = DateTime::parse_from_rfc3339(text).ok();
+    time.map(|time| time.to_utc())
+        .or_else(zoned)
+        .or_else(local)
+        .filter(|time| (0..253_402_300_800).contains(&time.timestamp()))
+        .map(Some)
+        .ok_or_else(|| "must be a time from 1970 on such as 2026-11-20T12:00:00Z".into())
+}
+
+/// Counts what is read.
+struct Counted {
+    inner: Box<dyn io::Read + Send>,
+    read: Arc<AtomicU64>,
+}
+
+impl io::Read for Counted {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(to)?;
+        self.read.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_postgres_and_python_write_them() {
+        let expected = "2024-03-01T11:30:00.250Z"
+            .parse::<DateTime<Utc>>()
+            .expect("right");
+        for text in [
+            "2024-03-01T11:30:00.250Z",
+            "2024-03-01T12:30:00.25+01:00",
+            "2024-03-01 12:30:00.25+01",
+            "2024-03-01 12:30:00.250+01:00",
+            "2024-03-01 11:30:00.250000",
+            "2024-03-01T11:30:00.250",
+        ] {
+            assert_eq!(time(text), Ok(Some(expected)), "{text}");
+        }
+        assert_eq!(time(""), Ok(None));
+        for text in [
+            "yesterday",
+            "1709292600",
+            "1969-12-31T23:59:59Z",
+            "2024-02-30 00:00:00",
+        ] {
+            assert!(time(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_header_names_each_column_once_and_none_that_is_unknown() {
+        let read = |names: &[&str]| columns(&ByteRecord::from(names.to_vec()));
+        assert_eq!(
+            read(&["\u{feff}id", "email", "username"]).expect("right"),
+            [0, 1, 2]
+        );
+        for names in [
+            &["email", "username", "password"][..],
+            &["email", "username", "id", "user_id"],
+            &["email"],
+            &["username"],
+            &[],
+        ] {
+            assert!(read(names).is_err(), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_is_an_object_of_known_members() {
+        let read = |text: &str| of_object(text.as_bytes());
+        let values = read(r#"{"id": null, "email": "a@b.co", "is_active": false}"#).expect("right");
+        assert_eq!(
+            (&*values[0], &*values[1], &*values[7]),
+            ("", "a@b.co", "false")
+        );
+        for text in [
+            "",
+            "[]",
+            "{",
+            r#"{"password": "x"}"#,
+            r#"{"id": "a", "user_id": "b"}"#,
+            r#"{"email": 7}"#,
+        ] {
+            assert!(read(text).is_err(), "{text}");
+        }
+        let mut input = io::Cursor::new([&[b'x'; 70_000][..], b"\n\n{}\n"].concat());
+        let mut line = 0;
+        assert!(
+            of_next_line(&mut input, &mut line)
+                .expect("right")
+                .expect("right")
+                .is_err()
+        );
+        assert_eq!(line, 1);
+        assert!(
+            of_next_line(&mut input, &mut line)
+                .expect("right")
+                .expect("right")
+                .is_ok()
+        );
+        assert_eq!(line, 3);
+        assert!(
+            of_next_line(&mut input, &mut line)
+                .expect("right")
+                .is_none()
+        );
+    }
+}
