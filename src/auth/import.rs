@@ -102,6 +102,22 @@ impl RowFault {
     }
 }
 
+impl From<ImportStep> for Imported {
+    fn from(step: ImportStep) -> Self {
+        Self::Refused(match step {
+            ImportStep::Insert => return Self::Now,
+            ImportStep::Leave => return Self::Before,
+            ImportStep::Taken { email, username } => {
+                let taken = [(email, "email"), (username, "username")].into_iter();
+                let taken = taken.filter(|(is_taken, _)| *is_taken);
+                RowFault::Taken(taken.map(|(_, name)| name).collect())
+            }
+            ImportStep::Conflict => RowFault::Conflict,
+            ImportStep::Erased => RowFault::Erased,
+        })
+    }
+}
+
 /// An import under way.
 pub struct Import {
     store: Store,
@@ -153,93 +169,60 @@ impl Import {
     ) -> Result<Vec<Imported>> {
         let checked: Vec<Result<Checked, Violations>> =
             rows.iter().map(|row| self.check(row, tiers, now)).collect();
+        let right: Vec<&Checked> = checked.iter().flatten().collect();
         let mut tries = 1;
         let (outcomes, seen) = loop {
-            match self.settle(&checked).await {
+            match self.settle(&right).await {
                 Err(Error::Unavailable(_)) if tries < TRIES => tries += 1,
                 settled => break settled?,
             }
         };
         self.seen.extend(seen);
-        let invalid = |row: Result<Checked, Violations>| row.err();
-        let outcome = |(outcome, row)| match outcome {
-            Some(outcome) => Ok(outcome),
-            None => match invalid(row) {
-                Some(violations) => Ok(Imported::Refused(RowFault::Invalid(violations))),
-                None => Err(Error::internal("a row was left out")),
-            },
+        let mut outcomes = outcomes.into_iter();
+        let outcome = |row| match row {
+            Ok(_) => outcomes
+                .next()
+                .ok_or_else(|| Error::internal("a row was left out")),
+            Err(violations) => Ok(Imported::Refused(RowFault::Invalid(violations))),
         };
-        outcomes.into_iter().zip(checked).map(outcome).collect()
+        checked.into_iter().map(outcome).collect()
     }
 
-    /// Decides about the rows that are right by themselves and inserts those that are new; also answers
-    /// the names that are taken by that.
-    async fn settle(
-        &self,
-        checked: &[Result<Checked, Violations>],
-    ) -> Result<(Vec<Option<Imported>>, HashSet<u64>)> {
-        let mut outcomes: Vec<Option<Imported>> = checked.iter().map(|_| None).collect();
+    /// Decides about rows that are right by themselves and inserts those that are new; also answers
+    /// the names that they have taken or had already.
+    async fn settle(&self, rows: &[&Checked]) -> Result<(Vec<Imported>, HashSet<u64>)> {
+        let mut outcomes: Vec<Imported> = rows.iter().map(|_| Imported::Now).collect();
         let mut seen = HashSet::new();
-        let right = |row: &Result<Checked, Violations>| row.is_ok();
-        let mut open: Vec<usize> = (0..checked.len())
-            .filter(|&index| right(&checked[index]))
-            .collect();
-        let mut insert = Vec::new();
-        // Whom an insert has passed over has been overtaken, and is looked at again.
-        for _ in 0..TRIES {
-            let row = |index: &usize| checked[*index].as_ref().ok();
-            let users: Vec<&ImportUser> = open.iter().filter_map(row).map(|r| &r.user).collect();
-            if users.is_empty() {
+        let mut open: Vec<usize> = (0..rows.len()).collect();
+        for round in 0..TRIES {
+            if open.is_empty() {
                 return Ok((outcomes, seen));
             }
+            let users: Vec<&ImportUser> = open.iter().map(|&index| &rows[index].user).collect();
             let standings = self.store.user_import_look(&users).await?;
             for (&index, standing) in open.iter().zip(standings) {
-                let Ok(Checked { user, names }) = &checked[index] else {
-                    continue;
+                let Checked { user, names } = rows[index];
+                let is_seen = |hash| self.seen.contains(hash) || seen.contains(hash);
+                let again = names.iter().filter(|(_, hash)| is_seen(hash));
+                let again: Vec<_> = again.map(|(name, _)| *name).collect();
+                // What comes by again has met its own names.
+                outcomes[index] = match again.is_empty() || round > 0 {
+                    true => standing.decide(user.key).into(),
+                    false => Imported::Refused(RowFault::Duplicate(again)),
                 };
-                let is_known = insert.contains(&index);
-                let among = |(name, hash): &(&'static str, u64)| {
-                    let is_seen = self.seen.contains(hash) || (seen.contains(hash) && !is_known);
-                    is_seen.then_some(*name)
-                };
-                let again: Vec<_> = names.iter().filter_map(among).collect();
-                let step = standing.decide(user.key);
-                outcomes[index] = Some(match step {
-                    _ if !again.is_empty() => Imported::Refused(RowFault::Duplicate(again)),
-                    ImportStep::Insert => Imported::Now,
-                    ImportStep::Leave => Imported::Before,
-                    ImportStep::Taken { email, username } => {
-                        let taken = [(email, "email"), (username, "username")];
-                        let taken = taken.into_iter().filter(|(is_taken, _)| *is_taken);
-                        Imported::Refused(RowFault::Taken(taken.map(|(_, name)| name).collect()))
-                    }
-                    ImportStep::Conflict => Imported::Refused(RowFault::Conflict),
-                    ImportStep::Erased => Imported::Refused(RowFault::Erased),
-                });
-                if let Some(Imported::Now | Imported::Before) = outcomes[index] {
+                if matches!(outcomes[index], Imported::Now | Imported::Before) {
                     seen.extend(names.iter().map(|(_, hash)| hash));
                 }
             }
-            insert = open
-                .iter()
-                .copied()
-                .filter(|&index| outcomes[index] == Some(Imported::Now))
-                .collect();
-            if insert.is_empty() || self.options.dry_run {
+            open.retain(|&index| outcomes[index] == Imported::Now);
+            if open.is_empty() || self.options.dry_run {
                 return Ok((outcomes, seen));
             }
-            let new: Vec<&ImportUser> = insert.iter().filter_map(row).map(|r| &r.user).collect();
-            let ImportOptions { source, .. } = &self.options;
+            let new: Vec<&ImportUser> = open.iter().map(|&index| &rows[index].user).collect();
+            let source = &self.options.source;
             let inserted = self.store.user_import(&new, source, &self.origin).await?;
-            let is_inserted = |index: &usize| {
-                let user = checked[*index].as_ref().ok();
-                user.is_some_and(|row| inserted.contains(&row.user.key.id()))
-            };
-            open = insert
-                .iter()
-                .copied()
-                .filter(|index| !is_inserted(index))
-                .collect();
+            // Whom the insert has passed over has been overtaken, and is looked at again.
+            open.retain(|&index| !inserted.contains(&rows[index].user.key.id()));
         }
         match open.is_empty() {
             true => Ok((outcomes, seen)),

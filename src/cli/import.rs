@@ -181,7 +181,8 @@ impl Work {
                     Some(Read::Row(row)) => batch.push(*row),
                     Some(Read::Broken(line, violation)) => {
                         self.counts.broken += 1;
-                        self.report.malformed(line, &violation)?;
+                        let bar = self.bar.clone();
+                        bar.suspend(|| self.report.malformed(line, &violation))?;
                     }
                     None => {
                         is_last = true;

@@ -421,6 +421,17 @@ async fn a_batch_that_is_wrong_itself_ends_the_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stops_ends_an_import_between_batches() {
+    let app = TestApp::spawn().await;
+    let mut stream = Stream::open(&app.channel, &app.service_key).await;
+    stream.send(batch(vec![row(1)])).await.unwrap();
+    let stopping = tokio::spawn(app.stop());
+    let ended = stream.answers.message().await;
+    assert_refused(ended, Code::Unavailable, "SHUTTING_DOWN");
+    stopping.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_may_administer_no_more_cannot_go_on() {
     let app = TestApp::spawn().await;
     let admin = app.user().admin().create().await;
