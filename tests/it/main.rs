@@ -9,6 +9,7 @@ mod access;
 mod auth;
 mod contract;
 mod descriptor;
+mod docs;
 mod freshness;
 mod gateway;
 mod harness;
