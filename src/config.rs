@@ -127,11 +127,16 @@ pub struct AuthSettings {
     /// Longest lifetime of an API key that expires; one may also never expire.
     #[serde(with = "duration")]
     pub api_key_max_ttl: Duration,
+    /// What authenticator apps call this service.
+    pub mfa_issuer: String,
+    /// How long a login waits for its second factor.
+    #[serde(with = "duration")]
+    pub mfa_challenge_ttl: Duration,
     /// Folder of PEM keys. Empty in dev mode: `keys` in `data_dir`.
     pub key_dir: PathBuf,
     /// Secret of HS256, at least 256 bits.
     pub jwt_secret: Secret,
-    /// Secret that refresh tokens are derived from, at least 256 bits.
+    /// Secret that refresh tokens are derived from and second factors are sealed with, at least 256 bits.
     pub master_key: Secret,
 }
 
@@ -348,6 +353,8 @@ impl Default for AuthSettings {
             cache_bytes: 288 << 20,
             api_keys_per_user: 50,
             api_key_max_ttl: Duration::from_hours(365 * 24),
+            mfa_issuer: "Tollkeeper".to_owned(),
+            mfa_challenge_ttl: Duration::from_mins(5),
             key_dir: PathBuf::new(),
             jwt_secret: Secret::default(),
             master_key: Secret::default(),

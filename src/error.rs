@@ -88,6 +88,16 @@ pub enum Error {
     Throttled { retry_after: Duration },
     #[error("too much work is waiting, retry after {retry_after:?}")]
     Overloaded { retry_after: Duration },
+    /// Wrong, too old, or used before: one answer for all.
+    #[error("the code is wrong or was used before")]
+    MfaCodeInvalid,
+    /// Not ours, expired, used, or outdated by what changed since.
+    #[error("the challenge is not good any more: log in again")]
+    MfaChallengeInvalid,
+    #[error("there is a second factor already")]
+    MfaAlreadyEnabled,
+    #[error("there is no second factor")]
+    MfaNotEnabled,
     #[error("the database is unavailable")]
     Unavailable(#[source] Cause),
     #[error("internal error")]

@@ -114,6 +114,7 @@ fn standing() -> SessionStanding {
         idle_expires_at: later,
         absolute_expires_at: later,
         revoked_at: None,
+        mfa: false,
     };
     let tier: TierName = "free".parse().expect("valid");
     let user = User {
@@ -130,6 +131,7 @@ fn standing() -> SessionStanding {
         created_at: now(),
         updated_at: now(),
         last_login_at: None,
+        mfa_enabled: false,
     };
     SessionStanding { session, user }
 }

@@ -16,6 +16,7 @@ mod import;
 mod key_text;
 mod keys;
 mod master_key;
+mod mfa;
 mod password;
 mod password_policy;
 mod random;
@@ -39,6 +40,7 @@ pub use freshness::{BootTime, Freshness, Trust};
 pub use import::{Import, ImportOptions, ImportRow, Imported, RowFault};
 pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
 pub use master_key::MasterKey;
+pub use mfa::{Completed, Enabled, Enrolment, LoginAnswer, MfaChallenge};
 pub use password::{ImportedHash, LoginPassword};
 pub use random::random_alphanumeric;
 pub use service_accounts::RotatedKey;
@@ -51,6 +53,7 @@ use access_token::AccessTokens;
 use api_key_uses::ApiKeyUses;
 use api_keys::ApiKeyLimits;
 use cache::CredentialCache;
+use mfa::Mfa;
 use password::Passwords;
 use refresh_token::RefreshTokens;
 use throttle::Throttle;
@@ -71,6 +74,7 @@ pub struct Auth {
     watchers: Arc<Watchers>,
     passwords: Passwords,
     throttle: Arc<Throttle>,
+    mfa: Arc<Mfa>,
     access_tokens: Arc<AccessTokens>,
     refresh_tokens: Arc<RefreshTokens>,
     lifetimes: Lifetimes,
@@ -111,6 +115,7 @@ impl Auth {
             watchers: Arc::new(Watchers::new()),
             passwords: Passwords::new(passwords)?,
             throttle: Arc::new(Throttle::new(master_key, throttle, passwords)),
+            mfa: Arc::new(Mfa::new(master_key, settings)),
             access_tokens: Arc::new(AccessTokens::new(keys, settings)),
             refresh_tokens: Arc::new(RefreshTokens::new(master_key)),
             lifetimes: Lifetimes {

@@ -114,6 +114,7 @@ mod tests {
                 idle_expires_at: now + LIFETIMES.refresh_idle,
                 absolute_expires_at: now + LIFETIMES.refresh_absolute,
                 revoked_at: None,
+                mfa: false,
             },
             user: User {
                 id: user_id,
@@ -129,6 +130,7 @@ mod tests {
                 created_at: now,
                 updated_at: now,
                 last_login_at: None,
+                mfa_enabled: false,
             },
         }
     }

@@ -3,14 +3,14 @@
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::{Auth, LoginPassword, refresh_token};
+use super::{Auth, LoginAnswer, LoginPassword, refresh_token};
 use crate::{
     error::{Credential, Error, Fault, Result},
     model::{
         Change, Identifier, Origin, Page, PageRequest, RefreshRefusal, RefreshStep, SessionDetails,
         SessionId, SessionStanding, User, UserId,
     },
-    store::{Credentials, NewSession},
+    store::Credentials,
 };
 
 /// Both tokens of a session.
@@ -35,7 +35,7 @@ pub struct Refreshed {
 }
 
 impl Auth {
-    /// Opens a session.
+    /// Opens a session, or asks for a second factor.
     ///
     /// Whether the account exists shows neither in the answer nor in its time: an unknown one costs
     /// a hash too.
@@ -49,7 +49,7 @@ impl Auth {
         password: LoginPassword,
         origin: &Origin,
         now: DateTime<Utc>,
-    ) -> Result<LoggedIn> {
+    ) -> Result<LoginAnswer> {
         let known = self.store.credentials_by_identifier(identifier).await?;
         let (user, hash) = match known {
             Some(Credentials {
@@ -68,22 +68,27 @@ impl Auth {
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
-        let absolute_expires_at = now + self.lifetimes.refresh_absolute;
-        let new = NewSession {
-            id: SessionId::new(),
-            user_id: user.id,
-            idle_expires_at: (now + self.lifetimes.refresh_idle).min(absolute_expires_at),
-            absolute_expires_at,
-            rehashed_password: verdict.rehashed,
-            origin,
+        let rehashed = verdict.rehashed;
+        if user.mfa_enabled {
+            let challenge = self.challenge(user.id, hash, rehashed, origin).await?;
+            return Ok(LoginAnswer::Challenge(challenge));
+        }
+        let id = SessionId::new();
+        let new = self.new_session(id, user.id, None, rehashed.clone(), origin, now);
+        let standing = match self.store.session_open(new, &hash, now).await {
+            // Since this moment.
+            Err(Error::MfaChallengeInvalid) => {
+                let challenge = self.challenge(user.id, hash, rehashed, origin).await?;
+                return Ok(LoginAnswer::Challenge(challenge));
+            }
+            opened => opened?,
         };
-        let standing = self.store.session_open(new, &hash, now).await?;
         self.attempt_succeeded(attempt).await;
         let tokens = self.issue(&standing, now)?;
-        Ok(LoggedIn {
+        Ok(LoginAnswer::Session(LoggedIn {
             tokens,
             user: standing.user,
-        })
+        }))
     }
 
     /// Exchanges a refresh token for its successor.
@@ -211,7 +216,11 @@ impl Auth {
         Ok(revoked)
     }
 
-    fn issue(&self, standing: &SessionStanding, now: DateTime<Utc>) -> Result<IssuedTokens> {
+    pub(super) fn issue(
+        &self,
+        standing: &SessionStanding,
+        now: DateTime<Utc>,
+    ) -> Result<IssuedTokens> {
         let session = &standing.session;
         let (access_token, access_token_expires_at) = self.access_tokens.issue(standing, now)?;
         Ok(IssuedTokens {

@@ -10,8 +10,11 @@
 //!   else it would tell whose;
 //! - `own ID`: the present password, asked for within a session. Apart from the logins: whoever stole a
 //!   session must not keep the user from logging in, and no guesser at the door keeps the user from a
-//!   new password.
+//!   new password;
+//! - `mfa ID`, `mfa ID from NETWORK`: codes of a second factor at a login, apart in the same way;
+//! - `own mfa ID`: such codes within a session.
 
+mod codes;
 mod network;
 mod turns;
 
@@ -52,6 +55,7 @@ const FIRST_DELAY: Duration = Duration::from_secs(1);
 pub(super) struct Throttle {
     account: Option<ThrottleRule>,
     address: Option<ThrottleRule>,
+    codes: ThrottleRule,
     /// Hides names that somebody tried.
     names: hmac::Key,
     turns: Arc<Turns>,
@@ -78,7 +82,17 @@ struct AccountAttempt {
     is_home: Option<bool>,
     is_known: bool,
     claim: Option<Claim>,
+    rule: ThrottleRule,
     _turn: Turn,
+}
+
+/// What is tried, and what failing costs.
+struct Guarded {
+    user: UserId,
+    subject: String,
+    /// What failures at home are named by.
+    kind: &'static str,
+    rule: Option<ThrottleRule>,
 }
 
 impl AccountAttempt {
@@ -141,6 +155,7 @@ impl Throttle {
         Self {
             account: rule(account, settings.max_delay, ACCOUNT_FORGIVEN_IN),
             address: rule(address, ADDRESS_MAX_DELAY, ADDRESS_FORGIVEN_IN),
+            codes: codes::rule(account),
             names: master_key.mac_key("login-throttle/v1"),
             turns: Arc::default(),
             turn_timeout: passwords.queue_timeout,
@@ -195,8 +210,13 @@ impl Auth {
             Some(id) => format!("user {id}"),
             None => self.throttle.name(identifier),
         };
-        let user = user.unwrap_or(UserId(Uuid::nil()));
-        self.admit(user, subject, origin.address, now).await
+        let what = Guarded {
+            user: user.unwrap_or(UserId(Uuid::nil())),
+            subject,
+            kind: "user",
+            rule: self.throttle.account,
+        };
+        self.admit(what, origin.address, now).await
     }
 
     /// Lets the present password be asked for within a session.
@@ -204,7 +224,13 @@ impl Auth {
     /// # Errors
     /// `Throttled` · `Overloaded` · `Unavailable`
     pub(super) async fn admit_own(&self, user: UserId, now: DateTime<Utc>) -> Result<Attempt> {
-        self.admit(user, format!("own {user}"), None, now).await
+        let what = Guarded {
+            user,
+            subject: format!("own {user}"),
+            kind: "own",
+            rule: self.throttle.account,
+        };
+        self.admit(what, None, now).await
     }
 
     /// Lets somebody register, and counts it against the address whatever becomes of it.
@@ -229,12 +255,17 @@ impl Auth {
 
     async fn admit(
         &self,
-        user: UserId,
-        subject: String,
+        what: Guarded,
         address: Option<IpAddr>,
         now: DateTime<Utc>,
     ) -> Result<Attempt> {
-        let (by_account, by_address) = (self.throttle.account, self.throttle.address);
+        let Guarded {
+            user,
+            subject,
+            kind,
+            rule: by_account,
+        } = what;
+        let by_address = self.throttle.address;
         let by_address = by_address.zip(address.map(from));
         let mut attempt = Attempt {
             account: None,
@@ -249,7 +280,7 @@ impl Auth {
         if by_account.is_none() && by_address.is_none() {
             return Ok(attempt);
         }
-        let home = address.map(|address| format!("user {user} {}", from(address)));
+        let home = address.map(|address| format!("{kind} {user} {}", from(address)));
         let mut subjects = vec![subject.clone()];
         subjects.extend(home.clone());
         subjects.extend(by_address.as_ref().map(|(_, from)| from.clone()));
@@ -281,6 +312,7 @@ impl Auth {
             is_home,
             is_known: false,
             claim: None,
+            rule,
             _turn: turn,
         };
         if let Some(state) = states.get(account.counted()) {
@@ -329,8 +361,23 @@ impl Auth {
     /// # Errors
     /// `Unavailable`: nobody is told then that it failed.
     pub(super) async fn attempt_failed(&self, attempt: Attempt) -> Result<()> {
+        self.attempt_failed_with(attempt, async { Ok(()) }).await
+    }
+
+    /// The same, and whatever else is to be done then.
+    ///
+    /// # Errors
+    /// `Unavailable`: nobody is told then that it failed.
+    pub(super) async fn attempt_failed_with(
+        &self,
+        attempt: Attempt,
+        then: impl Future<Output = Result<()>> + Send + 'static,
+    ) -> Result<()> {
         let auth = self.clone();
-        let counting = async move { auth.count_failure(attempt).await };
+        let counting = async move {
+            auth.count_failure(attempt).await?;
+            then.await
+        };
         tokio::spawn(counting.in_current_span())
             .await
             .map_err(Error::internal)?
@@ -345,14 +392,14 @@ impl Auth {
         } = attempt;
         let mut counts = Vec::new();
         // Borrowed: whoever waits for the turn is to see this failure.
-        if let (Some(rule), Some(account)) = (self.throttle.account, &mut account) {
+        if let Some(account) = &mut account {
             if let Some(claim) = &mut account.claim {
                 claim.keep();
             }
             if account.is_home.is_none() {
                 account.is_home = Some(self.is_home(account.user, address).await?);
             }
-            counts.push((account.counted().to_owned(), rule));
+            counts.push((account.counted().to_owned(), account.rule));
         }
         if let (Some(rule), Some(address)) = (self.throttle.address, address) {
             counts.push((from(address), rule));

@@ -131,6 +131,15 @@ impl Validated {
         }
     }
 
+    /// How the session was opened (RFC 8176); nothing for an API key.
+    pub fn methods(&self) -> &'static [&'static str] {
+        match &self.0.proof {
+            Proof::Token(_, answer) if answer.known().session.mfa => &["pwd", "otp"],
+            Proof::Token(..) => &["pwd"],
+            Proof::ApiKey(_) => &[],
+        }
+    }
+
     /// The API key that it is, if it is one.
     pub fn api_key(&self) -> Option<&ApiKey> {
         match &self.0.proof {

@@ -12,7 +12,10 @@ use super::{
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    model::{KeyOverlap, Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName, TierName},
+    model::{
+        Identifier, KeyOverlap, Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName,
+        TierName,
+    },
     store::Store,
     tasks,
     usage::load_tiers,
@@ -47,6 +50,14 @@ pub(super) enum UsersCommand {
     /// others alone. Run it again after it was cut short, or with a mended file: nobody is imported
     /// twice. Exit code 1 when rows were broken.
     Import(import::ImportArgs),
+    /// Take away the second factor of a user who lost it, and end their sessions
+    ResetMfa {
+        /// E-mail address or username
+        user: String,
+        /// Why, for the audit trail
+        #[arg(long, default_value = "", hide_default_value = true)]
+        reason: String,
+    },
 }
 
 #[derive(Subcommand)]
@@ -82,6 +93,9 @@ pub(super) async fn users(command: UsersCommand, loaded: Loaded) -> anyhow::Resu
             admin,
             password_stdin,
         } => (email, username, full_name, tier, admin, password_stdin),
+        UsersCommand::ResetMfa { user, reason } => {
+            return reset_mfa(&user, &reason, &loaded).await;
+        }
     };
     let tiers = load_tiers(&loaded.settings.usage.tiers_file)?;
     let tier = match tier {
@@ -118,6 +132,32 @@ pub(super) async fn users(command: UsersCommand, loaded: Loaded) -> anyhow::Resu
         if !given {
             println!("password  {password}");
         }
+        Ok(())
+    })
+    .await
+}
+
+async fn reset_mfa(user: &str, reason: &str, loaded: &Loaded) -> anyhow::Result<()> {
+    let identifier: Identifier = named("USER", user.parse())?;
+    anyhow::ensure!(
+        reason.chars().count() <= 500 && !reason.contains('\0'),
+        "--reason must be at most 500 characters"
+    );
+    with_auth(loaded, async move |auth| {
+        let user = auth.user_by_identifier(&identifier).await?;
+        let (user, reset) = auth
+            .reset_mfa(user.id, reason, &Origin::operator(), Utc::now())
+            .await?;
+        println!(
+            "id              {}\nusername        {}",
+            user.id, user.username
+        );
+        if reset.was_enabled {
+            println!("second factor   taken away");
+        } else {
+            println!("second factor   there was none");
+        }
+        println!("sessions ended  {}", reset.sessions_ended);
         Ok(())
     })
     .await

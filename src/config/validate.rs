@@ -64,6 +64,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.staleness_bound: 10 * tick, minute;
         auth.max_stale: auth.staleness_bound, day;
         auth.api_key_max_ttl: hour, 4000 * day;
+        auth.mfa_challenge_ttl: 30 * second, hour;
         password.queue_timeout: tick, minute;
         throttle.max_delay: second, hour;
         quota.replica_ttl: second, 5 * minute;
@@ -77,6 +78,12 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         if value.is_empty() || value.len() > 255 {
             return Err((key, "must be 1 to 255 bytes".to_owned()));
         }
+    }
+    let issuer = &auth.mfa_issuer;
+    let is_fine = |c: char| c != ':' && !c.is_control();
+    if !(1..=64).contains(&issuer.len()) || !issuer.chars().all(is_fine) {
+        let message = "must be 1 to 64 bytes, without colons and control characters";
+        return Err(("auth.mfa_issuer", message.to_owned()));
     }
     settings.tls.check()?;
     if let Err(message) = settings.webhook.target() {

@@ -6,7 +6,7 @@ use super::{
     bearer::bearer,
     call::origin_of,
     convert::{self, Fields, only, time},
-    importing, people,
+    importing, mfa, people,
     quota::{self, reason},
 };
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
         ImportUsersRequest, ListAuditEventsRequest, ListAuditEventsResponse, ListCreditsRequest,
         ListCreditsResponse, ListServiceAccountsRequest, ListServiceAccountsResponse,
         ListUserSessionsRequest, ListUserSessionsResponse, ListUsersRequest, ListUsersResponse,
-        LookupUserRequest, LookupUserResponse, RevokeUserSessionsRequest,
+        LookupUserRequest, LookupUserResponse, ResetUserMfaRequest, ResetUserMfaResponse, RevokeUserSessionsRequest,
         RevokeUserSessionsResponse, RotateServiceKeyRequest, RotateServiceKeyResponse,
         SetQuotaOverrideRequest, SetQuotaOverrideResponse, SetUserTierRequest, SetUserTierResponse,
         UpdateUserRequest, UpdateUserResponse, VoidCreditsRequest, VoidCreditsResponse,
@@ -230,6 +230,13 @@ impl AdminService for Handler {
             user: Some(user.into()),
             revision: convert::revision(self.auth.revision().await),
         }))
+    }
+
+    async fn reset_user_mfa(
+        &self,
+        request: Request<ResetUserMfaRequest>,
+    ) -> Result<Response<ResetUserMfaResponse>, Status> {
+        mfa::reset(&self.auth, request).await.map(Response::new)
     }
 
     async fn list_user_sessions(

@@ -9,7 +9,7 @@ use super::{
     bearer::bearer,
     call::origin_of,
     convert::{self, Fields, only},
-    people, watch,
+    mfa, people, watch,
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
@@ -17,12 +17,15 @@ use crate::{
     model::{ApiKeyScopes, Role, Violation},
     proto::tollkeeper::auth::v1::{
         BatchValidateTokensRequest, BatchValidateTokensResponse, ChangePasswordRequest,
-        ChangePasswordResponse, CreateApiKeyRequest, CreateApiKeyResponse, GetCurrentUserRequest,
+        ChangePasswordResponse, CompleteMfaRequest, CompleteMfaResponse, ConfirmTotpRequest,
+        ConfirmTotpResponse, CreateApiKeyRequest, CreateApiKeyResponse, DisableTotpRequest,
+        DisableTotpResponse, EnrollTotpRequest, EnrollTotpResponse, GetCurrentUserRequest,
         GetCurrentUserResponse, GetJwksRequest, GetJwksResponse, ListApiKeysRequest,
         ListApiKeysResponse, ListSessionsRequest, ListSessionsResponse, LoginRequest,
         LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest, RefreshTokensResponse,
-        RegisterRequest, RegisterResponse, RevokeAllSessionsRequest, RevokeAllSessionsResponse,
-        RevokeApiKeyRequest, RevokeApiKeyResponse, RevokeSessionRequest, RevokeSessionResponse,
+        RegenerateRecoveryCodesRequest, RegenerateRecoveryCodesResponse, RegisterRequest,
+        RegisterResponse, RevokeAllSessionsRequest, RevokeAllSessionsResponse, RevokeApiKeyRequest,
+        RevokeApiKeyResponse, RevokeSessionRequest, RevokeSessionResponse,
         UpdateCurrentUserRequest, UpdateCurrentUserResponse, ValidateTokenRequest,
         ValidateTokenResponse, WatchRevocationsRequest, auth_service_server::AuthService,
     },
@@ -80,10 +83,14 @@ impl AuthService for Handler {
             .auth
             .login(&identifier, password, &origin, Utc::now())
             .await?;
-        Ok(Response::new(LoginResponse {
-            tokens: Some(login.tokens.into()),
-            user: Some(login.user.into()),
-        }))
+        Ok(Response::new(login.into()))
+    }
+
+    async fn complete_mfa(
+        &self,
+        request: Request<CompleteMfaRequest>,
+    ) -> Result<Response<CompleteMfaResponse>, Status> {
+        mfa::complete(&self.auth, request).await.map(Response::new)
     }
 
     async fn refresh_tokens(
@@ -216,6 +223,36 @@ impl AuthService for Handler {
             revoked_count: people::count(changed.await?),
             revision: convert::revision(self.auth.revision().await),
         }))
+    }
+
+    async fn enroll_totp(
+        &self,
+        request: Request<EnrollTotpRequest>,
+    ) -> Result<Response<EnrollTotpResponse>, Status> {
+        mfa::enroll(&self.auth, request).await.map(Response::new)
+    }
+
+    async fn confirm_totp(
+        &self,
+        request: Request<ConfirmTotpRequest>,
+    ) -> Result<Response<ConfirmTotpResponse>, Status> {
+        mfa::confirm(&self.auth, request).await.map(Response::new)
+    }
+
+    async fn disable_totp(
+        &self,
+        request: Request<DisableTotpRequest>,
+    ) -> Result<Response<DisableTotpResponse>, Status> {
+        mfa::disable(&self.auth, request).await.map(Response::new)
+    }
+
+    async fn regenerate_recovery_codes(
+        &self,
+        request: Request<RegenerateRecoveryCodesRequest>,
+    ) -> Result<Response<RegenerateRecoveryCodesResponse>, Status> {
+        mfa::regenerate(&self.auth, request)
+            .await
+            .map(Response::new)
     }
 
     async fn validate_token(

@@ -283,6 +283,7 @@ impl From<User> for auth::v1::User {
             created_at: Some(time(user.created_at)),
             updated_at: Some(time(user.updated_at)),
             last_login_at: user.last_login_at.map(time),
+            mfa_enabled: user.mfa_enabled,
         }
     }
 }
@@ -409,6 +410,11 @@ impl From<&Validated> for auth::v1::ValidateTokenResponse {
             quota: None,
             scopes: key.map(|key| key.scopes.names()).unwrap_or_default(),
             api_key_id: key.map(|key| key.id.to_string()).unwrap_or_default(),
+            amr: validated
+                .methods()
+                .iter()
+                .map(|&method| method.to_owned())
+                .collect(),
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod health;
 mod importing;
 mod memory;
 mod metrics;
+mod mfa;
 mod peer;
 mod people;
 mod proxies;

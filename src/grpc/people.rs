@@ -137,6 +137,7 @@ pub(super) fn session(details: SessionDetails, current: Option<SessionId>) -> v1
             .map(|address| address.to_string())
             .unwrap_or_default(),
         is_current: current == Some(session.id),
+        mfa: session.mfa,
     }
 }
 

@@ -122,6 +122,16 @@ impl From<Error> for Status {
                 details.set_retry_info(Some(retry_after));
                 Self::with_error_details(Code::ResourceExhausted, message, details)
             }
+            Error::MfaCodeInvalid => status(Code::Unauthenticated, Reason::MfaCodeInvalid, message),
+            Error::MfaChallengeInvalid => {
+                status(Code::Unauthenticated, Reason::MfaChallengeInvalid, message)
+            }
+            Error::MfaAlreadyEnabled => {
+                status(Code::FailedPrecondition, Reason::MfaAlreadyEnabled, message)
+            }
+            Error::MfaNotEnabled => {
+                status(Code::FailedPrecondition, Reason::MfaNotEnabled, message)
+            }
             Error::Unavailable(cause) => {
                 tracing::warn!(cause = %chain(&*cause), "the database is unavailable");
                 let mut details = info(Reason::DatabaseUnavailable, []);

@@ -60,6 +60,10 @@ id!(
     ApiKeyId
 );
 id!(
+    /// One enrolment of an authenticator app.
+    FactorId
+);
+id!(
     /// A usage event, named by the client that reports it.
     EventId
 );

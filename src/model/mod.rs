@@ -12,6 +12,7 @@ mod ids;
 mod import;
 mod lease;
 mod limit;
+mod mfa;
 mod names;
 mod notice;
 mod page;
@@ -35,8 +36,8 @@ pub use change::Change;
 pub use count::Count;
 pub use erasure::ErasureStep;
 pub use ids::{
-    ApiKeyId, CreditId, EventId, GrantRequestId, ReplicaId, ServiceAccountId, ServiceKeyId,
-    SessionId, UserId,
+    ApiKeyId, CreditId, EventId, FactorId, GrantRequestId, ReplicaId, ServiceAccountId,
+    ServiceKeyId, SessionId, UserId,
 };
 pub use import::{ImportKey, ImportSource, ImportStanding, ImportStep, ImportUser};
 pub use lease::{
@@ -45,6 +46,9 @@ pub use lease::{
 };
 pub use limit::{
     BaseSource, Credit, CreditShare, Draw, EffectiveLimit, LimitFacts, MonthlyOverride, PastMonth,
+};
+pub use mfa::{
+    Factor, MfaCode, MfaStanding, RecoveryCode, TotpCode, TotpCredential, UsedCode, UsedFactor,
 };
 pub use names::{
     ApiKeyName, Email, FullName, Identifier, ModelName, NamePrefix, RequestId, ServiceName,

@@ -18,6 +18,8 @@ pub struct Session {
     /// When it ends however much it is used.
     pub absolute_expires_at: DateTime<Utc>,
     pub revoked_at: Option<DateTime<Utc>>,
+    /// Whether a second factor opened it.
+    pub mfa: bool,
 }
 
 impl Session {

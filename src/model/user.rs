@@ -22,6 +22,8 @@ pub struct User {
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
     pub last_login_at: Option<DateTime<Utc>>,
+    /// Whether a login asks for a second factor.
+    pub mfa_enabled: bool,
 }
 
 impl User {

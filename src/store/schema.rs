@@ -146,6 +146,14 @@ diesel::table! {
 }
 
 diesel::table! {
+    recovery_codes (user_id, code_hash) {
+        user_id -> Uuid,
+        code_hash -> Bytea,
+        created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     replicas (id) {
         id -> Uuid,
         expires_at -> Timestamptz,
@@ -189,6 +197,18 @@ diesel::table! {
         revoked_at -> Nullable<Timestamptz>,
         user_agent -> Text,
         address -> Nullable<Text>,
+        mfa -> Bool,
+    }
+}
+
+diesel::table! {
+    totp_credentials (user_id) {
+        user_id -> Uuid,
+        id -> Uuid,
+        sealed_secret -> Bytea,
+        created_at -> Timestamptz,
+        confirmed_at -> Nullable<Timestamptz>,
+        last_step -> Int8,
     }
 }
 
@@ -237,6 +257,7 @@ diesel::table! {
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
         last_login_at -> Nullable<Timestamptz>,
+        mfa_enabled -> Bool,
     }
 }
 
@@ -244,8 +265,10 @@ diesel::joinable!(api_keys -> users (user_id));
 diesel::joinable!(credit_draws -> users (user_id));
 diesel::joinable!(credit_grants -> users (user_id));
 diesel::joinable!(quota_overrides -> users (user_id));
+diesel::joinable!(recovery_codes -> users (user_id));
 diesel::joinable!(service_keys -> service_accounts (service_account_id));
 diesel::joinable!(sessions -> users (user_id));
+diesel::joinable!(totp_credentials -> users (user_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
@@ -260,10 +283,12 @@ diesel::allow_tables_to_appear_in_same_query!(
     quota_notices,
     quota_overrides,
     quota_settlements,
+    recovery_codes,
     replicas,
     service_accounts,
     service_keys,
     sessions,
+    totp_credentials,
     usage_records,
     user_erasures,
     users,

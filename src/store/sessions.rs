@@ -1,5 +1,8 @@
 use chrono::{DateTime, Utc};
-use diesel::prelude::*;
+use diesel::{
+    prelude::*,
+    result::{DatabaseErrorKind, Error as DieselError},
+};
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use serde_json::json;
 use uuid::Uuid;
@@ -7,14 +10,15 @@ use uuid::Uuid;
 use super::{
     Store,
     audit::audit_insert_in_txn,
+    mfa::mfa_code_use_in_txn,
     schema::{sessions, users},
     users::UserRow,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Origin, Page, PageRequest, RefreshStep, Session, SessionDetails,
-        SessionId, SessionStanding, UserId,
+        AuditAction, AuditEvent, Factor, Origin, Page, PageRequest, RefreshStep, Session,
+        SessionDetails, SessionId, SessionStanding, UsedCode, UserId,
     },
 };
 
@@ -26,6 +30,8 @@ pub struct NewSession<'a> {
     pub absolute_expires_at: DateTime<Utc>,
     /// Takes the place of the user's hash when that is weaker than the configured scheme.
     pub rehashed_password: Option<String>,
+    /// The second factor that opens it beside the password; used up with that.
+    pub code: Option<UsedCode>,
     pub origin: &'a Origin,
 }
 
@@ -42,7 +48,8 @@ impl Store {
     /// meanwhile, the login does not count.
     ///
     /// # Errors
-    /// `InvalidCredentials` · `AccountDisabled` · `Unavailable`
+    /// `InvalidCredentials` · `AccountDisabled` · `MfaCodeInvalid` · `MfaChallengeInvalid` when there is a
+    /// session of this id, or a second factor is asked for since this moment · `Unavailable`
     pub async fn session_open(
         &self,
         new: NewSession<'_>,
@@ -67,6 +74,9 @@ impl Store {
                 .await
                 .optional()?
                 .ok_or(Error::InvalidCredentials)?;
+            if let Some(code) = &new.code {
+                mfa_code_use_in_txn(code, conn).await?;
+            }
             let row = NewSessionRow {
                 id: new.id.0,
                 user_id: new.user_id.0,
@@ -77,20 +87,15 @@ impl Store {
                 absolute_expires_at: new.absolute_expires_at,
                 user_agent: &new.origin.user_agent,
                 address: new.origin.address.map(|address| address.to_string()),
+                mfa: new.code.is_some(),
             };
             let session: SessionRow = diesel::insert_into(sessions::table)
                 .values(row)
                 .returning(SessionRow::as_returning())
                 .get_result(conn)
-                .await?;
-            session_audit_in_txn(
-                AuditAction::SessionOpened,
-                new.id,
-                new.user_id,
-                new.origin,
-                conn,
-            )
-            .await?;
+                .await
+                .map_err(on_challenged)?;
+            session_opened_in_txn(&new, conn).await?;
             if rehashed.is_some() {
                 let action = AuditAction::PasswordRehashed;
                 let event = AuditEvent::of_user(action, new.user_id, new.origin);
@@ -340,6 +345,37 @@ pub(super) async fn session_revoke_all_in_txn(
     Ok(lapses.iter().filter(|lapses| **lapses > now).count())
 }
 
+/// What keeps a session from being opened: the challenge was used before, or, by the check
+/// `sessions_mfa_required`, a second factor is asked for since this moment.
+fn on_challenged(error: DieselError) -> Error {
+    use DatabaseErrorKind as Kind;
+    match error {
+        DieselError::DatabaseError(Kind::UniqueViolation | Kind::CheckViolation, _) => {
+            Error::MfaChallengeInvalid
+        }
+        error => error.into(),
+    }
+}
+
+/// Says by which second factor, if by any.
+async fn session_opened_in_txn(new: &NewSession<'_>, conn: &mut AsyncPgConnection) -> Result<()> {
+    let mut details = json!({"user_id": new.user_id.to_string()});
+    let factor = new.code.as_ref().map(|code| code.what.factor());
+    if let Some(factor) = factor {
+        details["mfa"] = factor.as_str().into();
+    }
+    let event = AuditEvent::new(AuditAction::SessionOpened, new.id.0, new.origin)
+        .about(new.user_id)
+        .with_details(details);
+    audit_insert_in_txn(&event, conn).await?;
+    if factor == Some(Factor::RecoveryCode) {
+        let action = AuditAction::RecoveryCodeUsed;
+        let event = AuditEvent::of_user(action, new.user_id, new.origin);
+        audit_insert_in_txn(&event, conn).await?;
+    }
+    Ok(())
+}
+
 /// Names the user too: the trail outlives the session's row.
 async fn session_audit_in_txn(
     action: AuditAction,
@@ -373,6 +409,7 @@ struct NewSessionRow<'a> {
     absolute_expires_at: DateTime<Utc>,
     user_agent: &'a str,
     address: Option<String>,
+    mfa: bool,
 }
 
 #[derive(Queryable, Selectable)]
@@ -385,6 +422,7 @@ struct SessionRow {
     idle_expires_at: DateTime<Utc>,
     absolute_expires_at: DateTime<Utc>,
     revoked_at: Option<DateTime<Utc>>,
+    mfa: bool,
 }
 
 impl From<SessionRow> for Session {
@@ -397,6 +435,7 @@ impl From<SessionRow> for Session {
             idle_expires_at: row.idle_expires_at,
             absolute_expires_at: row.absolute_expires_at,
             revoked_at: row.revoked_at,
+            mfa: row.mfa,
         }
     }
 }

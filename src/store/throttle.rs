@@ -180,8 +180,9 @@ pub(super) async fn throttle_clear_user_in_txn(
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
     let subjects = login_throttle::subject
-        .eq_any([format!("own {id}"), format!("user {id}")])
-        .or(login_throttle::subject.like(format!("user {id} from %")));
+        .eq_any(["own", "user", "mfa", "own mfa"].map(|kind| format!("{kind} {id}")))
+        .or(login_throttle::subject.like(format!("user {id} from %")))
+        .or(login_throttle::subject.like(format!("mfa {id} from %")));
     diesel::delete(login_throttle::table.filter(subjects))
         .execute(conn)
         .await?;

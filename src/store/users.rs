@@ -410,6 +410,7 @@ pub(super) struct UserRow {
     created_at: DateTime<Utc>,
     updated_at: DateTime<Utc>,
     last_login_at: Option<DateTime<Utc>>,
+    mfa_enabled: bool,
 }
 
 impl TryFrom<UserRow> for User {
@@ -430,6 +431,7 @@ impl TryFrom<UserRow> for User {
             created_at: row.created_at,
             updated_at: row.updated_at,
             last_login_at: row.last_login_at,
+            mfa_enabled: row.mfa_enabled,
         })
     }
 }
