@@ -87,6 +87,13 @@ fn step_at(at: DateTime<Utc>) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        env,
+        io::Write as _,
+        path::PathBuf,
+        process::{Command, Stdio},
+    };
+
     use proptest::prelude::*;
 
     use super::*;
@@ -127,6 +134,55 @@ mod tests {
             TotpSecret(*b"12345678901234567890").base32(),
             "GEZDGNBVGY3TQOJQGEZDGNBVGY3TQOJQ"
         );
+    }
+
+    /// Another's implementation, for as many secrets and times as are quick.
+    #[test]
+    fn the_codes_are_those_of_python() {
+        const CODES: &str = "import json, sys, pyotp\n\
+            given = json.load(sys.stdin)\n\
+            json.dump([pyotp.TOTP(secret).at(at) for secret, at in given], sys.stdout)";
+        let mut random = [0_u8; 8];
+        let given: Vec<(String, TotpSecret, i64)> = (0..5000)
+            .map(|_| {
+                rand::fill(&mut random).expect("random");
+                let at = i64::from_be_bytes(random).rem_euclid(1 << 35);
+                let secret = TotpSecret::generate().expect("random");
+                (secret.base32(), secret, at)
+            })
+            .collect();
+        let input: Vec<_> = given.iter().map(|(text, _, at)| (text, at)).collect();
+        let input = serde_json::to_string(&input).expect("JSON");
+        let codes: Vec<String> = serde_json::from_str(&python(CODES, &input)).expect("JSON");
+        assert_eq!(codes.len(), given.len());
+        for ((text, secret, at), code) in given.iter().zip(codes) {
+            let at = DateTime::from_timestamp(*at, 0).expect("valid");
+            let ours = secret.code(step_at(at)).0;
+            assert_eq!(ours, code.as_bytes(), "{text} at {at}");
+        }
+    }
+
+    /// As `tests/it/auth/python.rs` does it.
+    fn python(script: &str, input: &str) -> String {
+        let python = env::var_os("TOLLKEEPER_TEST_PYTHON").map_or_else(
+            || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python"),
+            PathBuf::from,
+        );
+        let mut child = Command::new(python)
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("scripts/test makes a Python, or TOLLKEEPER_TEST_PYTHON names one");
+        let mut stdin = child.stdin.take().expect("piped");
+        stdin.write_all(input.as_bytes()).expect("it reads");
+        drop(stdin);
+        let output = child.wait_with_output().expect("ended");
+        assert!(
+            output.status.success(),
+            "the packages of scripts/requirements.txt"
+        );
+        String::from_utf8(output.stdout).expect("JSON")
     }
 
     proptest! {

@@ -13,6 +13,7 @@ mod keys;
 mod last_admin;
 mod locale;
 mod login;
+mod mfa;
 mod own_account;
 mod profile;
 pub(crate) mod python;

@@ -1,0 +1,186 @@
+//! Codes are guessed by those who have the password.
+
+use tollkeeper::config::Settings;
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use super::{
+    super::assert_refused, Authenticator, WRONG_PASSWORD, audited, challenge, complete,
+    complete_through, confirm, enroll, let_time_pass, login, login_through, login_with,
+    user_with_mfa,
+};
+use crate::harness::{PASSWORD, TestApp, TestUser, reason};
+
+const FREE: usize = 5;
+
+fn by_account(settings: &mut Settings) {
+    settings.throttle.account_failures = 5;
+}
+
+async fn wait_out(app: &TestApp) {
+    app.sql("UPDATE login_throttle SET blocked_until = now() - interval '1 ms'")
+        .await;
+}
+
+#[track_caller]
+fn assert_waits<T: std::fmt::Debug>(outcome: Result<T, Status>) {
+    let status = assert_refused(outcome, Code::ResourceExhausted, "TOO_MANY_ATTEMPTS");
+    let retry = status.get_details_retry_info().expect("a RetryInfo");
+    assert!(retry.retry_delay.is_some_and(|delay| !delay.is_zero()));
+}
+
+/// Gives wrong codes, each to a challenge of its own.
+async fn guess(app: &TestApp, user: &TestUser, phone: &Authenticator, times: usize) {
+    for _ in 0..times {
+        let refused = login_with(app, user, &phone.wrong_code()).await;
+        assert_refused(refused, Code::Unauthenticated, "MFA_CODE_INVALID");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_codes_wait_though_every_login_before_them_succeeds() {
+    // Also where the settings let passwords be guessed.
+    for free in [0, 1000] {
+        let app = TestApp::spawn_with(|s| s.throttle.account_failures = free).await;
+        let (user, phone, _) = user_with_mfa(&app).await;
+        guess(&app, &user, &phone, FREE + 1).await;
+        assert_eq!(audited(&app, &user, "mfa.code_refused").await, 6);
+        for code in [
+            phone.wrong_code(),
+            phone.code(),
+            phone.recovery_codes[0].clone(),
+        ] {
+            assert_waits(login_with(&app, &user, &code).await);
+        }
+        assert_eq!(
+            audited(&app, &user, "mfa.code_refused").await,
+            6,
+            "not looked at"
+        );
+        // One at a time, for waits that double.
+        for _ in 0..3 {
+            wait_out(&app).await;
+            guess(&app, &user, &phone, 1).await;
+            assert_waits(login_with(&app, &user, &phone.code()).await);
+        }
+        wait_out(&app).await;
+        login_with(&app, &user, &phone.code()).await.unwrap();
+        let_time_pass(&app).await;
+        guess(&app, &user, &phone, FREE).await;
+        login_with(&app, &user, &phone.code()).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_for_codes_hold_on_every_replica() {
+    let app = TestApp::spawn().await;
+    let replica = app.replica().await;
+    let (user, phone, _) = user_with_mfa(&app).await;
+    let channels = [app.channel.clone(), replica.channel()];
+    for channel in channels.iter().cycle().take(FREE + 1) {
+        let challenge = challenge(&app, &user).await.challenge;
+        let refused = complete_through(channel, &challenge, &phone.wrong_code()).await;
+        assert_refused(refused, Code::Unauthenticated, "MFA_CODE_INVALID");
+    }
+    let challenge = challenge(&app, &user).await.challenge;
+    for channel in &channels {
+        assert_waits(complete_through(channel, &challenge, &phone.code()).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_password_alone_forgets_no_wrong_password_and_the_code_does() {
+    let app = TestApp::spawn_with(by_account).await;
+    let (user, phone, _) = user_with_mfa(&app).await;
+    let failures = "SELECT coalesce(sum(failures), 0)::bigint FROM login_throttle";
+    for n in 1..=4 {
+        let refused = login(&app, &user, WRONG_PASSWORD).await;
+        assert_refused(refused, Code::Unauthenticated, "INVALID_CREDENTIALS");
+        challenge(&app, &user).await;
+        assert_eq!(app.count(failures).await, n);
+    }
+    guess(&app, &user, &phone, 1).await;
+    assert_eq!(app.count(failures).await, 5);
+    login_with(&app, &user, &phone.code()).await.unwrap();
+    assert_eq!(app.count(failures).await, 0);
+
+    // And from where the user has never been.
+    app.sql("UPDATE sessions SET address = '192.0.2.1'").await;
+    let_time_pass(&app).await;
+    let elsewhere = app.running().channel_from([127, 0, 0, 2]);
+    let refused = login_through(&elsewhere, &user, WRONG_PASSWORD).await;
+    assert_refused(refused, Code::Unauthenticated, "INVALID_CREDENTIALS");
+    let answer = login_through(&elsewhere, &user, PASSWORD).await.unwrap();
+    assert_eq!(app.count(failures).await, 1);
+    let challenge = answer.mfa_challenge.unwrap().challenge;
+    complete_through(&elsewhere, &challenge, &phone.code())
+        .await
+        .unwrap();
+    assert_eq!(app.count(failures).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_who_guess_codes_do_not_keep_the_user_out_at_home() {
+    let app = TestApp::spawn().await;
+    let (user, phone, _) = user_with_mfa(&app).await;
+    let elsewhere = app.running().channel_from([127, 0, 0, 2]);
+    let challenged = challenge(&app, &user).await.challenge;
+    for _ in 0..=FREE {
+        let refused = complete_through(&elsewhere, &challenged, &phone.wrong_code()).await;
+        assert_refused(refused, Code::Unauthenticated, "MFA_CODE_INVALID");
+    }
+    assert_waits(complete_through(&elsewhere, &challenged, &phone.code()).await);
+    complete(&app, &challenged, &phone.code()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn codes_within_a_session_wait_apart_from_those_of_logins() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    let enrolled = enroll(&app, &token, PASSWORD).await.unwrap();
+    let phone = Authenticator::enrolled(&enrolled.secret);
+    for _ in 0..=FREE {
+        let refused = confirm(&app, &token, &phone.wrong_code()).await;
+        assert_refused(refused, Code::Unauthenticated, "MFA_CODE_INVALID");
+    }
+    assert_waits(confirm(&app, &token, &phone.code()).await);
+    wait_out(&app).await;
+    confirm(&app, &token, &phone.code()).await.unwrap();
+    let_time_pass(&app).await;
+
+    let disable = async |code: &str| super::changes::disable(&app, &token, PASSWORD, code).await;
+    for _ in 0..=FREE {
+        let refused = disable(&phone.wrong_code()).await;
+        assert_refused(refused, Code::Unauthenticated, "MFA_CODE_INVALID");
+    }
+    assert_waits(disable(&phone.code()).await);
+    login_with(&app, &user, &phone.code()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_administrator_lets_a_user_who_waits_in_again() {
+    let app = TestApp::spawn().await;
+    let (user, phone, token) = user_with_mfa(&app).await;
+    guess(&app, &user, &phone, FREE + 1).await;
+    for _ in 0..FREE {
+        let wrong = phone.wrong_code();
+        let refused = super::changes::disable(&app, &token, PASSWORD, &wrong).await;
+        assert_eq!(reason(&refused.unwrap_err()), "MFA_CODE_INVALID");
+    }
+    assert_waits(login_with(&app, &user, &phone.code()).await);
+    app.enable(&user.id).await;
+    assert_eq!(app.count("SELECT count(*) FROM login_throttle").await, 0);
+    login_with(&app, &user, &phone.code()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_code_that_cannot_be_counted_is_not_answered() {
+    let app = TestApp::spawn().await;
+    let (user, phone, _) = user_with_mfa(&app).await;
+    app.sql("ALTER TABLE login_throttle ADD CONSTRAINT stuck CHECK (false) NOT VALID")
+        .await;
+    let refused = login_with(&app, &user, &phone.wrong_code()).await;
+    assert_refused(refused, Code::Internal, "INTERNAL");
+    login_with(&app, &user, &phone.code()).await.unwrap();
+}
