@@ -25,11 +25,21 @@ use crate::{
 };
 
 /// Fields that no value makes wrong, or not in this way, and why.
-const ANY_VALUE: [(&str, &str, &str); 17] = [
+const ANY_VALUE: [(&str, &str, &str); 19] = [
     (wrong::importing::IMPORT, "dry_run", "a bool"),
     (wrong::importing::IMPORT, "allow_admins", "a bool"),
     (wrong::importing::IMPORT, "rows.is_active", "a bool"),
     (wrong::importing::IMPORT, "rows.row", "the caller's own"),
+    (
+        "auth.v1.AuthService/ConfirmTotp",
+        "keep_other_sessions",
+        "a bool",
+    ),
+    (
+        "auth.v1.AuthService/DisableTotp",
+        "keep_other_sessions",
+        "a bool",
+    ),
     (
         "auth.v1.AuthService/ChangePassword",
         "keep_other_sessions",

@@ -13,7 +13,7 @@ mod keys;
 mod last_admin;
 mod locale;
 mod login;
-mod mfa;
+pub(crate) mod mfa;
 mod own_account;
 mod profile;
 pub(crate) mod python;

@@ -24,6 +24,7 @@ use super::{
     wrong::{LOGIN, REGISTER, create_api_key, event, grant_credits, register},
 };
 use crate::{
+    auth::mfa,
     descriptor,
     harness::{PASSWORD, TestApp, cluster, reason},
     usage,
@@ -69,6 +70,7 @@ async fn every_reason_of_the_contract_is_given_with_a_code_that_it_names() {
     errors.push(too_many_keys().await);
     errors.push(too_many_attempts().await);
     errors.extend(of_credits(&app).await);
+    errors.extend(mfa::refused(&app).await);
     errors.extend(usage::reservations::refused_reservations().await);
     errors.push(crate::watch::dropped_reader().await);
     errors.push(too_late().await);

@@ -1,6 +1,7 @@
 //! The table of wrong values: each row is right but for one field.
 
 pub(super) mod importing;
+mod mfa;
 mod people;
 
 use std::collections::HashMap;
@@ -140,6 +141,7 @@ pub(super) fn rows(user: &TestUser) -> Vec<Wrong> {
     people::accounts(&mut table, user);
     people::audit_trail(&mut table);
     importing::batches(&mut table);
+    mfa::mfa(&mut table, user);
     table.0
 }
 

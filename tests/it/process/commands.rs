@@ -4,7 +4,14 @@ use super::{
     home::{Home, MASTER_KEY, Outcome},
     jwks,
 };
-use crate::harness::{eventually, login_through, validate_through};
+use tollkeeper::proto::tollkeeper::auth::v1::{
+    LoginRequest, auth_service_client::AuthServiceClient,
+};
+
+use crate::{
+    auth::mfa,
+    harness::{eventually, login_through, validate_through},
+};
 
 /// The value behind a label such as `password  …`.
 fn value(outcome: &Outcome, label: &str) -> String {
@@ -378,4 +385,33 @@ fn help_says_what_each_command_does() {
         }
     }
     refused(&home.run(&[]), &["Usage: tollkeeper"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_takes_the_second_factor_of_who_lost_it_away() {
+    let home = Home::with_database();
+    let run = |args: &[&str]| home.finish(home.production(args), "");
+    let ada = run(&[&USER[..], &["--username", "ada"]].concat());
+    let password = value(&ada, "password");
+    let mut service = home.start(home.production(&["serve"]));
+    let channel = service.serving().await;
+    let token = login_through(&channel, "ada", &password).await.unwrap();
+    mfa::enable_through(&channel, &token.access_token, &password).await;
+    let mut auth = AuthServiceClient::new(channel.clone());
+    let login = LoginRequest {
+        identifier: "ada".to_owned(),
+        password: password.clone(),
+    };
+    let answer = auth.login(login).await.unwrap().into_inner();
+    assert!(answer.tokens.is_none() && answer.mfa_challenge.is_some());
+
+    refused(&run(&["users", "reset-mfa", "bob"]), &["no such user"]);
+    let reset = ["users", "reset-mfa", "ADA@example.com", "--reason", "lost"];
+    let done = run(&reset);
+    assert_eq!(value(&done, "second factor"), "taken away");
+    assert_eq!(value(&done, "sessions ended"), "1");
+    login_through(&channel, "ada", &password).await.unwrap();
+    let again = run(&reset);
+    assert_eq!(value(&again, "second factor"), "there was none");
+    assert_eq!(value(&again, "sessions ended"), "0");
 }

@@ -3,8 +3,8 @@ use std::time::SystemTime;
 use serde_json::Value;
 use tollkeeper::proto::tollkeeper::{
     auth::v1::{
-        LoginRequest, RefreshTokensRequest, RegisterRequest, ValidateTokenRequest,
-        auth_service_client::AuthServiceClient,
+        CompleteMfaRequest, EnrollTotpRequest, LoginRequest, RefreshTokensRequest, RegisterRequest,
+        ValidateTokenRequest, auth_service_client::AuthServiceClient,
     },
     usage::v1::{
         RecordUsageRequest, TokenCounts, UsageEvent, usage_service_client::UsageServiceClient,
@@ -13,7 +13,10 @@ use tollkeeper::proto::tollkeeper::{
 use tonic::Request;
 
 use super::home::Home;
-use crate::harness::with_bearer;
+use crate::{
+    auth::mfa,
+    harness::{login_through, with_bearer},
+};
 
 const EMAIL: &str = "grace.hopper@navy.example";
 const PASSWORD: &str = "a ship in port is safe";
@@ -214,4 +217,54 @@ async fn no_filter_shows_what_is_sent_to_the_database() {
     let log = service.log();
     assert!(log.contains("DEBUG"), "the filter is in effect");
     assert!(!log.contains("with parameters"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_tell_nothing_of_second_factors() {
+    let home = Home::with_database();
+    let serve = ["serve", "--set", "log.filter=info,tollkeeper=trace"];
+    let mut service = home.start(home.production(&serve));
+    let channel = service.serving().await;
+    let mut auth = AuthServiceClient::new(channel.clone());
+    let register = RegisterRequest {
+        email: EMAIL.to_owned(),
+        username: "grace".to_owned(),
+        full_name: String::new(),
+        password: PASSWORD.to_owned(),
+    };
+    auth.register(register).await.unwrap();
+    let token = login_through(&channel, EMAIL, PASSWORD).await.unwrap();
+    let enroll = EnrollTotpRequest {
+        current_password: PASSWORD.to_owned(),
+    };
+    let enrolled = auth.enroll_totp(with_bearer(enroll, &token.access_token));
+    let secret = enrolled.await.unwrap().into_inner().secret;
+    let phone = mfa::enable_through(&channel, &token.access_token, PASSWORD).await;
+    let login = LoginRequest {
+        identifier: EMAIL.to_owned(),
+        password: PASSWORD.to_owned(),
+    };
+    let answer = auth.login(login).await.unwrap().into_inner();
+    let challenge = answer.mfa_challenge.unwrap().challenge;
+    let used = phone.recovery_codes[0].clone();
+    for code in [phone.wrong_code(), used.clone(), used] {
+        let request = CompleteMfaRequest {
+            challenge: challenge.clone(),
+            code,
+        };
+        let _ = auth
+            .complete_mfa(called(Request::new(request), "last"))
+            .await;
+    }
+    service.wait_until("the last call is logged", |service| {
+        service.log().matches("last").count() >= 3
+    });
+    let log = service.log();
+    let mut secrets = vec![&secret[..8], &challenge[challenge.len() - 16..], "tkm_"];
+    secrets.extend(phone.recovery_codes.iter().map(|code| &code[..9]));
+    secrets.extend(["otpauth", "<svg"]);
+    for secret in secrets {
+        let told = log.lines().find(|line| line.contains(secret));
+        assert_eq!(told, None, "{secret} is in the log");
+    }
 }

@@ -23,13 +23,13 @@ const WRONG_PASSWORD: &str = "certainly not this one";
 
 /// A phone, or what is left when it is lost.
 #[derive(Clone)]
-struct Authenticator {
-    secret: Vec<u8>,
-    recovery_codes: Vec<String>,
+pub(crate) struct Authenticator {
+    pub(crate) secret: Vec<u8>,
+    pub(crate) recovery_codes: Vec<String>,
 }
 
 impl Authenticator {
-    fn enrolled(secret: &str) -> Self {
+    pub(crate) fn enrolled(secret: &str) -> Self {
         Self {
             secret: from_base32(secret),
             recovery_codes: Vec::new(),
@@ -37,7 +37,7 @@ impl Authenticator {
     }
 
     /// What it shows now.
-    fn code(&self) -> String {
+    pub(crate) fn code(&self) -> String {
         self.code_in(0)
     }
 
@@ -52,7 +52,7 @@ impl Authenticator {
     }
 
     /// A code that it shows nowhere near now.
-    fn wrong_code(&self) -> String {
+    pub(crate) fn wrong_code(&self) -> String {
         let near: Vec<_> = (-3..=3).map(|steps| self.code_in(steps)).collect();
         let codes = (0..).map(|n| format!("{n:06}"));
         codes.skip(7).find(|code| !near.contains(code)).unwrap()
@@ -109,6 +109,23 @@ async fn enable_in(app: &TestApp, token: &str) -> Authenticator {
     let confirmed = confirm(app, token, &phone.code()).await.unwrap();
     phone.recovery_codes = confirmed.recovery_codes;
     let_time_pass(app).await;
+    phone
+}
+
+/// The same, over any connection.
+pub(crate) async fn enable_through(
+    channel: &Channel,
+    token: &str,
+    password: &str,
+) -> Authenticator {
+    let request = EnrollTotpRequest {
+        current_password: password.to_owned(),
+    };
+    let mut auth = AuthServiceClient::new(channel.clone());
+    let enrolled = auth.enroll_totp(with_bearer(request, token)).await;
+    let mut phone = Authenticator::enrolled(&enrolled.unwrap().into_inner().secret);
+    let confirmed = confirm_through(channel, token, &phone.code()).await;
+    phone.recovery_codes = confirmed.unwrap().recovery_codes;
     phone
 }
 
@@ -191,4 +208,19 @@ async fn audited(app: &TestApp, user: &TestUser, action: &str) -> i64 {
         user.id
     ))
     .await
+}
+
+/// A refusal for each reason that only second factors give.
+pub(crate) async fn refused(app: &TestApp) -> Vec<Status> {
+    let (user, phone, token) = user_with_mfa(app).await;
+    let plain = app.user().create().await;
+    let other = app.login(&plain).await.access_token;
+    vec![
+        login_with(app, &user, &phone.wrong_code())
+            .await
+            .unwrap_err(),
+        complete(app, "tkm_none", &phone.code()).await.unwrap_err(),
+        enroll(app, &token, PASSWORD).await.unwrap_err(),
+        confirm(app, &other, "123456").await.unwrap_err(),
+    ]
 }
