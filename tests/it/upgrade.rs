@@ -38,6 +38,19 @@ async fn older_database() -> (String, Migrator) {
     (url, migrator)
 }
 
+/// A database as migrations leave it before the indexes of people's names are built.
+async fn unindexed_database() -> (String, Migrator) {
+    let url = cluster::empty_database().await;
+    let mut migrator = Migrator::connect(&url).await.unwrap();
+    migrator.up().unwrap();
+    cluster::connect(&url)
+        .await
+        .batch_execute("DROP INDEX users_email_lower_key, users_username_lower_key")
+        .await
+        .unwrap();
+    (url, migrator)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
     let (url, mut migrator) = older_database().await;
@@ -73,7 +86,7 @@ async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn indexes_are_built_beside_those_who_write() {
-    let (url, mut migrator) = older_database().await;
+    let (url, mut migrator) = unindexed_database().await;
     let (writer, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
     let user = |name: &str| {
         format!(
@@ -81,7 +94,7 @@ async fn indexes_are_built_beside_those_who_write() {
              VALUES (gen_random_uuid(), '{name}@example.com', '{name}', 'free')"
         )
     };
-    // Who writes users is in no migration's way, and a build waits for them to end.
+    // A build waits for those who write to end.
     let begin = format!("BEGIN; {}", user("ada"));
     writer.batch_execute(&begin).await.unwrap();
     let migrating = tokio::spawn(async move { migrator.up() });
@@ -142,7 +155,7 @@ async fn an_index_that_was_left_half_built_is_built_anew() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_that_a_killed_process_left_to_postgres_is_waited_for() {
-    let (url, mut migrator) = older_database().await;
+    let (url, mut migrator) = unindexed_database().await;
     let (writer, builder, other) = (
         cluster::connect(&url).await,
         cluster::connect(&url).await,
