@@ -85,10 +85,10 @@ impl Auth {
         };
         self.attempt_succeeded(attempt).await;
         let tokens = self.issue(&standing, now)?;
-        Ok(LoginAnswer::Session(LoggedIn {
+        Ok(LoginAnswer::Session(Box::new(LoggedIn {
             tokens,
             user: standing.user,
-        }))
+        })))
     }
 
     /// Exchanges a refresh token for its successor.

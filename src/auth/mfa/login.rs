@@ -11,7 +11,7 @@ use crate::{
 
 /// What the right password brings.
 pub enum LoginAnswer {
-    Session(LoggedIn),
+    Session(Box<LoggedIn>),
     /// Nobody is logged in yet.
     Challenge(MfaChallenge),
 }

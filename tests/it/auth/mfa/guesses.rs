@@ -1,5 +1,6 @@
 //! Codes are guessed by those who have the password.
 
+use futures_util::future::join_all;
 use tollkeeper::config::Settings;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -183,4 +184,28 @@ async fn a_code_that_cannot_be_counted_is_not_answered() {
     let refused = login_with(&app, &user, &phone.wrong_code()).await;
     assert_refused(refused, Code::Internal, "INTERNAL");
     login_with(&app, &user, &phone.code()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn racing_guesses_of_codes_get_few_tries() {
+    let app = TestApp::spawn().await;
+    let replica = app.replica().await;
+    let channels = [app.channel.clone(), replica.channel()];
+    let (user, phone, _) = user_with_mfa(&app).await;
+    let mut challenges = Vec::new();
+    for _ in 0..40 {
+        challenges.push(challenge(&app, &user).await.challenge);
+    }
+    let wrong = phone.wrong_code();
+    let guesses = challenges.iter().zip(channels.iter().cycle());
+    let guesses = guesses.map(|(challenge, channel)| complete_through(channel, challenge, &wrong));
+    let mut looked_at = 0;
+    for outcome in join_all(guesses).await {
+        match &*reason(&outcome.unwrap_err()) {
+            "MFA_CODE_INVALID" => looked_at += 1,
+            other => assert_eq!(other, "TOO_MANY_ATTEMPTS"),
+        }
+    }
+    // On each replica as many are under way at once as are free.
+    assert!((FREE..4 * FREE).contains(&looked_at), "{looked_at}");
 }
