@@ -8,7 +8,8 @@ use super::duration;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ThrottleSettings {
-    /// Wrong passwords for one account before each further one costs a wait; 0 turns it off.
+    /// Wrong passwords for one account before each further one costs a wait; 0 turns it off. Codes of a
+    /// second factor wait in any case, after five at the latest.
     pub account_failures: u32,
     /// Failed logins, and separately registrations, from one address before each further one costs a
     /// wait; ten a minute are forgiven. 0 turns it off: for where all calls come from one backend.

@@ -6,6 +6,7 @@ use tollkeeper::proto::tollkeeper::auth::v1::ListSessionsRequest;
 
 use super::edge::Site;
 use crate::{
+    auth::mfa::Authenticator,
     descriptor,
     harness::{Answer, Edge, PASSWORD, Raw, TestApp, eventually, reason},
     usage::event,
@@ -195,6 +196,48 @@ async fn people_register_log_in_refresh_and_log_out_by_json() {
     site.done("/api/auth/logout", &latest, &json!({})).await;
     let answer = site.json(Method::GET, "/api/auth/me", &latest, "").await;
     assert_refused(answer, 401, "SESSION_ENDED", "after the logout").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn people_give_a_second_factor_by_json() {
+    let site = Site::start().await;
+    let user = site.app.user().create().await;
+    let text = |value: &Value| value.as_str().expect("text").to_owned();
+    let login = json!({"identifier": user.email, "password": PASSWORD});
+    let answer = site.done("/api/auth/login", "", &login).await;
+    let token = text(&answer["tokens"]["access_token"]);
+
+    let password = json!({"current_password": PASSWORD});
+    let enrolled = site.done("/api/auth/mfa/enroll", &token, &password).await;
+    let phone = Authenticator::enrolled(enrolled["secret"].as_str().unwrap());
+    assert!(text(&enrolled["qr_code_svg"]).starts_with("<svg "));
+    let code = json!({"code": phone.code()});
+    let confirmed = site.done("/api/auth/mfa/confirm", &token, &code).await;
+    let codes = confirmed["recovery_codes"].as_array().unwrap();
+
+    let answer = site.done("/api/auth/login", "", &login).await;
+    assert_eq!(answer["tokens"], Value::Null);
+    let challenge = &answer["mfa_challenge"];
+    assert_eq!(
+        challenge["factors"],
+        json!(["MFA_FACTOR_TOTP", "MFA_FACTOR_RECOVERY_CODE"])
+    );
+    // Used up when it was confirmed.
+    let completed = json!({"challenge": challenge["challenge"], "code": code["code"]});
+    let answer = site.post("/api/auth/mfa/complete", "", &completed).await;
+    assert_refused(answer, 401, "MFA_CODE_INVALID", "a used code").await;
+    let completed = json!({"challenge": challenge["challenge"], "code": codes[0]});
+    let answer = site.done("/api/auth/mfa/complete", "", &completed).await;
+    assert_eq!(answer["recovery_codes_left"], 9);
+    let token = text(&answer["tokens"]["access_token"]);
+
+    let both = |code: &Value| json!({"current_password": PASSWORD, "code": code});
+    let path = "/api/auth/mfa/recovery-codes";
+    let new = site.done(path, &token, &both(&codes[1])).await;
+    let code = both(&new["recovery_codes"][0]);
+    site.done("/api/auth/mfa/disable", &token, &code).await;
+    let answer = site.done("/api/auth/login", "", &login).await;
+    assert_eq!(answer["user"]["mfa_enabled"], false);
 }
 
 /// That it says the right things of them a step of CI sees to.
