@@ -256,6 +256,30 @@ mod tests {
     }
 
     #[test]
+    fn authenticator_apps_can_show_the_issuer_and_challenges_end_in_time() {
+        let refused = |change: fn(&mut Settings)| {
+            let mut settings = production();
+            change(&mut settings);
+            bounds(&settings).err().map(|(key, _)| key)
+        };
+        assert_eq!(
+            refused(|s| s.auth.mfa_issuer = "Acme & Söhne".to_owned()),
+            None
+        );
+        let issuers: [fn(&mut Settings); 4] = [
+            |s| s.auth.mfa_issuer = String::new(),
+            |s| s.auth.mfa_issuer = "acme:auth".to_owned(),
+            |s| s.auth.mfa_issuer = "acme\n".to_owned(),
+            |s| s.auth.mfa_issuer = "x".repeat(65),
+        ];
+        for change in issuers {
+            assert_eq!(refused(change), Some("auth.mfa_issuer"));
+        }
+        let ttl = |s: &mut Settings| s.auth.mfa_challenge_ttl = Duration::from_hours(2);
+        assert_eq!(refused(ttl), Some("auth.mfa_challenge_ttl"));
+    }
+
+    #[test]
     fn dev_mode_needs_no_secret_and_still_refuses_a_short_one() {
         let mut settings = Settings {
             dev: true,
