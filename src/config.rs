@@ -5,6 +5,7 @@
 //! An unknown key is an error.
 
 mod layers;
+mod mail;
 mod throttle;
 mod tls;
 mod validate;
@@ -15,6 +16,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, ti
 use serde::{Deserialize, Serialize};
 
 pub use layers::{Loaded, Origin, SettingsError, load};
+pub use mail::{MailSettings, MailTls};
 pub use throttle::ThrottleSettings;
 pub use tls::{TlsSettings, is_uri};
 pub use webhook::WebhookSettings;
@@ -38,6 +40,7 @@ pub struct Settings {
     pub quota: QuotaSettings,
     pub gateway: GatewaySettings,
     pub webhook: WebhookSettings,
+    pub mail: MailSettings,
     pub log: LogSettings,
     pub ops: OpsSettings,
 }
@@ -123,6 +126,17 @@ pub struct AuthSettings {
     /// Longest lifetime of an API key that expires; one may also never expire.
     #[serde(with = "duration")]
     pub api_key_max_ttl: Duration,
+    /// Whether an address has to be verified before its user may log in.
+    pub require_verified_email: bool,
+    /// Between two mails to one account for the same; doubles for whoever asks on, up to half an hour.
+    #[serde(with = "duration")]
+    pub mail_interval: Duration,
+    /// How long the mail that verifies an address is good.
+    #[serde(with = "duration")]
+    pub verification_ttl: Duration,
+    /// How long the mail that sets a password is good.
+    #[serde(with = "duration")]
+    pub reset_ttl: Duration,
     /// Folder of PEM keys. Empty in dev mode: `keys` in `data_dir`.
     pub key_dir: PathBuf,
     /// Secret of HS256, at least 256 bits.
@@ -294,6 +308,7 @@ impl Default for Settings {
             quota: QuotaSettings::default(),
             gateway: GatewaySettings::default(),
             webhook: WebhookSettings::default(),
+            mail: MailSettings::default(),
             log: LogSettings::default(),
             ops: OpsSettings::default(),
         }
@@ -343,6 +358,10 @@ impl Default for AuthSettings {
             cache_bytes: 288 << 20,
             api_keys_per_user: 50,
             api_key_max_ttl: Duration::from_hours(365 * 24),
+            require_verified_email: false,
+            mail_interval: Duration::from_mins(1),
+            verification_ttl: Duration::from_hours(24),
+            reset_ttl: Duration::from_hours(1),
             key_dir: PathBuf::new(),
             jwt_secret: Secret::default(),
             master_key: Secret::default(),

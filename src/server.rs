@@ -29,10 +29,11 @@ use crate::{
         self, AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, RulesError,
         health::{self, Readiness},
     },
+    mail::{MailError, Mailer},
     ops,
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
-    tasks::{self, Delivery, Retention, Upkeep},
+    tasks::{self, Delivery, Mailing, Retention, Upkeep},
     usage::{HandleKey, TiersError, Usage, load_tiers},
     webhook::Webhook,
 };
@@ -58,6 +59,8 @@ pub enum ServerError {
     },
     #[error(transparent)]
     Tiers(#[from] TiersError),
+    #[error(transparent)]
+    Mail(#[from] MailError),
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error(transparent)]
@@ -88,6 +91,7 @@ pub struct Server {
     usage: Usage,
     upkeep: Upkeep,
     delivery: Delivery,
+    mailing: Mailing,
     store: Store,
 }
 
@@ -104,6 +108,7 @@ impl Server {
         let rules = Rules::from_descriptor_set(DESCRIPTOR_SET)?;
         let tiers = load_tiers(&settings.usage.tiers_file)?;
         let tls = Tls::load(&settings.tls)?;
+        let mailer = Mailer::new(&settings.mail)?;
         let webhook = Webhook::new(&settings.webhook).map_err(Error::internal)?;
         let address = settings.server.listen;
         let listener = TcpListener::bind(address)
@@ -129,7 +134,8 @@ impl Server {
             &settings.auth,
             &settings.password,
             &settings.throttle,
-        )?;
+        )?
+        .mailing(master_key, &settings.auth, &settings.mail);
         let threads = config::or_cores(settings.server.threads);
         let usage = Usage::new(
             store.clone(),
@@ -156,6 +162,7 @@ impl Server {
             },
         );
         let delivery = Delivery::new(store.clone(), webhook);
+        let mailing = Mailing::new(store.clone(), auth.clone(), mailer);
         Ok(Self {
             settings: settings.server.clone(),
             gateway: settings.gateway.clone(),
@@ -167,6 +174,7 @@ impl Server {
             usage,
             upkeep,
             delivery,
+            mailing,
             store,
         })
     }
@@ -218,6 +226,7 @@ impl Server {
             usage,
             upkeep,
             delivery,
+            mailing,
             store,
         } = self;
         let reporter = HealthReporter::new();
@@ -280,6 +289,7 @@ impl Server {
                 store: store.clone(),
                 upkeep: upkeep.status(),
                 delivery: delivery.status(),
+                mails: mailing.status(),
                 connections: workers.loads(),
             }));
             let readiness = readiness_known;
@@ -301,6 +311,8 @@ impl Server {
         let mut background = JoinSet::new();
         background.spawn(upkeep.run());
         background.spawn(delivery.run());
+        let last_mails = mailing.last();
+        background.spawn(mailing.run());
         background.spawn(tasks::change_feed(
             store.clone(),
             auth.clone(),
@@ -353,6 +365,13 @@ impl Server {
         }
         // Only now: calls in flight still depend on the change feed.
         background.shutdown().await;
+        let patience = until.saturating_duration_since(Instant::now());
+        if timeout(patience.max(LAST_WORDS), last_mails.sent())
+            .await
+            .is_err()
+        {
+            warn!("mails were still being sent at the deadline: some may go twice");
+        }
         usage.last_notices().await;
         tasks::last_api_key_uses(&auth).await;
         store.close();

@@ -14,7 +14,9 @@ pub mod fuzzing;
 mod hash_pool;
 mod key_text;
 mod keys;
+mod mails;
 mod master_key;
+mod one_time_token;
 mod password;
 mod password_policy;
 mod random;
@@ -49,13 +51,14 @@ use access_token::AccessTokens;
 use api_key_uses::ApiKeyUses;
 use api_keys::ApiKeyLimits;
 use cache::CredentialCache;
+use mails::Mails;
 use password::Passwords;
 use refresh_token::RefreshTokens;
 use throttle::Throttle;
 use watch::Watchers;
 
 use crate::{
-    config::{AuthSettings, PasswordSettings, ThrottleSettings},
+    config::{AuthSettings, MailSettings, PasswordSettings, ThrottleSettings},
     error::{Error, Result},
     model::{Change, Revision},
     store::Store,
@@ -69,6 +72,7 @@ pub struct Auth {
     watchers: Arc<Watchers>,
     passwords: Passwords,
     throttle: Arc<Throttle>,
+    mails: Arc<Mails>,
     access_tokens: Arc<AccessTokens>,
     refresh_tokens: Arc<RefreshTokens>,
     lifetimes: Lifetimes,
@@ -108,6 +112,7 @@ impl Auth {
             watchers: Arc::new(Watchers::new()),
             passwords: Passwords::new(passwords)?,
             throttle: Arc::new(Throttle::new(master_key, throttle, passwords)),
+            mails: Arc::new(Mails::new(master_key, settings)),
             access_tokens: Arc::new(AccessTokens::new(keys, settings)),
             refresh_tokens: Arc::new(RefreshTokens::new(master_key)),
             lifetimes: Lifetimes {
@@ -121,6 +126,20 @@ impl Auth {
             },
             api_key_uses: Arc::default(),
         })
+    }
+
+    /// The same, and it mails.
+    pub fn mailing(
+        self,
+        master_key: &MasterKey,
+        settings: &AuthSettings,
+        mail: &MailSettings,
+    ) -> Self {
+        let mails = Mails::new(master_key, settings).sending(mail);
+        Self {
+            mails: Arc::new(mails),
+            ..self
+        }
     }
 
     /// A change that this or another replica has committed: answers read before it are given no more.

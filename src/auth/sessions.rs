@@ -41,8 +41,8 @@ impl Auth {
     /// a hash too.
     ///
     /// # Errors
-    /// `InvalidCredentials` · `AccountDisabled`, only after the right password · `Throttled` ·
-    /// `Overloaded` · `Unavailable`
+    /// `InvalidCredentials` · `AccountDisabled` and `EmailUnverified`, only after the right password ·
+    /// `Throttled` · `Overloaded` · `Unavailable`
     pub async fn login(
         &self,
         identifier: &Identifier,
@@ -68,6 +68,7 @@ impl Auth {
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
+        self.check_verified(&user, origin).await?;
         let absolute_expires_at = now + self.lifetimes.refresh_absolute;
         let new = NewSession {
             id: SessionId::new(),
@@ -75,6 +76,7 @@ impl Auth {
             idle_expires_at: (now + self.lifetimes.refresh_idle).min(absolute_expires_at),
             absolute_expires_at,
             rehashed_password: verdict.rehashed,
+            tell_if_new: self.mails.tells_logins(),
             origin,
         };
         let standing = self.store.session_open(new, &hash, now).await?;
@@ -89,7 +91,7 @@ impl Auth {
     /// Exchanges a refresh token for its successor.
     ///
     /// # Errors
-    /// `Refused` with the fault of the refresh token · `Unavailable`
+    /// `Refused` with the fault of the refresh token · `EmailUnverified` · `Unavailable`
     pub async fn refresh(
         &self,
         token: &str,
@@ -105,8 +107,14 @@ impl Auth {
             .read(token)
             .ok_or(refused(Fault::Invalid))?;
         let lifetimes = self.lifetimes;
-        let decide = move |standing: &SessionStanding| {
-            refresh_token::decide(standing, presented, &lifetimes, now)
+        let mails = self.mails.clone();
+        let decide = move |standing: &SessionStanding| match refresh_token::decide(
+            standing, presented, &lifetimes, now,
+        ) {
+            RefreshStep::Advance { .. } | RefreshStep::Repeat if mails.holds_up(&standing.user) => {
+                RefreshStep::Refuse(RefreshRefusal::EmailUnverified)
+            }
+            step => step,
         };
         let after = self
             .store
@@ -120,12 +128,18 @@ impl Auth {
                 self.apply(Change::User(after.standing.user.id));
                 return Err(refused(Fault::Reused));
             }
+            RefreshStep::Refuse(RefreshRefusal::EmailUnverified) => {
+                self.check_verified(&after.standing.user, origin).await?;
+                return Err(Error::EmailUnverified);
+            }
             RefreshStep::Refuse(refusal) => {
                 return Err(refused(match refusal {
                     RefreshRefusal::Unknown => Fault::Invalid,
                     RefreshRefusal::Expired => Fault::Expired,
                     RefreshRefusal::SessionEnded => Fault::SessionEnded,
-                    RefreshRefusal::AccountDisabled => Fault::AccountDisabled,
+                    RefreshRefusal::AccountDisabled | RefreshRefusal::EmailUnverified => {
+                        Fault::AccountDisabled
+                    }
                 }));
             }
         };

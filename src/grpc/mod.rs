@@ -14,6 +14,7 @@ mod envoy;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod health;
+mod mails;
 mod memory;
 mod metrics;
 mod peer;

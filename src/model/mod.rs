@@ -11,6 +11,7 @@ mod erasure;
 mod ids;
 mod lease;
 mod limit;
+mod mail;
 mod names;
 mod notice;
 mod page;
@@ -34,8 +35,8 @@ pub use change::Change;
 pub use count::Count;
 pub use erasure::ErasureStep;
 pub use ids::{
-    ApiKeyId, CreditId, EventId, GrantRequestId, ReplicaId, ServiceAccountId, ServiceKeyId,
-    SessionId, UserId,
+    ApiKeyId, CreditId, EventId, GrantRequestId, OneTimeTokenId, ReplicaId, ServiceAccountId,
+    ServiceKeyId, SessionId, UserId,
 };
 pub use lease::{
     Answer, Balance, Carried, Ending, HoldId, HoldName, Kind, LeaseRow, MeterName, Operation,
@@ -44,6 +45,7 @@ pub use lease::{
 pub use limit::{
     BaseSource, Credit, CreditShare, Draw, EffectiveLimit, LimitFacts, MonthlyOverride, PastMonth,
 };
+pub use mail::{MailDetails, MailKind, MailNote, MailedToken, TokenPurpose};
 pub use names::{
     ApiKeyName, Email, FullName, Identifier, ModelName, NamePrefix, RequestId, ServiceName,
     TierName, Username,
