@@ -265,7 +265,8 @@ mod tests {
     fn text_of(mailer: &Mailer, details: &MailDetails) -> String {
         let now = details.at;
         let mail = mailer.compose(Uuid::nil(), details, Some("tkm_x-y_z"), now);
-        String::from_utf8(mail.ok().expect("composed").message).expect("ASCII")
+        let Ok(mail) = mail else { panic!("composed") };
+        String::from_utf8(mail.message).expect("ASCII")
     }
 
     #[test]
@@ -345,7 +346,7 @@ mod tests {
             let details = MailDetails { to: email.clone(), ..details(MailKind::Verification) };
             let mailer = mailer(|_| {});
             let mail = mailer.compose(Uuid::nil(), &details, Some("t"), details.at);
-            let mail = mail.ok().expect("composed");
+            let Ok(mail) = mail else { panic!("composed") };
             prop_assert_eq!(mail.to.to_string(), email.to_string());
             let text = String::from_utf8(mail.message).expect("ASCII");
             let (head, _) = text.split_once("\r\n\r\n").expect("a head");

@@ -43,8 +43,10 @@ fn built_in(kind: MailKind) -> (&'static str, &'static str) {
 }
 
 /// The templates in force, one pair for each kind.
+#[derive(Debug)]
 pub(super) struct Templates(Vec<(MailKind, Template)>);
 
+#[derive(Debug)]
 struct Template {
     subject: String,
     text: String,
@@ -243,7 +245,7 @@ mod tests {
 
     #[test]
     fn every_kind_has_good_templates() {
-        let templates = Templates::load(Path::new("")).ok().expect("good");
+        let templates = Templates::load(Path::new("")).expect("good");
         assert_eq!(templates.0.len(), MailKind::ALL.len());
     }
 
@@ -252,7 +254,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let write = |name: &str, text: &str| fs::write(folder.path().join(name), text);
         write("reset.txt", "Subject: Hi {{username}}\n\nGo to {{link}}").expect("written");
-        let templates = Templates::load(folder.path()).ok().expect("good");
+        let templates = Templates::load(folder.path()).expect("good");
         let reset = templates
             .0
             .iter()
@@ -265,7 +267,7 @@ mod tests {
             ("Subject: a\rBcc: b\n\nx", "one line"),
         ] {
             write("reset.txt", text).expect("written");
-            let error = Templates::load(folder.path()).err().expect("refused");
+            let error = Templates::load(folder.path()).expect_err("refused");
             let error = error.to_string();
             assert!(
                 error.contains(says) && error.contains("reset.txt"),

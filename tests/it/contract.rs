@@ -86,7 +86,7 @@ const ANY_VALUE: [(&str, &str, &str); 13] = [
 const UPDATES: [(&str, &[&str]); 2] = [
     (
         "auth.v1.AuthService/UpdateCurrentUser",
-        &["username", "full_name"],
+        &["username", "full_name", "email"],
     ),
     (
         "admin.v1.AdminService/UpdateUser",
