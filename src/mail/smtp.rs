@@ -1,7 +1,7 @@
 //! One mail to one server, by SMTP (RFC 5321), step by step: what is refused tells by its step whether the
 //! mail is at fault or we are.
 
-use std::{fs, time::Duration};
+use std::{error::Error as _, fs, io, time::Duration};
 
 use lettre::{
     Address,
@@ -159,10 +159,22 @@ fn ours(error: &Error, otherwise: Unsent) -> Unsent {
     match error.status() {
         Some(code) if error.is_permanent() => Unsent::SenderRefused(code.into()),
         Some(code) => Unsent::Deferred(code.into()),
-        None if error.is_tls() => Unsent::Insecure,
+        None if error.is_tls() || is_about_certificates(error) => Unsent::Insecure,
         None if error.is_timeout() => Unsent::Silent,
         None => otherwise,
     }
+}
+
+/// Where TLS comes first the library takes its failure for one of the connection; rustls says so.
+fn is_about_certificates(error: &Error) -> bool {
+    let mut source = error.source();
+    while let Some(cause) = source {
+        if let Some(cause) = cause.downcast_ref::<io::Error>() {
+            return cause.kind() == io::ErrorKind::InvalidData;
+        }
+        source = cause.source();
+    }
+    false
 }
 
 /// Of a step with the mail.

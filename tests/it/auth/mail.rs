@@ -49,7 +49,12 @@ pub(super) async fn register_through(
         password: PASSWORD.to_owned(),
     };
     let mut auth = AuthServiceClient::new(channel.clone());
-    Ok(auth.register(request).await?.into_inner().user.expect("a user"))
+    Ok(auth
+        .register(request)
+        .await?
+        .into_inner()
+        .user
+        .expect("a user"))
 }
 
 pub(super) async fn verify(app: &TestApp, token: &str) -> Result<(), Status> {

@@ -161,12 +161,6 @@ impl SmtpServer {
             .map(|mail| mail["data"].as_str().expect("a text"));
         raw.map(Letter::read).collect()
     }
-
-    /// The letters to an address.
-    pub(crate) fn to(&self, address: &str) -> Vec<Letter> {
-        let all = self.letters().into_iter();
-        all.filter(|letter| letter.to == address).collect()
-    }
 }
 
 impl Drop for SmtpServer {

@@ -9,6 +9,7 @@ mod home;
 mod ledger_kills;
 mod ledger_load;
 mod logs;
+mod mail;
 mod own_postgres;
 mod production;
 mod quota_chaos;
