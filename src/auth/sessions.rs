@@ -128,17 +128,15 @@ impl Auth {
                 self.apply(Change::User(after.standing.user.id));
                 return Err(refused(Fault::Reused));
             }
-            RefreshStep::Refuse(RefreshRefusal::EmailUnverified) => {
-                self.check_verified(&after.standing.user, origin).await?;
-                return Err(Error::EmailUnverified);
-            }
             RefreshStep::Refuse(refusal) => {
                 return Err(refused(match refusal {
                     RefreshRefusal::Unknown => Fault::Invalid,
                     RefreshRefusal::Expired => Fault::Expired,
                     RefreshRefusal::SessionEnded => Fault::SessionEnded,
-                    RefreshRefusal::AccountDisabled | RefreshRefusal::EmailUnverified => {
-                        Fault::AccountDisabled
+                    RefreshRefusal::AccountDisabled => Fault::AccountDisabled,
+                    RefreshRefusal::EmailUnverified => {
+                        self.check_verified(&after.standing.user, origin).await?;
+                        return Err(Error::EmailUnverified);
                     }
                 }));
             }

@@ -31,7 +31,7 @@ pub struct MailSettings {
     pub templates: PathBuf,
     /// Folder that mails are written to instead, in dev mode: `mail` in `data_dir` if there is no server.
     pub directory: PathBuf,
-    /// Longest that an attempt to send one may take.
+    /// Longest that an attempt to send one may take. A server that takes one and says so later has it again.
     #[serde(with = "duration")]
     pub deadline: Duration,
     /// Whether users are told of logins from an address or a client that they have not used before.
@@ -63,7 +63,7 @@ impl Default for MailSettings {
             link_base: String::new(),
             templates: PathBuf::new(),
             directory: PathBuf::new(),
-            deadline: Duration::from_secs(30),
+            deadline: Duration::from_mins(1),
             notify_logins: false,
         }
     }

@@ -129,7 +129,7 @@ impl Mailer {
         }))
     }
 
-    /// Longest that [`Mailer::send`] takes.
+    /// Longest that [`Mailer::send`] takes, about.
     pub fn deadline(&self) -> Duration {
         self.deadline
     }
@@ -174,11 +174,7 @@ impl Mailer {
     /// gone all the same.
     pub async fn send(&self, id: Uuid, mail: &Mail) -> Result<(), Unsent> {
         match &self.way {
-            Way::Smtp(smtp) => {
-                let sent = smtp.send(&self.from.email, &mail.to, &mail.message);
-                let sent = tokio::time::timeout(self.deadline, sent).await;
-                sent.unwrap_or(Err(Unsent::Silent))
-            }
+            Way::Smtp(smtp) => smtp.send(&self.from.email, &mail.to, &mail.message).await,
             Way::Folder(folder) => {
                 let file = folder.join(format!("{id}.eml"));
                 write(&file, &mail.message).map_err(|_| Unsent::NotWritten)?;

@@ -14,8 +14,13 @@ use lettre::{
     },
 };
 
+use tokio::time::timeout;
+
 use super::{MailError, Unsent};
 use crate::config::{MailSettings, MailTls};
+
+/// For the last words to a server.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 /// A server that takes mails.
 pub(super) struct Smtp {
@@ -65,12 +70,16 @@ impl Smtp {
         to: &Address,
         message: &[u8],
     ) -> Result<(), Unsent> {
-        let mut connection = self.connect().await?;
-        let sent = exchange(&mut connection, from, to, message).await;
-        // The server has said what there was to say.
-        match sent {
-            Ok(()) => drop(connection.quit().await),
-            Err(_) => connection.abort().await,
+        let mut connection = None;
+        let exchange = async {
+            let connection = connection.insert(self.connect().await?);
+            exchange(connection, from, to, message).await
+        };
+        let sent = timeout(self.deadline, exchange).await;
+        let sent = sent.unwrap_or(Err(Unsent::Silent));
+        // Not within the deadline: what the server has said stands, however slowly it takes leave.
+        if let Some(mut connection) = connection {
+            let _ = timeout(GOODBYE, connection.abort()).await;
         }
         sent
     }

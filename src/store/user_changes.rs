@@ -6,15 +6,9 @@ use diesel_async::{AsyncConnection as _, RunQueryDsl};
 use serde_json::json;
 
 use super::{
-    Store,
-    administrators::another_admin_in_txn,
-    audit::audit_insert_in_txn,
-    errors::on_unique,
-    mails::{notice_in_txn, token_delete_in_txn},
-    schema::users,
-    sessions::session_revoke_all_in_txn,
-    throttle::throttle_clear_user_in_txn,
-    users::UserRow,
+    Store, administrators::another_admin_in_txn, audit::audit_insert_in_txn, errors::on_unique,
+    mails::notice_in_txn, one_time_tokens::token_delete_in_txn, schema::users,
+    sessions::session_revoke_all_in_txn, throttle::throttle_clear_user_in_txn, users::UserRow,
 };
 use crate::{
     error::{Error, Result},

@@ -13,7 +13,7 @@ use super::{
     administrators::another_admin_in_txn,
     audit::audit_insert_in_txn,
     errors::{on_unique, stored},
-    mails::{NewToken, verification_in_txn},
+    one_time_tokens::{NewToken, verification_in_txn},
     quota::{quota_settle_in_txn, record_in_txn},
     schema::users,
     throttle::throttle_clear_user_in_txn,

@@ -1,6 +1,6 @@
 //! Mails on their way to somebody else's SMTP server.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use tollkeeper::config::MailTls;
 
@@ -218,4 +218,40 @@ async fn a_server_that_stops_waits_for_the_word_on_what_it_sends() {
         .unwrap()
         .get(0);
     assert_eq!(usize::try_from(sent).unwrap(), smtp.taken().len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_clings_to_the_connection_has_a_mail_once_and_a_silent_one_is_asked_again() {
+    let smtp = SmtpServer::start(Protection::None);
+    let app = TestApp::spawn_with(|settings| {
+        smtp.take(settings);
+        settings.mail.deadline = Duration::from_millis(1500);
+    })
+    .await;
+    register(&app, "clinging").await.unwrap();
+    eventually("written down", async || app.count(PENDING).await == 0).await;
+    assert_eq!(last_error(&app).await, None);
+    assert_eq!(
+        (smtp.taken().len(), attempts(&app, "delivered").await),
+        (1, 1.0)
+    );
+    app.sql("DELETE FROM outbox").await;
+    // Its word comes after two seconds.
+    register(&app, "slow").await.unwrap();
+    let silent = Some("not done in time");
+    eventually("tried", async || {
+        last_error(&app).await.as_deref() == silent
+    })
+    .await;
+    eventually("again", async || smtp.taken().len() > 2).await;
+    let ids: BTreeSet<String> = smtp.letters()[1..]
+        .iter()
+        .filter_map(|letter| {
+            let mut lines = letter.text.lines();
+            lines
+                .find(|line| line.starts_with("Message-ID: "))
+                .map(str::to_owned)
+        })
+        .collect();
+    assert_eq!(ids.len(), 1);
 }

@@ -11,7 +11,8 @@ use tollkeeper::config::{MailTls, Secret, Settings};
 use super::{Authority, Letter};
 
 /// Somebody else's SMTP server (Python's aiosmtpd). What it does depends on whom a mail is to:
-/// `refused…` does not exist, `greylisted…` is to come again, `slow…` takes a while after it has it.
+/// `refused…` does not exist, `greylisted…` is to come again, `slow…` takes a while after it has it,
+/// `clinging…` a while to let go.
 pub(crate) struct SmtpServer {
     child: Child,
     pub(crate) port: u16,
@@ -56,11 +57,17 @@ class Handler:
             "data": envelope.content.decode(),
             "encrypted": session.ssl is not None or given["protection"] == "Tls",
         }
+        session.clings = envelope.rcpt_tos[0].startswith("clinging")
         with open(given["file"], "a") as file:
             file.write(json.dumps(mail) + "\n")
         if envelope.rcpt_tos[0].startswith("slow"):
             await asyncio.sleep(2)
         return "250 OK"
+
+    async def handle_QUIT(self, server, session, envelope):
+        if getattr(session, "clings", False):
+            await asyncio.sleep(10)
+        return "221 Bye"
 
 def known(server, session, envelope, mechanism, data):
     good = (data.login.decode(), data.password.decode()) == (given["user"], given["password"])
