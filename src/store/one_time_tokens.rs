@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::{
     Store,
+    api_keys::api_key_revoke_all_in_txn,
     audit::audit_insert_in_txn,
     errors::on_unique,
     mails::{mail_in_txn, notice_in_txn},
@@ -150,9 +151,10 @@ impl Store {
         Ok(found.map(|(user, _)| user))
     }
 
-    /// Sets a password with a token, ends all sessions of the user and counts the address that the token
-    /// was mailed to as proven; whose password it is, and how many sessions ended. `None`: the token is
-    /// not good, or not any more. With `tell`, a mail says so.
+    /// Sets a password with a token, ends all sessions and other tokens of the user and counts the address
+    /// that the token was mailed to as proven; if it was not before, the user's API keys end too. Whose
+    /// password it is, and how many sessions ended; `None`: the token is not good, or not any more. With
+    /// `tell`, a mail says so.
     ///
     /// # Errors
     /// `Unavailable`
@@ -181,8 +183,15 @@ impl Store {
                 .execute(conn)
                 .await?;
             let ended = session_revoke_all_in_txn(user.id, None, at, conn).await?;
+            tokens_delete_in_txn(user.id, conn).await?;
+            let mut details = json!({"sessions_ended": ended});
+            if user.email_verified_at.is_none() {
+                // Nobody had proven the address: whoever had the account before need not be who reads there.
+                details["api_keys_revoked"] =
+                    api_key_revoke_all_in_txn(user.id, conn).await?.into();
+            }
             let event = AuditEvent::of_user(AuditAction::PasswordReset, user.id, origin)
-                .with_details(json!({"sessions_ended": ended}));
+                .with_details(details);
             audit_insert_in_txn(&event, conn).await?;
             if tell {
                 let note = MailNote::new(MailKind::PasswordChanged, user.id);
@@ -222,8 +231,7 @@ impl Store {
                     .await
                     .map_err(on_unique(|| Error::AccountExists))?;
                 // They prove an address that is the user's no more.
-                let others = one_time_tokens::table.filter(one_time_tokens::user_id.eq(user.id.0));
-                diesel::delete(others).execute(conn).await?;
+                tokens_delete_in_txn(user.id, conn).await?;
                 notice_in_txn(MailKind::AddressChanged, &user, conn).await?;
                 AuditAction::EmailChanged
             } else {
@@ -293,6 +301,13 @@ pub(super) async fn token_delete_in_txn(
         .filter(one_time_tokens::user_id.eq(id.0))
         .filter(one_time_tokens::purpose.eq(purpose.as_str()));
     diesel::delete(token).execute(conn).await?;
+    Ok(())
+}
+
+/// Ends all tokens of a user: what somebody asked for before must not undo what is done now.
+async fn tokens_delete_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
+    let all = one_time_tokens::table.filter(one_time_tokens::user_id.eq(id.0));
+    diesel::delete(all).execute(conn).await?;
     Ok(())
 }
 

@@ -106,7 +106,9 @@ impl Store {
                 .optional()?;
             let user = User::try_from(changed.ok_or(Error::InvalidCredentials)?)?;
             // Whoever asked for it before may be who the new password is to keep out.
-            token_delete_in_txn(id, TokenPurpose::ResetPassword, conn).await?;
+            for purpose in [TokenPurpose::ResetPassword, TokenPurpose::ChangeEmail] {
+                token_delete_in_txn(id, purpose, conn).await?;
+            }
             if tell {
                 notice_in_txn(MailKind::PasswordChanged, &user, conn).await?;
             }

@@ -1,6 +1,7 @@
 //! What people do with what is mailed to them: they prove addresses and set passwords, once.
 
 use futures_util::future::join_all;
+use prost_types::FieldMask;
 use tollkeeper::{
     config::Settings,
     proto::tollkeeper::{
@@ -8,7 +9,7 @@ use tollkeeper::{
         auth::v1::{
             ChangePasswordRequest, GetCurrentUserRequest, RegisterRequest,
             RequestPasswordResetRequest, ResetPasswordRequest, ResetPasswordResponse,
-            SendEmailVerificationRequest, User, VerifyEmailRequest,
+            SendEmailVerificationRequest, UpdateCurrentUserRequest, User, VerifyEmailRequest,
             auth_service_client::AuthServiceClient,
         },
     },
@@ -159,6 +160,7 @@ async fn a_reset_sets_the_password_ends_all_sessions_everywhere_and_opens_none()
     let (app, mailbox) = mailing(|_| {}).await;
     let replica = app.replica().await;
     let user = app.user().create().await;
+    proven(&app).await;
     let sessions = [app.login(&user).await, app.login(&user).await];
     let api_key = app.api_key(&user, &[]).await;
     let key = &app.service_key;
@@ -193,13 +195,7 @@ async fn a_reset_sets_the_password_ends_all_sessions_everywhere_and_opens_none()
     let refused = app.login_as(&user.email, PASSWORD).await;
     assert_refused(refused, Code::Unauthenticated, "INVALID_CREDENTIALS");
     let tokens = app.login_as(&user.email, NEW).await.unwrap();
-    // It was mailed there, so it is theirs.
-    assert!(
-        me(&app, &tokens.access_token)
-            .await
-            .email_verified_at
-            .is_some()
-    );
+    me(&app, &tokens.access_token).await;
     let notice = mailbox.nth(&user.email, 2).await;
     assert_eq!(notice.subject, "Your password was changed");
     assert!(notice.text.contains(&user.username));
@@ -493,4 +489,42 @@ async fn a_login_from_elsewhere_is_told_where_that_is_wanted() {
         .unwrap();
     eventually("no mail waits", async || app.count(PENDING).await == 0).await;
     assert_eq!(mailbox.all().len(), 1);
+}
+
+/// Whoever registers with the address of somebody else waits for them to come.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_sets_the_password_of_an_account_made_for_them_is_alone_in_it() {
+    let (app, mailbox) = mailing(|_| {}).await;
+    let user = app.user().create().await;
+    let session = app.login(&user).await;
+    let key = app.api_key(&user, &[]).await;
+    let wish = UpdateCurrentUserRequest {
+        user: Some(User {
+            email: "mallory@example.com".to_owned(),
+            ..User::default()
+        }),
+        update_mask: Some(FieldMask {
+            paths: vec!["email".to_owned()],
+        }),
+        current_password: PASSWORD.to_owned(),
+    };
+    let mut auth = app.auth(&session.access_token);
+    auth.update_current_user(wish).await.unwrap();
+    let planted = mailbox.nth("mallory@example.com", 1).await.token();
+
+    let token = reset_token(&app, &mailbox, &user).await;
+    reset(&app, &token, NEW).await.unwrap();
+    let refused = verify(&app, &planted).await;
+    assert_refused(refused, Code::InvalidArgument, "ONE_TIME_TOKEN_INVALID");
+    let refused = refresh(&app, &session.refresh_token).await;
+    assert_refused(refused, Code::Unauthenticated, "SESSION_ENDED");
+    let refused = app.validate(&key.text).await;
+    assert_refused(refused, Code::Unauthenticated, "CREDENTIAL_INVALID");
+    let tokens = app.login_as(&user.email, NEW).await.unwrap();
+    // It was mailed there, so it is theirs.
+    let me = me(&app, &tokens.access_token).await;
+    assert!(me.email == user.email && me.email_verified_at.is_some());
+    let details = "SELECT details ->> 'api_keys_revoked' FROM audit_events
+         WHERE action = 'password.reset'";
+    assert_eq!(app.sql(details).await[0].get::<_, &str>(0), "1");
 }
