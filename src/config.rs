@@ -5,6 +5,7 @@
 //! An unknown key is an error.
 
 mod layers;
+mod mail;
 mod networks;
 mod throttle;
 mod tls;
@@ -16,6 +17,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, ti
 use serde::{Deserialize, Serialize};
 
 pub use layers::{Loaded, Origin, SettingsError, load};
+pub use mail::{MailSettings, MailTls};
 pub use networks::Networks;
 pub use throttle::ThrottleSettings;
 pub use tls::{TlsSettings, is_uri};
@@ -40,6 +42,7 @@ pub struct Settings {
     pub quota: QuotaSettings,
     pub gateway: GatewaySettings,
     pub webhook: WebhookSettings,
+    pub mail: MailSettings,
     pub log: LogSettings,
     pub ops: OpsSettings,
 }
@@ -132,6 +135,17 @@ pub struct AuthSettings {
     /// How long a login waits for its second factor.
     #[serde(with = "duration")]
     pub mfa_challenge_ttl: Duration,
+    /// Whether an address has to be verified before its user may log in.
+    pub require_verified_email: bool,
+    /// Between two mails to one account for the same; doubles for whoever asks on, up to half an hour.
+    #[serde(with = "duration")]
+    pub mail_interval: Duration,
+    /// How long the mail that verifies an address is good.
+    #[serde(with = "duration")]
+    pub verification_ttl: Duration,
+    /// How long the mail that sets a password is good.
+    #[serde(with = "duration")]
+    pub reset_ttl: Duration,
     /// Folder of PEM keys. Empty in dev mode: `keys` in `data_dir`.
     pub key_dir: PathBuf,
     /// Secret of HS256, at least 256 bits.
@@ -303,6 +317,7 @@ impl Default for Settings {
             quota: QuotaSettings::default(),
             gateway: GatewaySettings::default(),
             webhook: WebhookSettings::default(),
+            mail: MailSettings::default(),
             log: LogSettings::default(),
             ops: OpsSettings::default(),
         }
@@ -355,6 +370,10 @@ impl Default for AuthSettings {
             api_key_max_ttl: Duration::from_hours(365 * 24),
             mfa_issuer: "Tollkeeper".to_owned(),
             mfa_challenge_ttl: Duration::from_mins(5),
+            require_verified_email: false,
+            mail_interval: Duration::from_mins(1),
+            verification_ttl: Duration::from_hours(24),
+            reset_ttl: Duration::from_hours(1),
             key_dir: PathBuf::new(),
             jwt_secret: Secret::default(),
             master_key: Secret::default(),

@@ -83,6 +83,16 @@ pub enum Error {
     ReservationInvalid,
     #[error("the reservation has ended")]
     ReservationEnded,
+    /// Nowhere to send it: nothing that needs it may begin.
+    #[error("no mails are sent here")]
+    MailNotConfigured,
+    #[error("the e-mail address has to be verified first")]
+    EmailUnverified,
+    /// Malformed, used, expired, superseded, for something else: one answer for all.
+    #[error("the token is not valid")]
+    OneTimeTokenInvalid,
+    #[error("a mail was sent a moment ago, retry after {retry_after:?}")]
+    MailTooSoon { retry_after: Duration },
     /// Somebody is guessing, or mistypes.
     #[error("too many failed attempts, retry after {retry_after:?}")]
     Throttled { retry_after: Duration },

@@ -16,6 +16,7 @@
 //! | [`proto`] | generated code, and what maps of gateways are made of |
 //! | [`grpc`] | the edge: handlers, access, errors as statuses, health |
 //! | [`ops`] | metrics and probes over HTTP |
+//! | [`mail`] | what mails say, and how they leave |
 //! | [`tasks`] | background work |
 //! | [`server`] | the composition root |
 //! | [`embedded`] | the private Postgres of the zero-configuration start |
@@ -30,6 +31,7 @@ pub mod config;
 pub mod embedded;
 pub mod error;
 pub mod grpc;
+pub mod mail;
 pub mod model;
 pub mod ops;
 pub mod proto;

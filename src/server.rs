@@ -30,10 +30,11 @@ use crate::{
         TrustedProxies,
         health::{self, Readiness},
     },
+    mail::{MailError, Mailer},
     ops,
     proto::DESCRIPTOR_SET,
     store::{Migrator, Store},
-    tasks::{self, Delivery, Retention, Upkeep},
+    tasks::{self, Delivery, Mailing, Retention, Upkeep},
     usage::{HandleKey, TiersError, Usage, load_tiers},
     webhook::Webhook,
 };
@@ -59,6 +60,8 @@ pub enum ServerError {
     },
     #[error(transparent)]
     Tiers(#[from] TiersError),
+    #[error(transparent)]
+    Mail(#[from] MailError),
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error(transparent)]
@@ -89,6 +92,7 @@ pub struct Server {
     usage: Usage,
     upkeep: Upkeep,
     delivery: Delivery,
+    mailing: Mailing,
     store: Store,
 }
 
@@ -105,6 +109,7 @@ impl Server {
         let rules = Rules::from_descriptor_set(DESCRIPTOR_SET)?;
         let tiers = load_tiers(&settings.usage.tiers_file)?;
         let tls = Tls::load(&settings.tls)?;
+        let mailer = Mailer::new(&settings.mail)?;
         let webhook = Webhook::new(&settings.webhook).map_err(Error::internal)?;
         let address = settings.server.listen;
         let listener = TcpListener::bind(address)
@@ -130,7 +135,8 @@ impl Server {
             &settings.auth,
             &settings.password,
             &settings.throttle,
-        )?;
+        )?
+        .mailing(master_key, &settings.auth, &settings.mail);
         let threads = config::or_cores(settings.server.threads);
         let usage = Usage::new(
             store.clone(),
@@ -157,6 +163,7 @@ impl Server {
             },
         );
         let delivery = Delivery::new(store.clone(), webhook);
+        let mailing = Mailing::new(store.clone(), auth.clone(), mailer);
         Ok(Self {
             settings: settings.server.clone(),
             gateway: settings.gateway.clone(),
@@ -168,6 +175,7 @@ impl Server {
             usage,
             upkeep,
             delivery,
+            mailing,
             store,
         })
     }
@@ -219,6 +227,7 @@ impl Server {
             usage,
             upkeep,
             delivery,
+            mailing,
             store,
         } = self;
         let reporter = HealthReporter::new();
@@ -283,6 +292,7 @@ impl Server {
                 store: store.clone(),
                 upkeep: upkeep.status(),
                 delivery: delivery.status(),
+                mails: mailing.status(),
                 connections: workers.loads(),
             }));
             let readiness = readiness_known;
@@ -304,6 +314,8 @@ impl Server {
         let mut background = JoinSet::new();
         background.spawn(upkeep.run());
         background.spawn(delivery.run());
+        let last_mails = mailing.last();
+        background.spawn(mailing.run());
         background.spawn(tasks::change_feed(
             store.clone(),
             auth.clone(),
@@ -356,6 +368,13 @@ impl Server {
         }
         // Only now: calls in flight still depend on the change feed.
         background.shutdown().await;
+        let patience = until.saturating_duration_since(Instant::now());
+        if timeout(patience.max(LAST_WORDS), last_mails.sent())
+            .await
+            .is_err()
+        {
+            warn!("mails were still being sent at the deadline: some may go twice");
+        }
         usage.last_notices().await;
         tasks::last_api_key_uses(&auth).await;
         store.close();

@@ -11,7 +11,7 @@ use crate::{
         Person, Role, SessionId, TierName, Tiers, User, UserChanges, UserFilter, UserId,
         UserStanding, Violation,
     },
-    store::NewUser,
+    store::{NewToken, NewUser},
 };
 
 /// An account to create.
@@ -42,7 +42,8 @@ impl Auth {
         self.passwords.check_length(password)
     }
 
-    /// Creates an account for somebody who asks for it: each address may do so a number of times.
+    /// Creates an account for somebody who asks for it, and mails them what proves their address: each
+    /// network may do so a number of times.
     ///
     /// # Errors
     /// `Throttled`, and as [`Auth::create_account`]
@@ -53,7 +54,8 @@ impl Auth {
         now: DateTime<Utc>,
     ) -> Result<User> {
         self.admit_registration(origin, now).await?;
-        self.create_account(new, origin).await
+        let verification = self.mails.first_verification(&new.person.email, origin);
+        self.insert_account(new, verification, origin).await
     }
 
     /// Creates an account. The password is hashed before the database is asked, so that a taken
@@ -62,6 +64,15 @@ impl Auth {
     /// # Errors
     /// `Invalid` (password) · `AccountExists` · `Overloaded` · `Unavailable`
     pub async fn create_account(&self, new: NewAccount, origin: &Origin) -> Result<User> {
+        self.insert_account(new, None, origin).await
+    }
+
+    async fn insert_account(
+        &self,
+        new: NewAccount,
+        verification: Option<NewToken>,
+        origin: &Origin,
+    ) -> Result<User> {
         let password_hash = match new.credential {
             InitialCredential::Password(password) => {
                 let hashed = self.passwords.hash_new("password", password, &new.person);
@@ -75,6 +86,7 @@ impl Auth {
             password_hash,
             role: new.role,
             tier: new.tier,
+            verification,
         };
         self.store.user_insert(&new, origin).await
     }
@@ -185,7 +197,15 @@ impl Auth {
             .await?;
         let ended = self
             .store
-            .user_set_password(id, &checked, &hashed, keep_only, origin, now)
+            .user_set_password(
+                id,
+                &checked,
+                &hashed,
+                keep_only,
+                origin,
+                self.mails.tells(),
+                now,
+            )
             .await?;
         self.apply(Change::User(id));
         Ok(ended)

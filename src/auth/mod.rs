@@ -15,8 +15,10 @@ mod hash_pool;
 mod import;
 mod key_text;
 mod keys;
+mod mails;
 mod master_key;
 mod mfa;
+mod one_time_token;
 mod password;
 mod password_policy;
 mod random;
@@ -53,6 +55,7 @@ use access_token::AccessTokens;
 use api_key_uses::ApiKeyUses;
 use api_keys::ApiKeyLimits;
 use cache::CredentialCache;
+use mails::Mails;
 use mfa::Mfa;
 use password::Passwords;
 use refresh_token::RefreshTokens;
@@ -60,7 +63,7 @@ use throttle::Throttle;
 use watch::Watchers;
 
 use crate::{
-    config::{AuthSettings, PasswordSettings, ThrottleSettings},
+    config::{AuthSettings, MailSettings, PasswordSettings, ThrottleSettings},
     error::{Error, Result},
     model::{Change, Revision},
     store::Store,
@@ -75,6 +78,7 @@ pub struct Auth {
     passwords: Passwords,
     throttle: Arc<Throttle>,
     mfa: Arc<Mfa>,
+    mails: Arc<Mails>,
     access_tokens: Arc<AccessTokens>,
     refresh_tokens: Arc<RefreshTokens>,
     lifetimes: Lifetimes,
@@ -116,6 +120,7 @@ impl Auth {
             passwords: Passwords::new(passwords)?,
             throttle: Arc::new(Throttle::new(master_key, throttle, passwords)),
             mfa: Arc::new(Mfa::new(master_key, settings)),
+            mails: Arc::new(Mails::new(master_key, settings)),
             access_tokens: Arc::new(AccessTokens::new(keys, settings)),
             refresh_tokens: Arc::new(RefreshTokens::new(master_key)),
             lifetimes: Lifetimes {
@@ -130,6 +135,20 @@ impl Auth {
             api_key_uses: Arc::default(),
             import_ids: master_key.mac_key("import-ids/v1"),
         })
+    }
+
+    /// The same, and it mails.
+    pub fn mailing(
+        self,
+        master_key: &MasterKey,
+        settings: &AuthSettings,
+        mail: &MailSettings,
+    ) -> Self {
+        let mails = Mails::new(master_key, settings).sending(mail);
+        Self {
+            mails: Arc::new(mails),
+            ..self
+        }
     }
 
     /// A change that this or another replica has committed: answers read before it are given no more.

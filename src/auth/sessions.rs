@@ -41,8 +41,8 @@ impl Auth {
     /// a hash too.
     ///
     /// # Errors
-    /// `InvalidCredentials` · `AccountDisabled`, only after the right password · `Throttled` ·
-    /// `Overloaded` · `Unavailable`
+    /// `InvalidCredentials` · `AccountDisabled` and `EmailUnverified`, only after the right password ·
+    /// `Throttled` · `Overloaded` · `Unavailable`
     pub async fn login(
         &self,
         identifier: &Identifier,
@@ -68,6 +68,7 @@ impl Auth {
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
+        self.check_verified(&user, origin).await?;
         let rehashed = verdict.rehashed;
         if user.mfa_enabled {
             let challenge = self.challenge(user.id, hash, rehashed, origin).await?;
@@ -94,7 +95,7 @@ impl Auth {
     /// Exchanges a refresh token for its successor.
     ///
     /// # Errors
-    /// `Refused` with the fault of the refresh token · `Unavailable`
+    /// `Refused` with the fault of the refresh token · `EmailUnverified` · `Unavailable`
     pub async fn refresh(
         &self,
         token: &str,
@@ -110,8 +111,14 @@ impl Auth {
             .read(token)
             .ok_or(refused(Fault::Invalid))?;
         let lifetimes = self.lifetimes;
-        let decide = move |standing: &SessionStanding| {
-            refresh_token::decide(standing, presented, &lifetimes, now)
+        let mails = self.mails.clone();
+        let decide = move |standing: &SessionStanding| match refresh_token::decide(
+            standing, presented, &lifetimes, now,
+        ) {
+            RefreshStep::Advance { .. } | RefreshStep::Repeat if mails.holds_up(&standing.user) => {
+                RefreshStep::Refuse(RefreshRefusal::EmailUnverified)
+            }
+            step => step,
         };
         let after = self
             .store
@@ -131,6 +138,10 @@ impl Auth {
                     RefreshRefusal::Expired => Fault::Expired,
                     RefreshRefusal::SessionEnded => Fault::SessionEnded,
                     RefreshRefusal::AccountDisabled => Fault::AccountDisabled,
+                    RefreshRefusal::EmailUnverified => {
+                        self.check_verified(&after.standing.user, origin).await?;
+                        return Err(Error::EmailUnverified);
+                    }
                 }));
             }
         };

@@ -6,7 +6,8 @@
 //! - `user ID from NETWORK`: the same account from its home, a network in which its user has logged in
 //!   before, so that strangers who guess do not keep the user out;
 //! - `name HASH`: a name that nobody has. It must look as if somebody had;
-//! - `from NETWORK`, `new NETWORK`: failed logins, and registrations, from a network, whoever's home it is:
+//! - `from NETWORK`, `new NETWORK`, `reset NETWORK`: failed logins, registrations, and resets
+//!   of passwords that were asked for, from a network, whoever's home it is:
 //!   else it would tell whose;
 //! - `own ID`: the present password, asked for within a session. Apart from the logins: whoever stole a
 //!   session must not keep the user from logging in, and no guesser at the door keeps the user from a
@@ -15,12 +16,11 @@
 //! - `own mfa ID`: such codes within a session.
 
 mod codes;
-mod network;
+pub(super) mod network;
 mod turns;
 
 use std::{
     net::IpAddr,
-    slice::from_ref,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -39,7 +39,7 @@ use crate::{
     model::{Identifier, Origin, ThrottleRule, UserId},
     store::Store,
 };
-use network::{from, network, networks};
+use network::{from, networks};
 use turns::{Turn, Turns};
 
 /// A day without guesses forgives a hundred of them.
@@ -54,7 +54,7 @@ const FIRST_DELAY: Duration = Duration::from_secs(1);
 /// The rules, and what is being tried now.
 pub(super) struct Throttle {
     account: Option<ThrottleRule>,
-    address: Option<ThrottleRule>,
+    pub(super) address: Option<ThrottleRule>,
     codes: ThrottleRule,
     /// Hides names that somebody tried.
     names: hmac::Key,
@@ -242,15 +242,7 @@ impl Auth {
         origin: &Origin,
         now: DateTime<Utc>,
     ) -> Result<()> {
-        let (Some(rule), Some(address)) = (self.throttle.address, origin.address) else {
-            return Ok(());
-        };
-        let subject = format!("new {}", network(address));
-        let states = self.store.throttle_states(from_ref(&subject)).await?;
-        if let Some(wait) = states.get(&subject).and_then(|state| rule.wait(state, now)) {
-            return Err(Error::Throttled { retry_after: wait });
-        }
-        self.store.throttle_fail(&[(subject, rule)], now).await
+        self.admit_from("new", origin, now).await
     }
 
     async fn admit(

@@ -55,6 +55,11 @@ async fn start(settings: &mut Settings, is_private: bool) -> anyhow::Result<(Ser
     let database = Database::own(settings).await?;
     settings.database = database.settings.clone();
     let (keys, master_key) = secrets::load(settings)?;
+    if settings.dev && !settings.mail.is_configured() {
+        settings.mail.directory = settings.data_dir.join("mail");
+        let folder = settings.mail.directory.display();
+        info!(%folder, "mails are written to files (setting mail.server)");
+    }
     let server = Server::bind(settings, keys, &master_key).await?;
     if is_private && !server.store().user_any_admin().await? {
         let address = server.local_addr().context("the listener has no address")?;

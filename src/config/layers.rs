@@ -11,11 +11,12 @@ use toml::{Table, Value};
 use super::{Settings, validate};
 
 /// Keys whose values are never printed.
-const SECRET_KEYS: [&str; 4] = [
+const SECRET_KEYS: [&str; 5] = [
     "database.url",
     "auth.jwt_secret",
     "auth.master_key",
     "webhook.secret",
+    "mail.password",
 ];
 
 /// Settings and where each came from.

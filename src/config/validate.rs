@@ -65,6 +65,10 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.max_stale: auth.staleness_bound, day;
         auth.api_key_max_ttl: hour, 4000 * day;
         auth.mfa_challenge_ttl: 30 * second, hour;
+        auth.mail_interval: second, hour;
+        auth.verification_ttl: minute, 30 * day;
+        auth.reset_ttl: minute, day;
+        mail.deadline: second, 5 * minute;
         password.queue_timeout: tick, minute;
         throttle.max_delay: second, hour;
         quota.replica_ttl: second, 5 * minute;
@@ -88,6 +92,11 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
     settings.tls.check()?;
     if let Err(message) = settings.webhook.target() {
         return Err(("webhook.url", message.to_owned()));
+    }
+    settings.mail.check(settings.dev)?;
+    if auth.require_verified_email && !settings.dev && !settings.mail.is_configured() {
+        let message = "needs mail.server: nobody could verify an address";
+        return Err(("auth.require_verified_email", message.to_owned()));
     }
     if !matches!(settings.usage.retention_months, 0 | 3..=1200) {
         let message = "must be 0 (keep all) or 3 to 1200, for events may come 35 days late";

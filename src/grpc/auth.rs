@@ -9,7 +9,7 @@ use super::{
     bearer::bearer,
     call::origin_of,
     convert::{self, Fields, only},
-    mfa, people, watch,
+    mails, mfa, people, watch,
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount},
@@ -24,10 +24,13 @@ use crate::{
         ListApiKeysResponse, ListSessionsRequest, ListSessionsResponse, LoginRequest,
         LoginResponse, LogoutRequest, LogoutResponse, RefreshTokensRequest, RefreshTokensResponse,
         RegenerateRecoveryCodesRequest, RegenerateRecoveryCodesResponse, RegisterRequest,
-        RegisterResponse, RevokeAllSessionsRequest, RevokeAllSessionsResponse, RevokeApiKeyRequest,
-        RevokeApiKeyResponse, RevokeSessionRequest, RevokeSessionResponse,
+        RegisterResponse, RequestPasswordResetRequest, RequestPasswordResetResponse,
+        ResetPasswordRequest, ResetPasswordResponse, RevokeAllSessionsRequest,
+        RevokeAllSessionsResponse, RevokeApiKeyRequest, RevokeApiKeyResponse, RevokeSessionRequest,
+        RevokeSessionResponse, SendEmailVerificationRequest, SendEmailVerificationResponse,
         UpdateCurrentUserRequest, UpdateCurrentUserResponse, ValidateTokenRequest,
-        ValidateTokenResponse, WatchRevocationsRequest, auth_service_server::AuthService,
+        ValidateTokenResponse, VerifyEmailRequest, VerifyEmailResponse, WatchRevocationsRequest,
+        auth_service_server::AuthService,
     },
     usage::Usage,
 };
@@ -185,6 +188,9 @@ impl AuthService for Handler {
     ) -> Result<Response<UpdateCurrentUserResponse>, Status> {
         let (id, _) = Caller::session_of(&request)?;
         let message = request.get_ref();
+        if mails::asks_for_another_address(message) {
+            return mails::change_email(&self.auth, id, request).await;
+        }
         let changes = only(|fields| {
             let user = fields.take("user", message.user.as_ref().ok_or("must be set".into()));
             let mask = message.update_mask.as_ref();
@@ -253,6 +259,34 @@ impl AuthService for Handler {
         mfa::regenerate(&self.auth, request)
             .await
             .map(Response::new)
+    }
+
+    async fn send_email_verification(
+        &self,
+        request: Request<SendEmailVerificationRequest>,
+    ) -> Result<Response<SendEmailVerificationResponse>, Status> {
+        mails::send_email_verification(&self.auth, request).await
+    }
+
+    async fn verify_email(
+        &self,
+        request: Request<VerifyEmailRequest>,
+    ) -> Result<Response<VerifyEmailResponse>, Status> {
+        mails::verify_email(&self.auth, request).await
+    }
+
+    async fn request_password_reset(
+        &self,
+        request: Request<RequestPasswordResetRequest>,
+    ) -> Result<Response<RequestPasswordResetResponse>, Status> {
+        mails::request_password_reset(&self.auth, request).await
+    }
+
+    async fn reset_password(
+        &self,
+        request: Request<ResetPasswordRequest>,
+    ) -> Result<Response<ResetPasswordResponse>, Status> {
+        mails::reset_password(&self.auth, request).await
     }
 
     async fn validate_token(

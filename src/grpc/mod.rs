@@ -15,6 +15,7 @@ mod envoy;
 pub mod fuzzing;
 pub mod health;
 mod importing;
+mod mails;
 mod memory;
 mod metrics;
 mod mfa;

@@ -112,6 +112,20 @@ impl From<Error> for Status {
             Error::ReservationEnded => {
                 status(Code::FailedPrecondition, Reason::ReservationEnded, message)
             }
+            Error::MailNotConfigured => {
+                status(Code::FailedPrecondition, Reason::MailNotConfigured, message)
+            }
+            Error::EmailUnverified => {
+                status(Code::FailedPrecondition, Reason::EmailUnverified, message)
+            }
+            Error::OneTimeTokenInvalid => {
+                status(Code::InvalidArgument, Reason::OneTimeTokenInvalid, message)
+            }
+            Error::MailTooSoon { retry_after } => {
+                let mut details = info(Reason::MailTooSoon, []);
+                details.set_retry_info(Some(retry_after));
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
             Error::Throttled { retry_after } => {
                 let mut details = info(Reason::TooManyAttempts, []);
                 details.set_retry_info(Some(retry_after));

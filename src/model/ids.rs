@@ -76,6 +76,10 @@ id!(
     GrantRequestId
 );
 id!(
+    /// A token that is mailed to somebody.
+    OneTimeTokenId
+);
+id!(
     /// One start of a process that admits from leases.
     ReplicaId
 );

@@ -12,6 +12,7 @@ mod ids;
 mod import;
 mod lease;
 mod limit;
+mod mail;
 mod mfa;
 mod names;
 mod notice;
@@ -36,8 +37,8 @@ pub use change::Change;
 pub use count::Count;
 pub use erasure::ErasureStep;
 pub use ids::{
-    ApiKeyId, CreditId, EventId, FactorId, GrantRequestId, ReplicaId, ServiceAccountId,
-    ServiceKeyId, SessionId, UserId,
+    ApiKeyId, CreditId, EventId, FactorId, GrantRequestId, OneTimeTokenId, ReplicaId,
+    ServiceAccountId, ServiceKeyId, SessionId, UserId,
 };
 pub use import::{ImportKey, ImportSource, ImportStanding, ImportStep, ImportUser};
 pub use lease::{
@@ -47,6 +48,7 @@ pub use lease::{
 pub use limit::{
     BaseSource, Credit, CreditShare, Draw, EffectiveLimit, LimitFacts, MonthlyOverride, PastMonth,
 };
+pub use mail::{MailDetails, MailKind, MailNote, MailedToken, TokenPurpose};
 pub use mfa::{
     Factor, MfaCode, MfaStanding, RecoveryCode, TotpCode, TotpCredential, UsedCode, UsedFactor,
 };

@@ -70,4 +70,6 @@ pub enum RefreshRefusal {
     /// Logged out, revoked or past its limit.
     SessionEnded,
     AccountDisabled,
+    /// Of a user whose address nobody has proven, where that is asked for.
+    EmailUnverified,
 }

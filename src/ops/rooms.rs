@@ -12,7 +12,7 @@ use prometheus_client::{
 use crate::{
     auth::{Auth, BootTime, Trust},
     store::Store,
-    tasks::{DeliveryStatus, UpkeepStatus},
+    tasks::{DeliveryStatus, MailStatus, UpkeepStatus},
     usage::Usage,
 };
 
@@ -23,6 +23,7 @@ pub struct Rooms {
     pub store: Store,
     pub upkeep: Arc<UpkeepStatus>,
     pub delivery: Arc<DeliveryStatus>,
+    pub mails: Arc<MailStatus>,
     /// Open connections of each thread that serves.
     pub connections: Box<dyn Fn() -> Vec<usize> + Send + Sync>,
 }
@@ -154,6 +155,7 @@ impl Collector for Rooms {
         )?;
         self.encode_upkeep(&mut out)?;
         self.encode_delivery(&mut out)?;
+        self.encode_mails(&mut out)?;
         out.gauges(
             "pool_connections",
             "Connections to the database",
@@ -243,6 +245,33 @@ impl Rooms {
             &[
                 ("delivered", delivery.delivered.get()),
                 ("failed", delivery.failed.get()),
+            ],
+        )
+    }
+}
+
+impl Rooms {
+    fn encode_mails(&self, out: &mut Out<'_, '_>) -> fmt::Result {
+        let mails = &self.mails;
+        out.gauge(
+            "mail_pending",
+            "Mails of all replicas that are not sent; 10,000 stand for more",
+            mails.pending(),
+        )?;
+        out.seconds(
+            "mail_oldest_seconds",
+            "Age of the oldest mail that is not sent, 0 without one",
+            mails.oldest().as_secs_f64(),
+        )?;
+        out.counters(
+            "mail_attempts",
+            "Attempts to send a mail by what became of them; dropped: not wanted any more, or for nobody",
+            "result",
+            &[
+                ("delivered", mails.delivered.get()),
+                ("failed", mails.failed.get()),
+                ("refused", mails.refused.get()),
+                ("dropped", mails.dropped.get()),
             ],
         )
     }

@@ -6,7 +6,7 @@ use diesel::{
     query_builder::{AstPass, QueryFragment, QueryId},
     sql_types::{Array, Bool, Nullable, Timestamptz, Uuid as SqlUuid},
 };
-use diesel_async::{AsyncConnection as _, RunQueryDsl};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -246,6 +246,29 @@ impl Store {
         })
         .await
     }
+}
+
+/// Ends all keys of a user; returns how many. Writes no event.
+pub(super) async fn api_key_revoke_all_in_txn(
+    user_id: UserId,
+    conn: &mut AsyncPgConnection,
+) -> Result<usize> {
+    let live = api_keys::table
+        .filter(api_keys::user_id.eq(user_id.0))
+        .filter(api_keys::revoked_at.is_null());
+    // In the order that others lock them in.
+    let locked: Vec<Uuid> = live
+        .select(api_keys::id)
+        .order(api_keys::id)
+        .for_no_key_update()
+        .load(conn)
+        .await?;
+    let locked = api_keys::table.filter(api_keys::id.eq_any(locked));
+    let revoked = diesel::update(locked)
+        .set(api_keys::revoked_at.eq(diesel::dsl::sql("now()")))
+        .execute(conn)
+        .await?;
+    Ok(revoked)
 }
 
 /// Neither revoked nor expired.

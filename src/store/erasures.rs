@@ -19,6 +19,7 @@ use super::{
     administrators::another_admin_in_txn,
     audit::audit_insert_in_txn,
     errors::stored,
+    mails::mails_forget_in_txn,
     schema::{api_keys, sessions, user_erasures, users},
     throttle::throttle_clear_user_in_txn,
 };
@@ -51,6 +52,7 @@ impl Store {
                 .execute(conn)
                 .await?;
             throttle_clear_user_in_txn(id, conn).await?;
+            mails_forget_in_txn(id, conn).await?;
             diesel::insert_into(user_erasures::table)
                 .values(user_erasures::user_id.eq(id.0))
                 .execute(conn)
@@ -234,6 +236,8 @@ impl Erasure {
         }
         // Some of what counts against a user holds an address.
         throttle_clear_user_in_txn(UserId(self.user_id), conn).await?;
+        // Asked for beside the deletion.
+        mails_forget_in_txn(UserId(self.user_id), conn).await?;
         let note = user_erasures::table.find(self.user_id);
         if is_last {
             diesel::delete(note).execute(conn).await?;

@@ -82,6 +82,18 @@ diesel::table! {
 }
 
 diesel::table! {
+    one_time_tokens (id) {
+        id -> Uuid,
+        user_id -> Uuid,
+        purpose -> Text,
+        token_hash -> Bytea,
+        email -> Text,
+        created_at -> Timestamptz,
+        expires_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     outbox (id) {
         id -> Uuid,
         kind -> Text,
@@ -277,6 +289,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     credit_grants,
     login_throttle,
     monthly_model_usage,
+    one_time_tokens,
     outbox,
     quota_balances,
     quota_leases,

@@ -1,5 +1,6 @@
 use chrono::{DateTime, Utc};
 use diesel::{
+    dsl::exists,
     prelude::*,
     result::{DatabaseErrorKind, Error as DieselError},
 };
@@ -10,6 +11,7 @@ use uuid::Uuid;
 use super::{
     Store,
     audit::audit_insert_in_txn,
+    mails::login_notice_in_txn,
     mfa::mfa_code_use_in_txn,
     schema::{sessions, users},
     users::UserRow,
@@ -32,6 +34,8 @@ pub struct NewSession<'a> {
     pub rehashed_password: Option<String>,
     /// The second factor that opens it beside the password; used up with that.
     pub code: Option<UsedCode>,
+    /// Mails the user if they have not logged in so before.
+    pub tell_if_new: bool,
     pub origin: &'a Origin,
 }
 
@@ -104,6 +108,9 @@ impl Store {
             let standing = standing(session, user)?;
             if !standing.user.is_active {
                 return Err(Error::AccountDisabled);
+            }
+            if new.tell_if_new && session_is_strange_in_txn(&new, conn).await? {
+                login_notice_in_txn(&standing, conn).await?;
             }
             Ok(standing)
         })
@@ -388,6 +395,27 @@ async fn session_audit_in_txn(
         .about(user)
         .with_details(json!({"user_id": user.to_string()}));
     audit_insert_in_txn(&event, conn).await
+}
+
+/// Whether a user who has other sessions has none from the same address with the same client.
+async fn session_is_strange_in_txn(
+    new: &NewSession<'_>,
+    conn: &mut AsyncPgConnection,
+) -> Result<bool> {
+    let others = sessions::table
+        .filter(sessions::user_id.eq(new.user_id.0))
+        .filter(sessions::id.ne(new.id.0));
+    let address = new.origin.address.map(|address| address.to_string());
+    let alike = others
+        .filter(sessions::user_agent.eq(&new.origin.user_agent))
+        .filter(sessions::address.is_not_distinct_from(address));
+    let (any, alike): (bool, bool) = diesel::select((
+        exists(others.select(sessions::id)),
+        exists(alike.select(sessions::id)),
+    ))
+    .get_result(conn)
+    .await?;
+    Ok(any && !alike)
 }
 
 fn standing(session: SessionRow, user: UserRow) -> Result<SessionStanding> {

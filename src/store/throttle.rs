@@ -1,12 +1,12 @@
 //! Failed attempts to log in or register, by what they count against.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::{exists, sql},
+    dsl::{self, exists, sql},
     prelude::*,
-    sql_types::{Array, Bool, Nullable, Text},
+    sql_types::{Array, Bool, Nullable, Text, Timestamptz},
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 
@@ -174,6 +174,54 @@ impl Store {
     }
 }
 
+/// Counts once against each of these by their rules, unless it is too soon for one of them: how long that
+/// goes on is the answer, and nothing is counted then. They are locked until the end of the transaction.
+pub(super) async fn throttle_take_in_txn(
+    subjects: &[(String, ThrottleRule)],
+    conn: &mut AsyncPgConnection,
+) -> Result<Option<Duration>> {
+    let mut subjects: Vec<_> = subjects.iter().collect();
+    // Locked in one order by all, so that none wait for each other in a circle.
+    subjects.sort_by(|(one, _), (other, _)| one.cmp(other));
+    let at: DateTime<Utc> = diesel::select(dsl::now.into_sql::<Timestamptz>())
+        .get_result(conn)
+        .await?;
+    let (mut states, mut wait) = (Vec::new(), None);
+    for (subject, rule) in subjects {
+        let nothing = ThrottleState {
+            failures: 0,
+            last_failed_at: at,
+            blocked_until: at,
+        };
+        diesel::insert_into(login_throttle::table)
+            .values(&ThrottleRow::new(subject, nothing))
+            .on_conflict_do_nothing()
+            .execute(conn)
+            .await?;
+        let known: Option<ThrottleRow> = login_throttle::table
+            .find(subject)
+            .select(ThrottleRow::as_select())
+            .for_update()
+            .first(conn)
+            .await
+            .optional()?;
+        // Swept this moment: nothing was known that mattered.
+        let state = known.map_or(nothing, ThrottleState::from);
+        wait = wait.max(rule.wait(&state, at));
+        states.push((subject, rule.after_failure(Some(&state), at)));
+    }
+    if wait.is_some() {
+        return Ok(wait);
+    }
+    for (subject, state) in states {
+        diesel::update(login_throttle::table.find(subject))
+            .set(ThrottleRow::new(subject, state))
+            .execute(conn)
+            .await?;
+    }
+    Ok(None)
+}
+
 /// Forgets all failures against a user, wherever they were made.
 pub(super) async fn throttle_clear_user_in_txn(
     id: UserId,
@@ -182,7 +230,8 @@ pub(super) async fn throttle_clear_user_in_txn(
     let subjects = login_throttle::subject
         .eq_any(["own", "user", "mfa", "own mfa"].map(|kind| format!("{kind} {id}")))
         .or(login_throttle::subject.like(format!("user {id} from %")))
-        .or(login_throttle::subject.like(format!("mfa {id} from %")));
+        .or(login_throttle::subject.like(format!("mfa {id} from %")))
+        .or(login_throttle::subject.like(format!("mail {id} %")));
     diesel::delete(login_throttle::table.filter(subjects))
         .execute(conn)
         .await?;

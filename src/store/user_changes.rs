@@ -7,14 +7,14 @@ use serde_json::json;
 
 use super::{
     Store, administrators::another_admin_in_txn, audit::audit_insert_in_txn, errors::on_unique,
-    schema::users, sessions::session_revoke_all_in_txn, throttle::throttle_clear_user_in_txn,
-    users::UserRow,
+    mails::notice_in_txn, one_time_tokens::token_delete_in_txn, schema::users,
+    sessions::session_revoke_all_in_txn, throttle::throttle_clear_user_in_txn, users::UserRow,
 };
 use crate::{
     error::{Error, Result},
     model::{
-        Actor, AuditAction, AuditEvent, Email, FullName, Origin, Role, SessionId, User,
-        UserChanges, UserId, Username,
+        Actor, AuditAction, AuditEvent, Email, FullName, MailKind, Origin, Role, SessionId,
+        TokenPurpose, User, UserChanges, UserId, Username,
     },
 };
 
@@ -79,10 +79,11 @@ impl Store {
     /// how many ended.
     ///
     /// `checked` is the hash that the present password was checked against: should it have changed
-    /// meanwhile, that was not the present one.
+    /// meanwhile, that was not the present one. With `tell`, a mail says so.
     ///
     /// # Errors
     /// `InvalidCredentials` · `Unavailable`
+    #[expect(clippy::too_many_arguments, reason = "each is of another kind")]
     pub async fn user_set_password(
         &self,
         id: UserId,
@@ -90,18 +91,26 @@ impl Store {
         hash: &str,
         keep_only: Option<SessionId>,
         origin: &Origin,
+        tell: bool,
         at: DateTime<Utc>,
     ) -> Result<usize> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
             // Before the sessions: a login with the old password commits before this or fails.
-            let changed = diesel::update(users::table.find(id.0))
+            let changed: Option<UserRow> = diesel::update(users::table.find(id.0))
                 .filter(users::password_hash.eq(checked))
                 .set((users::password_hash.eq(hash), users::updated_at.eq(now)))
-                .execute(conn)
-                .await?;
-            if changed == 0 {
-                return Err(Error::InvalidCredentials);
+                .returning(UserRow::as_returning())
+                .get_result(conn)
+                .await
+                .optional()?;
+            let user = User::try_from(changed.ok_or(Error::InvalidCredentials)?)?;
+            // Whoever asked for it before may be who the new password is to keep out.
+            for purpose in [TokenPurpose::ResetPassword, TokenPurpose::ChangeEmail] {
+                token_delete_in_txn(id, purpose, conn).await?;
+            }
+            if tell {
+                notice_in_txn(MailKind::PasswordChanged, &user, conn).await?;
             }
             let ended = match keep_only {
                 Some(kept) => session_revoke_all_in_txn(id, Some(kept), at, conn).await?,

@@ -13,6 +13,7 @@ use super::{
     administrators::another_admin_in_txn,
     audit::audit_insert_in_txn,
     errors::{on_unique, stored},
+    one_time_tokens::{NewToken, verification_in_txn},
     quota::{quota_settle_in_txn, record_in_txn},
     schema::users,
     throttle::throttle_clear_user_in_txn,
@@ -32,6 +33,8 @@ pub struct NewUser {
     pub password_hash: Option<String>,
     pub role: Role,
     pub tier: TierName,
+    /// Is mailed to prove the address.
+    pub verification: Option<NewToken>,
 }
 
 /// A user and what a login is checked against.
@@ -66,6 +69,10 @@ impl Store {
             let details = json!({"tier": user.tier, "role": user.role});
             let event = AuditEvent::of_user(AuditAction::UserCreated, UserId(user.id), origin);
             audit_insert_in_txn(&event.with_details(details), conn).await?;
+            if let Some(token) = &new.verification {
+                // Should it be too soon for this address, there are other ways to ask for a mail.
+                verification_in_txn(UserId(user.id), &user.email, token, conn).await?;
+            }
             user.try_into()
         })
         .await
@@ -357,7 +364,7 @@ impl Store {
 /// As the unique indexes have them, and [`str::to_ascii_lowercase`]: in some locales the database's own
 /// `lower()` takes I for another letter than i. It orders by bytes, so that names of one prefix stand
 /// together.
-const LOWER_EMAIL: &str = "lower(email COLLATE \"C\")";
+pub(super) const LOWER_EMAIL: &str = "lower(email COLLATE \"C\")";
 const LOWER_USERNAME: &str = "lower(username COLLATE \"C\")";
 
 /// From where to where names begin so, in the order of bytes.

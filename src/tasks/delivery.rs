@@ -181,7 +181,7 @@ async fn post(
 
 /// How long to wait after so many attempts, from the half to all of what doubles with each: those who
 /// failed together do not come back together.
-fn pause_after(attempts: i32, random: u8) -> Duration {
+pub(super) fn pause_after(attempts: i32, random: u8) -> Duration {
     let doublings = u32::try_from(attempts - 1).unwrap_or(0).min(20);
     let whole = (RETRY * 2_u32.pow(doublings)).min(MAX_RETRY);
     whole / 2 + whole / 2 * u32::from(random) / 255

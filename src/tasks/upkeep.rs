@@ -155,6 +155,7 @@ impl Upkeep {
             store.outbox_sweep(before, SWEEP_BATCH)
         })
         .await?;
+        sweep("mailed tokens", || store.token_sweep(SWEEP_BATCH)).await?;
         // Before the search for traces, which goes by it.
         let attributed = self.attribute().await;
         let erased = self.erase().await;

@@ -103,7 +103,7 @@ const ANY_VALUE: [(&str, &str, &str); 19] = [
 const UPDATES: [(&str, &[&str]); 2] = [
     (
         "auth.v1.AuthService/UpdateCurrentUser",
-        &["username", "full_name"],
+        &["username", "full_name", "email"],
     ),
     (
         "admin.v1.AdminService/UpdateUser",

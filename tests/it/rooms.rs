@@ -6,7 +6,7 @@ use std::{
 };
 
 /// Every room and the rooms that it may name; `*` is all of them.
-const ROOMS: [(&str, &[&str]); 18] = [
+const ROOMS: [(&str, &[&str]); 19] = [
     ("auth", &["store", "model", "error", "config"]),
     ("cli", &["*"]),
     ("client", &["proto"]),
@@ -18,6 +18,7 @@ const ROOMS: [(&str, &[&str]); 18] = [
         &["auth", "usage", "model", "error", "proto", "config"],
     ),
     ("lib", &[]),
+    ("mail", &["model", "config"]),
     ("main", &["cli"]),
     ("model", &[]),
     ("ops", &["auth", "usage", "store", "grpc", "tasks"]),
@@ -26,7 +27,9 @@ const ROOMS: [(&str, &[&str]); 18] = [
     ("store", &["model", "error", "config"]),
     (
         "tasks",
-        &["store", "auth", "usage", "model", "error", "webhook"],
+        &[
+            "store", "auth", "usage", "model", "error", "mail", "webhook",
+        ],
     ),
     ("telemetry", &["config"]),
     ("usage", &["store", "model", "error", "config"]),

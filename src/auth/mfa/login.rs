@@ -152,6 +152,7 @@ impl Auth {
             absolute_expires_at,
             rehashed_password,
             code,
+            tell_if_new: self.mails.tells_logins(),
             origin,
         }
     }

@@ -8,7 +8,7 @@ pub(super) fn from(address: IpAddr) -> String {
 }
 
 /// What one person has of the addresses: of IPv6 a whole /64.
-pub(super) fn network(address: IpAddr) -> IpAddr {
+pub(in crate::auth) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let bits = address.to_bits() >> 64 << 64;

@@ -358,6 +358,7 @@ async fn no_act_is_done_that_cannot_be_written() {
     let own = UpdateCurrentUserRequest {
         user: Some(profile.clone()),
         update_mask: None,
+        current_password: String::new(),
     };
     let update = UpdateUserRequest {
         user: Some(profile),

@@ -39,6 +39,7 @@ async fn update(
     let request = UpdateCurrentUserRequest {
         user: Some(user),
         update_mask,
+        current_password: String::new(),
     };
     let answer = app.auth(token).update_current_user(request).await?;
     Ok(answer.into_inner().user.expect("a user"))

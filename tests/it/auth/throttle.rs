@@ -403,6 +403,7 @@ async fn an_administrator_lets_a_user_in_again() {
     let own = UpdateCurrentUserRequest {
         user: Some(named()),
         update_mask: mask.clone(),
+        current_password: String::new(),
     };
     app.auth(&token).update_current_user(own).await.unwrap();
     assert_eq!(app.count("SELECT count(*) FROM login_throttle").await, 3);

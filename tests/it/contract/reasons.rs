@@ -12,7 +12,8 @@ use tollkeeper::proto::tollkeeper::{
     },
     auth::v1::{
         GetCurrentUserRequest, ListApiKeysRequest, LogoutRequest, RefreshTokensRequest,
-        RegisterRequest, RevokeApiKeyRequest, RevokeSessionRequest, ValidateTokenRequest,
+        RegisterRequest, RequestPasswordResetRequest, RevokeApiKeyRequest, RevokeSessionRequest,
+        SendEmailVerificationRequest, ValidateTokenRequest, VerifyEmailRequest,
     },
     usage::v1::{ListTiersRequest, RecordUsageRequest, TokenCounts, UsageEvent},
 };
@@ -26,7 +27,7 @@ use super::{
 use crate::{
     auth::mfa,
     descriptor,
-    harness::{PASSWORD, TestApp, cluster, reason},
+    harness::{Mailbox, PASSWORD, TestApp, cluster, reason},
     usage,
 };
 
@@ -71,6 +72,7 @@ async fn every_reason_of_the_contract_is_given_with_a_code_that_it_names() {
     errors.push(too_many_attempts().await);
     errors.extend(of_credits(&app).await);
     errors.extend(mfa::refused(&app).await);
+    errors.extend(of_mails().await);
     errors.extend(usage::reservations::refused_reservations().await);
     errors.push(crate::watch::dropped_reader().await);
     errors.push(too_late().await);
@@ -325,6 +327,36 @@ async fn too_many_attempts() -> Status {
         app.login_as("nobody", PASSWORD).await.unwrap_err();
     }
     app.login_as("nobody", PASSWORD).await.unwrap_err()
+}
+
+async fn of_mails() -> Vec<Status> {
+    let request = RequestPasswordResetRequest {
+        email: "nobody@example.com".to_owned(),
+    };
+    let without = TestApp::spawn().await;
+    let answer = without.auth("").request_password_reset(request).await;
+    let mut errors = vec![answer.unwrap_err()];
+    let mailbox = Mailbox::new();
+    let app = TestApp::spawn_with(|settings| {
+        mailbox.take(settings);
+        settings.auth.require_verified_email = true;
+    })
+    .await;
+    let user = app.user().create().await;
+    errors.push(app.login_as(&user.email, PASSWORD).await.unwrap_err());
+    let token = "no token".to_owned();
+    let answer = app
+        .auth("")
+        .verify_email(VerifyEmailRequest { token })
+        .await;
+    errors.push(answer.unwrap_err());
+    app.sql("UPDATE users SET email_verified_at = now()").await;
+    let token = app.login(&user).await.access_token;
+    app.sql("UPDATE users SET email_verified_at = NULL").await;
+    let request = SendEmailVerificationRequest {};
+    let answer = app.auth(&token).send_email_verification(request).await;
+    errors.push(answer.unwrap_err());
+    errors
 }
 
 async fn of_credits(app: &TestApp) -> Vec<Status> {

@@ -8,7 +8,7 @@ use super::edge::Site;
 use crate::{
     auth::mfa::Authenticator,
     descriptor,
-    harness::{Answer, Edge, PASSWORD, Raw, TestApp, eventually, reason},
+    harness::{Answer, Edge, Mailbox, PASSWORD, Raw, TestApp, eventually, reason},
     usage::event,
 };
 
@@ -625,4 +625,31 @@ async fn pages_of_the_origin_that_is_allowed_may_call_and_read_and_others_may_no
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forgotten_password_is_set_by_json() {
+    let mailbox = Mailbox::new();
+    let app = TestApp::spawn_with(|settings| mailbox.take(settings)).await;
+    let site = Site::before(app).await;
+    let user = site.app.user().create().await;
+    let ask = json!({"email": user.email});
+    site.done("/api/auth/request-password-reset", "", &ask)
+        .await;
+    let token = mailbox.nth(&user.email, 1).await.token();
+    let new = "a staple for the next battery";
+    let set = json!({"token": token, "new_password": new});
+    site.done("/api/auth/reset-password", "", &set).await;
+    let again = site.post("/api/auth/reset-password", "", &set).await;
+    assert_refused(again, 400, "ONE_TIME_TOKEN_INVALID", "used").await;
+    let login = json!({"identifier": user.email, "password": new});
+    let login = site.done("/api/auth/login", "", &login).await;
+    let session = login["tokens"]["access_token"].as_str().unwrap();
+    let sent = site
+        .done("/api/auth/send-verification", session, &json!({}))
+        .await;
+    assert_eq!(sent["already_verified"], true);
+    let verify = json!({"token": "tko_none"});
+    let refused = site.post("/api/auth/verify-email", "", &verify).await;
+    assert_refused(refused, 400, "ONE_TIME_TOKEN_INVALID", "none").await;
 }

@@ -63,6 +63,12 @@ impl Authority {
         self.sign("server", name, ExtendedKeyUsagePurpose::ServerAuth)
     }
 
+    /// A server's that stands on this machine.
+    pub(crate) fn local_server(&self) -> Pair {
+        let name = SanType::DnsName("localhost".try_into().expect("ASCII"));
+        self.sign("server", name, ExtendedKeyUsagePurpose::ServerAuth)
+    }
+
     /// A client's whose name is this URI.
     pub(crate) fn uri(&self, uri: &str) -> Pair {
         let name = SanType::URI(uri.try_into().expect("ASCII"));

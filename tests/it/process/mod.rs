@@ -10,6 +10,7 @@ mod import;
 mod ledger_kills;
 mod ledger_load;
 mod logs;
+mod mail;
 mod own_postgres;
 mod production;
 mod quota_chaos;

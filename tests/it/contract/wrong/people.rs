@@ -7,8 +7,9 @@ use tollkeeper::proto::tollkeeper::{
         RevokeUserSessionsRequest, UpdateUserRequest,
     },
     auth::v1::{
-        ChangePasswordRequest, ListSessionsRequest, RevokeSessionRequest, UpdateCurrentUserRequest,
-        User,
+        ChangePasswordRequest, ListSessionsRequest, RequestPasswordResetRequest,
+        ResetPasswordRequest, RevokeSessionRequest, UpdateCurrentUserRequest, User,
+        VerifyEmailRequest,
     },
 };
 
@@ -20,6 +21,9 @@ const UPDATE_USER: &str = "admin.v1.AdminService/UpdateUser";
 const DELETE_USER: &str = "admin.v1.AdminService/DeleteUser";
 const AUDIT: &str = "admin.v1.AdminService/ListAuditEvents";
 const CHANGE_PASSWORD: &str = "auth.v1.AuthService/ChangePassword";
+const RESET_REQUEST: &str = "auth.v1.AuthService/RequestPasswordReset";
+const RESET: &str = "auth.v1.AuthService/ResetPassword";
+const VERIFY_EMAIL: &str = "auth.v1.AuthService/VerifyEmail";
 
 const SESSIONS: &str = "auth.v1.AuthService/ListSessions";
 const REVOKE_SESSION: &str = "auth.v1.AuthService/RevokeSession";
@@ -99,6 +103,7 @@ pub(super) fn own_account(t: &mut Table) {
     let update = |user, path: &str| UpdateCurrentUserRequest {
         user: Some(user),
         update_mask: Some(mask(path)),
+        current_password: String::new(),
     };
     t.texts(UPDATE_ME, "user.username", USERNAMES, |username| {
         let user = User {
@@ -117,8 +122,46 @@ pub(super) fn own_account(t: &mut Table) {
     t.texts(UPDATE_ME, "update_mask", MASKS, |path| {
         update(User::default(), &path)
     });
-    t.texts(UPDATE_ME, "update_mask", &["email", "role"], |path| {
+    t.texts(UPDATE_ME, "update_mask", &["tier", "role"], |path| {
         update(User::default(), &path)
+    });
+    let change = |email: &str, current_password: &str| UpdateCurrentUserRequest {
+        current_password: current_password.to_owned(),
+        ..update(
+            User {
+                email: email.to_owned(),
+                ..User::default()
+            },
+            "email",
+        )
+    };
+    t.texts(UPDATE_ME, "user.email", EMAILS, |email| {
+        change(&email, PASSWORD)
+    });
+    let long = "x".repeat(1025);
+    t.texts(UPDATE_ME, "current_password", &["", &long], |password| {
+        change("another@example.com", &password)
+    });
+
+    t.texts(RESET_REQUEST, "email", EMAILS, |email| {
+        RequestPasswordResetRequest { email }
+    });
+    t.texts(VERIFY_EMAIL, "token", &[""], |token| VerifyEmailRequest {
+        token,
+    });
+    let reset = ResetPasswordRequest {
+        token: "tko_token".to_owned(),
+        new_password: PASSWORD.to_owned(),
+    };
+    t.texts(RESET, "token", &[""], |token| ResetPasswordRequest {
+        token,
+        ..reset.clone()
+    });
+    t.texts(RESET, "new_password", PASSWORDS, |new_password| {
+        ResetPasswordRequest {
+            new_password,
+            ..reset.clone()
+        }
     });
 
     let change = ChangePasswordRequest {

@@ -1,0 +1,261 @@
+//! Sends the mails of the outbox. Replicas share the work as they do with other events; each mail is
+//! composed when it is its turn, so that what has ended meanwhile is not sent.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use aws_lc_rs::rand;
+use chrono::{TimeDelta, Utc};
+use tokio::{
+    sync::Semaphore,
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::{info, warn};
+
+use super::delivery::pause_after;
+use crate::{
+    auth::Auth,
+    error::Result,
+    mail::{Mailer, Unsent},
+    model::{Count, MailNote},
+    store::{OutboxEvent, Store},
+};
+
+/// Between looks for mails that are due.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Between looks at what waits, for whoever watches.
+const WATCH: Duration = Duration::from_secs(5);
+
+/// Sent at a time by one replica.
+const MAX_AT_ONCE: u32 = 8;
+
+/// Most between attempts: what people wait for is good for an hour or so.
+const MAX_RETRY: Duration = Duration::from_mins(10);
+
+/// For so long what has no token is tried.
+const NOTICE_WITHIN: TimeDelta = TimeDelta::days(1);
+
+/// Between attempts to write down that a mail has gone: until then it may go twice.
+const MARK_RETRY: Duration = Duration::from_millis(200);
+
+/// Sends mails.
+pub struct Mailing {
+    store: Store,
+    auth: Auth,
+    mailer: Option<Arc<Mailer>>,
+    status: Arc<MailStatus>,
+    turns: Arc<Semaphore>,
+}
+
+/// What waits and what became of the others, for whoever watches.
+#[derive(Debug, Default)]
+pub struct MailStatus {
+    /// Attempts of this replica.
+    pub delivered: Count,
+    /// To be tried again.
+    pub failed: Count,
+    /// Given up.
+    pub refused: Count,
+    /// Not wanted any more, or for nobody.
+    pub dropped: Count,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    pending: u64,
+    oldest_since: Option<Instant>,
+    last_failure: Option<Unsent>,
+}
+
+impl MailStatus {
+    /// Mails that wait; 10,000 stand for more.
+    pub fn pending(&self) -> u64 {
+        self.seen().pending
+    }
+
+    /// The age of the oldest of them.
+    pub fn oldest(&self) -> Duration {
+        let since = self.seen().oldest_since;
+        since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for the mails that are being sent.
+pub struct LastMails(Arc<Semaphore>);
+
+impl LastMails {
+    /// Until the server at the other end has said what becomes of them, and that is written down.
+    pub async fn sent(self) {
+        // Never closed.
+        let _ = self.0.acquire_many(MAX_AT_ONCE).await;
+    }
+}
+
+impl Mailing {
+    /// Without a mailer mails stay where they are: another replica may have one.
+    pub fn new(store: Store, auth: Auth, mailer: Option<Mailer>) -> Self {
+        Self {
+            store,
+            auth,
+            mailer: mailer.map(Arc::new),
+            status: Arc::default(),
+            turns: Arc::new(Semaphore::new(MAX_AT_ONCE as usize)),
+        }
+    }
+
+    pub fn status(&self) -> Arc<MailStatus> {
+        self.status.clone()
+    }
+
+    /// For the end of the server: a mail that is cut short may go twice.
+    pub fn last(&self) -> LastMails {
+        LastMails(self.turns.clone())
+    }
+
+    /// Runs until dropped; what is being sent then goes on.
+    pub async fn run(self) {
+        let mut looks = interval(WATCH);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = looks.tick() => {
+                    if let Err(error) = self.look().await {
+                        warn!(%error, "the mails that wait could not be looked at");
+                    }
+                }
+                () = sleep(PERIOD) => {}
+            }
+            if let Err(error) = self.send_more().await {
+                warn!(%error, "no mails could be claimed");
+                sleep(PERIOD).await;
+            }
+        }
+    }
+
+    async fn send_more(&self) -> Result<()> {
+        let Some(mailer) = &self.mailer else {
+            return Ok(());
+        };
+        // Well beyond an attempt and the word of its end.
+        let claim = mailer.deadline() * 3 + Duration::from_mins(1);
+        loop {
+            let free = self.turns.available_permits();
+            if free == 0 {
+                return Ok(());
+            }
+            let claimed = self.store.outbox_claim(MailNote::KIND, claim, free).await?;
+            let were_all = claimed.len() < free;
+            for event in claimed {
+                // There are as many: nobody else takes any.
+                let Ok(turn) = self.turns.clone().acquire_owned().await else {
+                    return Ok(());
+                };
+                let one = Sending {
+                    store: self.store.clone(),
+                    auth: self.auth.clone(),
+                    mailer: mailer.clone(),
+                    status: self.status.clone(),
+                    claimed_until: Instant::now() + claim,
+                    event,
+                };
+                tokio::spawn(async move {
+                    let id = one.event.id;
+                    if let Err(error) = one.run().await {
+                        // It will be claimed, and maybe sent, once more.
+                        warn!(%error, event_id = %id, "what became of a mail could not be written");
+                    }
+                    drop(turn);
+                });
+            }
+            if were_all {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn look(&self) -> Result<()> {
+        let (pending, oldest) = self.store.mail_pending().await?;
+        let failure = {
+            let mut seen = self.status.seen();
+            seen.pending = pending;
+            seen.oldest_since = oldest.and_then(|age| Instant::now().checked_sub(age));
+            seen.last_failure.take()
+        };
+        // One line, however many mails wait.
+        if let Some(failure) = failure {
+            warn!(%failure, pending, "mails cannot be sent, to be tried again");
+        }
+        Ok(())
+    }
+}
+
+/// One attempt to send a mail.
+struct Sending {
+    store: Store,
+    auth: Auth,
+    mailer: Arc<Mailer>,
+    status: Arc<MailStatus>,
+    claimed_until: Instant,
+    event: OutboxEvent,
+}
+
+impl Sending {
+    async fn run(self) -> Result<()> {
+        let (store, event) = (&self.store, &self.event);
+        let details = match MailNote::read(&event.payload) {
+            Some(note) => store.mail_details(event.id, &note).await?,
+            None => None,
+        };
+        let Some(details) = details else {
+            self.status.dropped.add_one();
+            return store.mail_drop(event.id).await;
+        };
+        let token = details
+            .token
+            .map(|token| self.auth.one_time_token(token.id));
+        let sent = match self
+            .mailer
+            .compose(event.id, &details, token.as_deref(), Utc::now())
+        {
+            Ok(mail) => self.mailer.send(event.id, &mail).await,
+            Err(unsent) => Err(unsent),
+        };
+        let Err(unsent) = sent else {
+            self.status.delivered.add_one();
+            return self.mark(None).await;
+        };
+        let is_late = details.token.is_none() && Utc::now() - details.at > NOTICE_WITHIN;
+        if unsent.is_final() || is_late {
+            self.status.refused.add_one();
+            info!(%unsent, event_id = %event.id, kind = details.kind.as_str(), "a mail is given up");
+            return self.mark(Some(&unsent.to_string())).await;
+        }
+        self.status.failed.add_one();
+        self.status.seen().last_failure = Some(unsent);
+        let mut random = [0; 1];
+        // Without randomness replicas may come together, no more.
+        let _ = rand::fill(&mut random);
+        let pause = pause_after(event.attempts, random[0]).min(MAX_RETRY);
+        store.outbox_failed(event, &unsent.to_string(), pause).await
+    }
+
+    /// Says so as long as the mail is ours: else it goes once more.
+    async fn mark(&self, error: Option<&str>) -> Result<()> {
+        loop {
+            match self.store.mail_done(self.event.id, error).await {
+                Err(_) if Instant::now() + MARK_RETRY < self.claimed_until => {
+                    sleep(MARK_RETRY).await;
+                }
+                done => return done,
+            }
+        }
+    }
+}
