@@ -2,8 +2,12 @@ use std::time::{Duration, Instant};
 
 use tollkeeper::{
     config::PasswordSettings,
-    proto::tollkeeper::{admin::v1::CreateUserRequest, auth::v1::RequestPasswordResetRequest},
+    proto::tollkeeper::{
+        admin::v1::CreateUserRequest,
+        auth::v1::{RegisterRequest, RequestPasswordResetRequest},
+    },
 };
+use tonic::Code;
 
 use crate::harness::{Mailbox, PASSWORD, TestApp};
 
@@ -40,9 +44,13 @@ impl<'a> Kind<'a> {
     }
 
     fn median(&mut self) -> Duration {
-        self.times.sort();
-        self.times[self.times.len() / 2]
+        median(&mut self.times)
     }
+}
+
+fn median(times: &mut [Duration]) -> Duration {
+    times.sort();
+    times[times.len() / 2]
 }
 
 fn spread(times: &[Duration]) -> f64 {
@@ -105,6 +113,51 @@ async fn unknown_accounts_cost_as_much_time_as_wrong_passwords() {
     panic!("the medians tell accounts apart: {rounds:#?}");
 }
 
+/// That something is taken has to be said; not what.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_registration_takes_as_long_whatever_is_taken() {
+    let app = TestApp::spawn_with(|s| {
+        s.password = PasswordSettings::default();
+        s.throttle.address_failures = u32::MAX;
+    })
+    .await;
+    let there = app.user().create().await;
+    let mut rounds = Vec::new();
+    let mut times = [const { Vec::new() }; 3];
+    for round in 0..ROUNDS {
+        for sample in 0..SAMPLES {
+            let name = format!("new-{round}-{sample}");
+            let email = format!("{name}@example.com");
+            let names = [
+                (&there.email, &name),
+                (&email, &there.username),
+                (&there.email, &there.username),
+            ];
+            for turn in 0..names.len() {
+                let next = (sample + turn) % names.len();
+                let (email, username) = names[next];
+                let request = RegisterRequest {
+                    email: email.clone(),
+                    username: username.clone(),
+                    password: PASSWORD.to_owned(),
+                    ..RegisterRequest::default()
+                };
+                let mut auth = app.auth("");
+                let started = Instant::now();
+                let registered = auth.register(request).await;
+                times[next].push(started.elapsed());
+                assert_eq!(registered.unwrap_err().code(), Code::AlreadyExists);
+            }
+        }
+        let medians = times.each_mut().map(|times| median(times));
+        if spread(&medians) <= BOUND {
+            return;
+        }
+        rounds.push(medians);
+    }
+    panic!("the medians of address, username and both tell them apart: {rounds:#?}");
+}
+
 /// Of statements and commits alone, which vary more than hashes do.
 const RESET_BOUND: f64 = 0.35;
 
@@ -138,10 +191,7 @@ async fn a_reset_takes_as_long_for_an_address_that_nobody_has() {
                     .await;
             }
         }
-        let medians = times.each_mut().map(|times| {
-            times.sort();
-            times[times.len() / 2]
-        });
+        let medians = times.each_mut().map(|times| median(times));
         if spread(&medians) <= RESET_BOUND {
             return;
         }
