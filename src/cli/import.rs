@@ -33,6 +33,12 @@ use file::{Read, Rows};
 /// Rows that are committed together.
 const BATCH_ROWS: usize = 500;
 
+/// As shells have it of a command that SIGINT ended.
+const TWICE_INTERRUPTED: i32 = 130;
+
+/// A signal is known of well within this.
+const SIGNAL_BEHIND_END: Duration = Duration::from_millis(200);
+
 /// While the database is away: a switch-over takes about as long.
 const TRIES: u32 = 5;
 const TRY_AGAIN: Duration = Duration::from_secs(2);
@@ -128,6 +134,8 @@ pub(super) async fn run(args: ImportArgs, loaded: Loaded) -> anyhow::Result<()> 
             bar,
             counts: Counts::default(),
             stops_at_broken: args.on_error == OnError::Stop,
+            is_stdin,
+            settled: 0,
         };
         work.run().await
     })
@@ -143,6 +151,9 @@ struct Work {
     bar: ProgressBar,
     counts: Counts,
     stops_at_broken: bool,
+    is_stdin: bool,
+    /// The line up to which all is done.
+    settled: u64,
 }
 
 impl Work {
@@ -159,11 +170,11 @@ impl Work {
         match (cut, self.counts.broken) {
             (Some(Cut::Interrupted), _) => bail!(
                 "interrupted behind line {}; to go on, {again}",
-                self.rows.line()
+                self.settled
             ),
             (Some(Cut::Broken), _) => bail!(
                 "stopped behind line {}; to go on with a mended file, {again}",
-                self.rows.line()
+                self.settled
             ),
             (None, 0) => Ok(()),
             (None, broken) => bail!("{} rows are broken", HumanCount(broken)),
@@ -176,7 +187,7 @@ impl Work {
             let mut batch = Vec::new();
             let broken = self.counts.broken;
             let mut is_last = false;
-            while batch.len() < BATCH_ROWS {
+            while batch.len() < BATCH_ROWS && !interrupted.load(Ordering::Relaxed) {
                 match self.rows.next()? {
                     Some(Read::Row(row)) => batch.push(*row),
                     Some(Read::Broken(line, violation)) => {
@@ -190,7 +201,17 @@ impl Work {
                     }
                 }
             }
+            if is_last && self.is_stdin {
+                // Ctrl-C ends all of a pipeline: the end of what the first one writes may be seen
+                // before the signal.
+                tokio::time::sleep(SIGNAL_BEHIND_END).await;
+            }
+            if interrupted.load(Ordering::Relaxed) {
+                // What was read may be cut short, and is read again by who goes on.
+                return Ok(Some(Cut::Interrupted));
+            }
             self.take(batch).await?;
+            self.settled = self.rows.line();
             self.bar.set_position(self.rows.position());
             self.bar.set_message(HumanCount(self.done()).to_string());
             if self.stops_at_broken && self.counts.broken > broken {
@@ -198,9 +219,6 @@ impl Work {
             }
             if is_last {
                 return Ok(None);
-            }
-            if interrupted.load(Ordering::Relaxed) {
-                return Ok(Some(Cut::Interrupted));
             }
         }
     }
@@ -267,16 +285,20 @@ impl Work {
     }
 }
 
-/// Turns true when the process is asked to end; a batch under way is to be settled first.
+/// Turns true when the process is asked to end; a batch under way is to be settled first. Whoever
+/// asks once more does not wait: for the database, or for more of standard input.
 fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
     let asked = Arc::new(AtomicBool::new(false));
     for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
         let mut signals = signal(kind).context("cannot wait for signals")?;
         let asked = asked.clone();
         tokio::spawn(async move {
-            signals.recv().await;
-            asked.store(true, Ordering::Relaxed);
-            eprintln!("ending after this batch");
+            while signals.recv().await.is_some() {
+                if asked.swap(true, Ordering::Relaxed) {
+                    std::process::exit(TWICE_INTERRUPTED);
+                }
+                eprintln!("ending after this batch; once more ends at once");
+            }
         });
     }
     Ok(asked)

@@ -6,7 +6,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -49,7 +49,9 @@ pub(super) enum Read {
 pub(super) struct Rows {
     from: From,
     size: Option<u64>,
-    position: Arc<AtomicU64>,
+    so_far: Arc<SoFar>,
+    /// Whoever writes it may be cut short.
+    is_stdin: bool,
     line: u64,
 }
 
@@ -68,7 +70,7 @@ type Values = [String; COLUMNS.len()];
 impl Rows {
     /// Opens a file, or standard input, and reads the header of CSV.
     pub(super) fn open(path: Option<&Path>, is_jsonl: bool) -> anyhow::Result<Self> {
-        let position = Arc::new(AtomicU64::new(0));
+        let so_far = Arc::new(SoFar::default());
         let (inner, size): (Box<dyn io::Read + Send>, _) = match path {
             Some(path) => {
                 let cannot = || format!("cannot read {}", path.display());
@@ -80,7 +82,7 @@ impl Rows {
         };
         let counted = Counted {
             inner,
-            read: position.clone(),
+            so_far: so_far.clone(),
         };
         let from = match is_jsonl {
             true => From::Jsonl(Box::new(BufReader::new(counted))),
@@ -98,7 +100,8 @@ impl Rows {
         Ok(Self {
             from,
             size,
-            position,
+            so_far,
+            is_stdin: path.is_none(),
             line: 0,
         })
     }
@@ -110,7 +113,7 @@ impl Rows {
 
     /// Bytes read.
     pub(super) fn position(&self) -> u64 {
-        self.position.load(Ordering::Relaxed)
+        self.so_far.read.load(Ordering::Relaxed)
     }
 
     /// Of the row read last.
@@ -142,6 +145,11 @@ impl Rows {
                 Some(values) => values,
                 None => return Ok(None),
             },
+        };
+        // A row is read beyond its line end only when it has none.
+        let values = match self.is_stdin && self.so_far.has_ended.load(Ordering::Relaxed) {
+            true => Err("has no line end: was the input cut short?".into()),
+            false => values,
         };
         Ok(Some(match values {
             Ok(values) => Read::Row(Box::new(row(self.line, values))),
@@ -320,16 +328,26 @@ fn time(text: &str) -> Result<Option<DateTime<Utc>>, Violation> {
         .ok_or_else(|| "must be a time from 1970 on such as 2026-11-20T12:00:00Z".into())
 }
 
+/// What is known of a file under way.
+#[derive(Default)]
+struct SoFar {
+    /// Bytes.
+    read: AtomicU64,
+    has_ended: AtomicBool,
+}
+
 /// Counts what is read.
 struct Counted {
     inner: Box<dyn io::Read + Send>,
-    read: Arc<AtomicU64>,
+    so_far: Arc<SoFar>,
 }
 
 impl io::Read for Counted {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(to)?;
-        self.read.fetch_add(read as u64, Ordering::Relaxed);
+        self.so_far.read.fetch_add(read as u64, Ordering::Relaxed);
+        let has_ended = read == 0 && !to.is_empty();
+        self.so_far.has_ended.store(has_ended, Ordering::Relaxed);
         Ok(read)
     }
 }

@@ -99,7 +99,7 @@ fn file(rows: usize, known: &[Known]) -> String {
 
 /// The value behind a label such as `imported  …`.
 #[track_caller]
-fn number(output: &str, label: &str) -> usize {
+pub(super) fn number(output: &str, label: &str) -> usize {
     let mut lines = output.lines();
     let found = lines
         .find_map(|line| line.strip_prefix(label))
@@ -107,7 +107,7 @@ fn number(output: &str, label: &str) -> usize {
     found.trim().replace(',', "").parse().expect("a number")
 }
 
-async fn count(client: &Client, what: &str) -> usize {
+pub(super) async fn count(client: &Client, what: &str) -> usize {
     let statement = format!("SELECT count(*) FROM {what}");
     let row = client.query_one(&statement, &[]).await.expect("counted");
     let count: i64 = row.get(0);
@@ -116,7 +116,7 @@ async fn count(client: &Client, what: &str) -> usize {
 
 const IMPORT: [&str; 3] = ["users", "import", "people.csv"];
 
-fn blocking<T: Send + 'static>(work: impl FnOnce() -> T) -> T {
+pub(super) fn blocking<T: Send + 'static>(work: impl FnOnce() -> T) -> T {
     tokio::task::block_in_place(work)
 }
 
@@ -259,11 +259,11 @@ async fn reach(client: &Client, import: &mut Service, enough: usize) -> bool {
     }
 }
 
-fn is_running(service: &mut Service) -> bool {
+pub(super) fn is_running(service: &mut Service) -> bool {
     service.child.try_wait().expect("a child").is_none()
 }
 
-fn run(home: &Home, args: &[&str], input: &str) -> Outcome {
+pub(super) fn run(home: &Home, args: &[&str], input: &str) -> Outcome {
     home.finish(home.production(args), input)
 }
 
@@ -277,6 +277,7 @@ fn a_file_is_checked_without_writing_and_imported_from_standard_input() {
         "",
         "{not json",
         r#"{"email": "joe@example.com", "username": "joe", "is_active": null}"#,
+        "",
     ]
     .join("\n");
     fs::write(home.path().join("people.jsonl"), &lines).unwrap();

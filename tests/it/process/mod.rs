@@ -7,6 +7,7 @@ mod full_disk;
 mod gateway;
 mod home;
 mod import;
+mod import_input;
 mod ledger_kills;
 mod ledger_load;
 mod logs;
