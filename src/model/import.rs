@@ -74,6 +74,10 @@ impl ImportKey {
         }
     }
 
+    pub fn is_derived(self) -> bool {
+        matches!(self, Self::Derived(_))
+    }
+
     /// Whether a user was imported under this key. One that was derived may have been so while the row
     /// said another time.
     pub fn is_of(self, id: Uuid) -> bool {

@@ -33,14 +33,21 @@ impl Store {
         }
         let _turn = self.bulk_read().await?;
         let mut conn = self.conn().await?;
-        // Names in lower case are ASCII, and compared as the indexes have them.
+        // Names in lower case are ASCII, and compared as the indexes have them. An id that was derived is
+        // compared without its time, as ImportKey::is_of does: the row may have said another one.
         let found: Vec<Found> = diesel::sql_query(
             "WITH wanted AS MATERIALIZED (
-                 SELECT * FROM unnest($1, $2, $3) WITH ORDINALITY AS w (id, email, username, place)
+                 SELECT * FROM unnest($1, $2, $3, $4)
+                     WITH ORDINALITY AS w (id, email, username, is_derived, place)
              )
              SELECT place, 'id' AS what, u.id FROM wanted w JOIN users u ON u.id = w.id
              UNION ALL
              SELECT place, 'erased', e.user_id FROM wanted w JOIN user_erasures e ON e.user_id = w.id
+             UNION ALL
+             SELECT place, 'erased', e.user_id
+             FROM wanted w JOIN user_erasures e
+                 ON substr(e.user_id::text, 15) = substr(w.id::text, 15)
+             WHERE w.is_derived
              UNION ALL
              SELECT place, 'email', u.id
              FROM wanted w JOIN users u ON lower(u.email COLLATE \"C\") = w.email
@@ -51,6 +58,7 @@ impl Store {
         .bind::<Array<SqlUuid>, _>(ids(users))
         .bind::<Array<Text>, _>(column(users, |user| user.person.email.as_str().to_ascii_lowercase()))
         .bind::<Array<Text>, _>(column(users, |user| user.person.username.as_str().to_ascii_lowercase()))
+        .bind::<Array<Bool>, _>(column(users, |user| user.key.is_derived()))
         .load(&mut conn)
         .await?;
         let mut standings = vec![ImportStanding::default(); users.len()];
@@ -94,9 +102,10 @@ impl Store {
         // LEAST passes nulls over.
         let inserted: Vec<Inserted> = diesel::sql_query(
             "WITH new AS MATERIALIZED (
-                 SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+                 SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $20)
                      WITH ORDINALITY AS n (id, email, username, full_name, password_hash, role, tier,
-                         is_active, email_verified_at, created_at, last_login_at, event_id, place)
+                         is_active, email_verified_at, created_at, last_login_at, event_id,
+                         is_derived, place)
              ), inserted AS (
                  INSERT INTO users (id, email, username, full_name, password_hash, role, tier,
                      is_active, email_verified_at, created_at, last_login_at)
@@ -105,6 +114,8 @@ impl Store {
                      CASE WHEN last_login_at IS NOT NULL THEN LEAST(last_login_at, now()) END
                  FROM new
                  WHERE NOT EXISTS (SELECT FROM user_erasures e WHERE e.user_id = new.id)
+                     AND NOT (is_derived AND substr(id::text, 15) IN (
+                         SELECT substr(e.user_id::text, 15) FROM user_erasures e))
                  ORDER BY place
                  ON CONFLICT DO NOTHING
                  RETURNING id, role, tier
@@ -137,6 +148,7 @@ impl Store {
         .bind::<Nullable<Text>, _>(origin.address.map(|address| address.to_string()))
         .bind::<Text, _>(&origin.user_agent)
         .bind::<Text, _>(source.as_str())
+        .bind::<Array<Bool>, _>(column(&users, |user| user.key.is_derived()))
         .load(&mut conn)
         .await?;
         Ok(inserted.into_iter().map(|row| UserId(row.id)).collect())

@@ -226,8 +226,18 @@ async fn a_deleted_user_does_not_come_back() {
         .delete_user(request)
         .await
         .unwrap();
-    let answer = import(&app, batch(vec![row(1)])).await;
-    assert_eq!(refused(&answer), [(1, "USER_ERASED", vec![])]);
+    // Now the file says when the account was made, which the id tells too.
+    let moved = ImportUsersRow {
+        created_at: Some(Timestamp {
+            seconds: 1_600_000_000,
+            nanos: 0,
+        }),
+        ..row(1)
+    };
+    for again in [row(1), moved] {
+        let answer = import(&app, batch(vec![again])).await;
+        assert_eq!(refused(&answer), [(1, "USER_ERASED", vec![])]);
+    }
     assert_eq!(app.count("SELECT count(*) FROM users").await, 1);
 }
 
