@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use chrono::Utc;
 use clap::{Args, ValueEnum};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
@@ -123,9 +123,13 @@ pub(super) async fn run(args: ImportArgs, loaded: Loaded) -> anyhow::Result<()> 
         allow_admins: args.allow_admins,
     };
     let rows = Rows::open((!is_stdin).then_some(&*args.file), format == Format::Jsonl)?;
-    let report = Report::create(args.errors.as_deref())?;
+    if let Some(errors) = &args.errors {
+        ensure!(!rows.is_of(errors), "--errors is the file to import");
+    }
     let bar = progress(rows.size());
     with_auth(&loaded, async move |auth| {
+        // A file from before is lost only to one that begins.
+        let report = Report::create(args.errors.as_deref())?;
         let work = Work {
             import: auth.import(options, Origin::operator()),
             tiers,

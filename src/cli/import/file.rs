@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read as _},
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::Path,
     sync::{
         Arc,
@@ -49,6 +50,8 @@ pub(super) enum Read {
 pub(super) struct Rows {
     from: From,
     size: Option<u64>,
+    /// Device and inode, of a file.
+    id: Option<(u64, u64)>,
     so_far: Arc<SoFar>,
     /// Whoever writes it may be cut short.
     is_stdin: bool,
@@ -71,17 +74,19 @@ impl Rows {
     /// Opens a file, or standard input, and reads the header of CSV.
     pub(super) fn open(path: Option<&Path>, is_jsonl: bool) -> anyhow::Result<Self> {
         let so_far = Arc::new(SoFar::default());
-        let (inner, size): (Box<dyn io::Read + Send>, _) = match path {
-            Some(path) => {
-                let cannot = || format!("cannot read {}", path.display());
-                let file = File::open(path).with_context(cannot)?;
-                let data = file.metadata().with_context(cannot)?;
-                (Box::new(file), data.is_file().then_some(data.len()))
-            }
-            None => (Box::new(io::stdin()), None),
+        let cannot = || match path {
+            Some(path) => format!("cannot read {}", path.display()),
+            None => "cannot read standard input".to_owned(),
         };
+        let file = match path {
+            Some(path) => File::open(path),
+            None => io::stdin().as_fd().try_clone_to_owned().map(File::from),
+        };
+        let file = file.with_context(cannot)?;
+        let data = file.metadata().with_context(cannot)?;
+        let size = data.is_file().then_some(data.len());
         let counted = Counted {
-            inner,
+            inner: Box::new(file),
             so_far: so_far.clone(),
         };
         let from = match is_jsonl {
@@ -100,10 +105,17 @@ impl Rows {
         Ok(Self {
             from,
             size,
+            id: data.is_file().then(|| (data.dev(), data.ino())),
             so_far,
             is_stdin: path.is_none(),
             line: 0,
         })
+    }
+
+    /// Whether a path leads to the file that is read.
+    pub(super) fn is_of(&self, path: &Path) -> bool {
+        let data = path.metadata().ok();
+        data.is_some_and(|data| self.id == Some((data.dev(), data.ino())))
     }
 
     /// Bytes in all, of a file.

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write as _,
+    os::unix::fs::symlink,
     process::{ChildStdin, Stdio},
 };
 
@@ -93,4 +94,35 @@ fn waits_for_signals(pid: u32) -> bool {
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
     let caught = caught.map(|mask| u64::from_str_radix(mask.trim(), 16).expect("a mask"));
     caught.is_some_and(|mask| mask & (1 << (Signal::SIGINT as i32 - 1)) != 0)
+}
+
+#[test]
+fn broken_rows_are_not_written_over_the_file_they_are_in() {
+    let home = Home::with_database();
+    let path = |name: &str| home.path().join(name);
+    let people = "email,username\nada,ada\n";
+    fs::write(path("people.csv"), people).unwrap();
+    fs::hard_link(path("people.csv"), path("linked.csv")).unwrap();
+    symlink("people.csv", path("symbolic.csv")).unwrap();
+    for errors in ["people.csv", "linked.csv", "symbolic.csv"] {
+        let args = ["users", "import", "people.csv", "--errors", errors];
+        let refused = run(&home, &args, "");
+        let says = "--errors is the file to import";
+        assert_eq!(refused.code, Some(1));
+        assert!(refused.stderr.contains(says), "{}", refused.stderr);
+    }
+    let mut redirected = home.production(&[&PIPED[..], &["--errors", "people.csv"]].concat());
+    redirected.stdin(fs::File::open(path("people.csv")).unwrap());
+    assert_eq!(home.start(redirected).ended().code(), Some(1));
+    assert_eq!(fs::read_to_string(path("people.csv")).unwrap(), people);
+
+    // Those of the run before are there until there is a database to import to.
+    let args = ["users", "import", "people.csv", "--errors", "errors.csv"];
+    assert_eq!(run(&home, &args, "").code, Some(1));
+    let errors = fs::read_to_string(path("errors.csv")).unwrap();
+    assert!(errors.contains("2,INVALID_FIELD,email,"), "{errors}");
+    let mut away = home.production(&args);
+    away.env("DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing");
+    assert_eq!(home.finish(away, "").code, Some(1));
+    assert_eq!(fs::read_to_string(path("errors.csv")).unwrap(), errors);
 }
