@@ -92,8 +92,7 @@ impl Rows {
         let from = match is_jsonl {
             true => From::Jsonl(Box::new(BufReader::new(counted))),
             false => {
-                let mut builder = csv::ReaderBuilder::new();
-                let mut reader = Box::new(builder.flexible(true).from_reader(counted));
+                let mut reader = csv_reader(counted);
                 let columns = columns(reader.byte_headers().context("cannot read the header")?)?;
                 From::Csv {
                     reader,
@@ -144,13 +143,12 @@ impl Rows {
                 record,
                 columns,
             } => {
-                if !reader
-                    .read_byte_record(record)
-                    .context("cannot read the file")?
-                {
+                let next = next_record(reader, record, &self.so_far);
+                let line = next.with_context(|| cannot_go_on(self.line))?;
+                let Some(line) = line else {
                     return Ok(None);
-                }
-                self.line = record.position().map_or(self.line + 1, csv::Position::line);
+                };
+                self.line = line;
                 of_record(record, columns)
             }
             From::Jsonl(reader) => match of_next_line(reader, &mut self.line)? {
@@ -170,9 +168,43 @@ impl Rows {
     }
 }
 
+fn csv_reader(from: Counted) -> Box<csv::Reader<Counted>> {
+    let mut builder = csv::ReaderBuilder::new();
+    // With its own terminator the reader would not tell a CR from an LF, which lines are counted by.
+    builder
+        .flexible(true)
+        .terminator(csv::Terminator::Any(b'\n'));
+    Box::new(builder.from_reader(from))
+}
+
+/// Reads a record that is no blank line; answers the line that it begins in, or `None` at the end.
+fn next_record(
+    reader: &mut csv::Reader<Counted>,
+    record: &mut ByteRecord,
+    so_far: &SoFar,
+) -> csv::Result<Option<u64>> {
+    while reader.read_byte_record(record)? {
+        let is_blank = record.len() == 1 && record[0] == *b"\r";
+        if !is_blank {
+            let inner = record.as_slice().iter().filter(|&&b| b == b'\n').count() as u64;
+            // Behind the record's line end, if it has one.
+            let behind = u64::from(!so_far.has_ended.load(Ordering::Relaxed));
+            return Ok(Some(reader.position().line() - inner - behind));
+        }
+    }
+    Ok(None)
+}
+
+fn cannot_go_on(line: u64) -> String {
+    format!("cannot read the file behind line {line}")
+}
+
 /// What each column is.
 fn columns(header: &ByteRecord) -> anyhow::Result<Vec<usize>> {
     let mut columns = Vec::new();
+    if header.as_slice().trim_ascii_end().contains(&b'\r') {
+        bail!("lines must end with LF or CRLF");
+    }
     for name in header {
         let name = String::from_utf8_lossy(name);
         // As spreadsheets save it.
@@ -207,7 +239,13 @@ fn of_record(record: &ByteRecord, columns: &[usize]) -> Result<Values, Violation
         return Err("is too long: is a quote missing?".into());
     }
     let mut values = Values::default();
-    for (&column, value) in columns.iter().zip(record) {
+    for (place, (&column, value)) in columns.iter().zip(record).enumerate() {
+        // That of CRLF.
+        let line_end = b"\r".as_slice();
+        let value = match place + 1 == columns.len() {
+            true => value.strip_suffix(line_end).unwrap_or(value),
+            false => value,
+        };
         let value = str::from_utf8(value).map_err(|_| "is not UTF-8")?;
         value.clone_into(&mut values[column]);
     }
@@ -410,6 +448,44 @@ mod tests {
         ] {
             assert!(read(names).is_err(), "{names:?}");
         }
+    }
+
+    /// Reads all of a CSV file: the lines of its rows and their addresses.
+    fn lines(text: &str) -> Vec<(u64, String)> {
+        let so_far = Arc::new(SoFar::default());
+        let mut reader = csv_reader(Counted {
+            inner: Box::new(io::Cursor::new(text.to_owned())),
+            so_far: so_far.clone(),
+        });
+        let columns = columns(reader.byte_headers().expect("right")).expect("right");
+        let (mut record, mut lines) = (ByteRecord::new(), Vec::new());
+        while let Some(line) = next_record(&mut reader, &mut record, &so_far).expect("right") {
+            let values = of_record(&record, &columns).expect("right");
+            lines.push((line, values[1].clone()));
+        }
+        lines
+    }
+
+    #[test]
+    fn rows_are_known_by_the_line_they_begin_in_whatever_ends_it() {
+        let text = "username,email\na,1\n\n\nb,4\n\"c\nc\nc\",\"5\"\nd,8\n\n\"e\",\"10\"";
+        let expected = [(2, "1"), (5, "4"), (6, "5"), (9, "8"), (11, "10")];
+        let expected = expected.map(|(line, email)| (line, email.to_owned()));
+        for end in ["", "\n", "\n\n"] {
+            let text = format!("{text}{end}");
+            assert_eq!(lines(&text), expected);
+            assert_eq!(lines(&text.replace('\n', "\r\n")), expected);
+        }
+        // Longer than what is read at once.
+        for end in ["\n", "\r\n"] {
+            let rows = (2..2000).map(|line| format!("someone,{line}{end}"));
+            let text = format!("username,email{end}{}", rows.collect::<String>());
+            let lines = lines(&text);
+            assert_eq!(lines.len(), 1998);
+            assert!(lines.iter().all(|(line, email)| line.to_string() == *email));
+        }
+        let header = ByteRecord::from(vec!["email", "username\rada@example.com", "ada"]);
+        assert!(columns(&header).is_err());
     }
 
     #[test]
