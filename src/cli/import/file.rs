@@ -205,7 +205,7 @@ fn columns(header: &ByteRecord) -> anyhow::Result<Vec<usize>> {
     if header.as_slice().trim_ascii_end().contains(&b'\r') {
         bail!("lines must end with LF or CRLF");
     }
-    for name in header {
+    for (place, name) in header.iter().enumerate() {
         let name = String::from_utf8_lossy(name);
         // As spreadsheets save it.
         let name = name.trim_start_matches('\u{feff}').trim();
@@ -213,6 +213,11 @@ fn columns(header: &ByteRecord) -> anyhow::Result<Vec<usize>> {
         // To pass a column over might lose everybody's passwords.
         let Some(column) = known else {
             let known: Vec<&str> = COLUMNS.iter().map(|names| names[0]).collect();
+            let is_name = |b: u8| b.is_ascii_alphabetic() || b == b'_';
+            // Without a header the first row stands here, and may hold anything.
+            if !(1..=32).contains(&name.len()) || !name.bytes().all(is_name) {
+                bail!("column {} is unknown; is there a header?", place + 1);
+            }
             bail!(
                 "the column {name:?} is unknown; there may be: {}",
                 known.join(", ")
@@ -447,6 +452,15 @@ mod tests {
             &[],
         ] {
             assert!(read(names).is_err(), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn a_first_row_that_is_no_header_is_not_told() {
+        for secret in ["ada@example.com", "$2b$04$abc", "", "36", &"a".repeat(33)] {
+            let header = ByteRecord::from(vec!["email", secret]);
+            let error = columns(&header).expect_err("unknown").to_string();
+            assert_eq!(error, "column 2 is unknown; is there a header?");
         }
     }
 
