@@ -191,7 +191,12 @@ impl Work {
             let mut batch = Vec::new();
             let broken = self.counts.broken;
             let mut is_last = false;
-            while batch.len() < BATCH_ROWS && !interrupted.load(Ordering::Relaxed) {
+            for _ in 0..BATCH_ROWS {
+                if interrupted.load(Ordering::Relaxed)
+                    || (self.stops_at_broken && self.counts.broken > broken)
+                {
+                    break;
+                }
                 match self.rows.next()? {
                     Some(Read::Row(row)) => batch.push(*row),
                     Some(Read::Broken(line, violation)) => {

@@ -126,3 +126,18 @@ fn broken_rows_are_not_written_over_the_file_they_are_in() {
     assert_eq!(home.finish(away, "").code, Some(1));
     assert_eq!(fs::read_to_string(path("errors.csv")).unwrap(), errors);
 }
+
+#[test]
+fn an_import_does_not_read_on_behind_a_row_that_cannot_be_read() {
+    let home = Home::with_database();
+    let unreadable = "x\n".repeat(5000);
+    let people = format!("email,username\nada@example.com,ada\n{unreadable}");
+    fs::write(home.path().join("people.csv"), people).unwrap();
+    let args = ["users", "import", "people.csv", "--on-error", "stop"];
+    let stopped = run(&home, &args, "");
+    assert_eq!(stopped.code, Some(1));
+    assert_eq!(number(&stopped.stdout, "imported"), 1, "{}", stopped.stderr);
+    assert_eq!(number(&stopped.stdout, "broken"), 1, "{}", stopped.stderr);
+    let says = "stopped behind line 3";
+    assert!(stopped.stderr.contains(says), "{}", stopped.stderr);
+}
