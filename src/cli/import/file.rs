@@ -39,6 +39,9 @@ const COLUMNS: [&[&str]; 11] = [
 /// Longer ones are no rows: a quote that is not closed, or no text at all.
 const MAX_ROW_BYTES: u64 = 64 * 1024;
 
+/// Read at once.
+const BUFFER_BYTES: usize = 8 * 1024;
+
 /// A row of a file as far as it could be read.
 pub(super) enum Read {
     Row(Box<ImportRow>),
@@ -174,6 +177,8 @@ fn csv_reader(from: Counted) -> Box<csv::Reader<Counted>> {
     builder
         .flexible(true)
         .terminator(csv::Terminator::Any(b'\n'));
+    builder.buffer_capacity(BUFFER_BYTES);
+    from.so_far.row_begins_at(0);
     Box::new(builder.from_reader(from))
 }
 
@@ -183,7 +188,11 @@ fn next_record(
     record: &mut ByteRecord,
     so_far: &SoFar,
 ) -> csv::Result<Option<u64>> {
-    while reader.read_byte_record(record)? {
+    loop {
+        so_far.row_begins_at(reader.position().byte());
+        if !reader.read_byte_record(record)? {
+            return Ok(None);
+        }
         let is_blank = record.len() == 1 && record[0] == *b"\r";
         if !is_blank {
             let inner = record.as_slice().iter().filter(|&&b| b == b'\n').count() as u64;
@@ -192,7 +201,6 @@ fn next_record(
             return Ok(Some(reader.position().line() - inner - behind));
         }
     }
-    Ok(None)
 }
 
 fn cannot_go_on(line: u64) -> String {
@@ -389,6 +397,15 @@ struct SoFar {
     /// Bytes.
     read: AtomicU64,
     has_ended: AtomicBool,
+    /// Beyond so many bytes the row under way is too long; 0: somebody else sees to that.
+    limit: AtomicU64,
+}
+
+impl SoFar {
+    fn row_begins_at(&self, place: u64) {
+        let limit = place + MAX_ROW_BYTES + BUFFER_BYTES as u64;
+        self.limit.store(limit, Ordering::Relaxed);
+    }
 }
 
 /// Counts what is read.
@@ -399,6 +416,13 @@ struct Counted {
 
 impl io::Read for Counted {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        let limit = self.so_far.limit.load(Ordering::Relaxed);
+        if limit > 0 && self.so_far.read.load(Ordering::Relaxed) >= limit {
+            // The reader would hold all of it.
+            return Err(io::Error::other(
+                "a row is longer than 64 KiB: is a quote missing?",
+            ));
+        }
         let read = self.inner.read(to)?;
         self.so_far.read.fetch_add(read as u64, Ordering::Relaxed);
         let has_ended = read == 0 && !to.is_empty();
@@ -500,6 +524,28 @@ mod tests {
         }
         let header = ByteRecord::from(vec!["email", "username\rada@example.com", "ada"]);
         assert!(columns(&header).is_err());
+    }
+
+    #[test]
+    fn a_quote_that_is_missing_does_not_read_all_of_the_file() {
+        for head in ["email,username\na,b\nc,\"d\n", "email,username\",\"x\n"] {
+            let so_far = Arc::new(SoFar::default());
+            let endless = io::Cursor::new(head.to_owned()).chain(io::repeat(b'x'));
+            let mut reader = csv_reader(Counted {
+                inner: Box::new(endless),
+                so_far: so_far.clone(),
+            });
+            let mut record = ByteRecord::new();
+            let error = loop {
+                match next_record(&mut reader, &mut record, &so_far) {
+                    Ok(line) => assert_eq!(line, Some(2)),
+                    Err(error) => break error.to_string(),
+                }
+            };
+            assert!(error.contains("is a quote missing?"), "{error}");
+            let read = so_far.read.load(Ordering::Relaxed);
+            assert!(read < 2 * MAX_ROW_BYTES, "{read}");
+        }
     }
 
     #[test]
