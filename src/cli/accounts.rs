@@ -216,14 +216,41 @@ pub(super) async fn with_auth(
     loaded: &Loaded,
     work: impl AsyncFnOnce(Auth) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
+    with_auth_on(loaded, Preparation::Up, work).await
+}
+
+/// What becomes of a database before it is worked on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Preparation {
+    /// It is brought up to date.
+    Up,
+    /// Nothing; one that is not up to date is refused.
+    None,
+}
+
+pub(super) async fn with_auth_on(
+    loaded: &Loaded,
+    preparation: Preparation,
+    work: impl AsyncFnOnce(Auth) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     loaded.check_secrets()?;
     let settings: &Settings = &loaded.settings;
     let database = Database::open(settings).await?;
     let outcome = async {
-        migrator(&database.settings.url).await?.up()?;
+        let mut migrator = migrator(&database.settings.url).await?;
+        match preparation {
+            Preparation::Up => drop(migrator.up()?),
+            Preparation::None => anyhow::ensure!(
+                migrator.status()?.iter().all(|known| known.applied),
+                "the schema is not up to date: run `tollkeeper migrate up` first"
+            ),
+        }
+        drop(migrator);
         let (keys, master_key) = secrets::load(settings)?;
         let store = Store::new(&database.settings)?;
-        tasks::make_partitions(&store, Utc::now()).await?;
+        if preparation == Preparation::Up {
+            tasks::make_partitions(&store, Utc::now()).await?;
+        }
         let auth = Auth::new(
             store.clone(),
             keys,

@@ -19,7 +19,10 @@ use clap::{Args, ValueEnum};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{accounts::with_auth, named};
+use super::{
+    accounts::{Preparation, with_auth_on},
+    named,
+};
 use crate::{
     auth::{Import, ImportOptions, ImportRow, Imported, RowFault},
     config::Loaded,
@@ -48,7 +51,7 @@ pub(super) struct ImportArgs {
     /// CSV with a header, or a JSON object a line; `-` is standard input
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Check everything, against the database too, and write nothing
+    /// Check everything, against the database too, and write nothing; its schema must be up to date
     #[arg(long)]
     dry_run: bool,
     /// What the file is; else by its name: .csv, .jsonl, .ndjson
@@ -127,7 +130,11 @@ pub(super) async fn run(args: ImportArgs, loaded: Loaded) -> anyhow::Result<()> 
         ensure!(!rows.is_of(errors), "--errors is the file to import");
     }
     let bar = progress(rows.size());
-    with_auth(&loaded, async move |auth| {
+    let preparation = match args.dry_run {
+        true => Preparation::None,
+        false => Preparation::Up,
+    };
+    with_auth_on(&loaded, preparation, async move |auth| {
         // A file from before is lost only to one that begins.
         let report = Report::create(args.errors.as_deref())?;
         let work = Work {

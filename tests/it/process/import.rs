@@ -287,7 +287,18 @@ fn a_file_is_checked_without_writing_and_imported_from_standard_input() {
         "--errors",
         "errors.jsonl",
     ];
-    let checked = run(&home, &[&args[..], &["--dry-run"]].concat(), "");
+    let dry = [&args[..], &["--dry-run"]].concat();
+    // A check makes no schema either.
+    let refused = run(&home, &dry, "");
+    assert_eq!(refused.code, Some(1));
+    assert!(
+        refused.stderr.contains("run `tollkeeper migrate up` first"),
+        "{}",
+        refused.stderr
+    );
+    let migrated = run(&home, &["migrate", "up"], "");
+    assert_eq!(migrated.code, Some(0), "{}", migrated.stderr);
+    let checked = run(&home, &dry, "");
     assert_eq!(checked.code, Some(1));
     assert_eq!(
         number(&checked.stdout, "to import"),
