@@ -4,6 +4,7 @@
 //! `TOLLKEEPER_AUTH_ACCESS_TTL` in the environment and `access_ttl` under `[auth]` in the TOML file.
 //! An unknown key is an error.
 
+mod costs;
 mod layers;
 mod mail;
 mod networks;
@@ -16,6 +17,9 @@ use std::{fmt, net::SocketAddr, path::PathBuf, thread::available_parallelism, ti
 
 use serde::{Deserialize, Serialize};
 
+pub use costs::{
+    MAX_ARGON2_ITERATIONS, MAX_ARGON2_MEMORY_KIB, MAX_BCRYPT_COST, argon2_is_too_costly,
+};
 pub use layers::{Loaded, Origin, SettingsError, load};
 pub use mail::{MailSettings, MailTls};
 pub use networks::Networks;

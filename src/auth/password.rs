@@ -15,16 +15,16 @@ use super::{
     password_policy::{BCRYPT_MAX_BYTES, check_length, check_strength, names_of},
 };
 use crate::{
-    config::{PasswordScheme, PasswordSettings},
+    config::{
+        MAX_ARGON2_ITERATIONS, MAX_ARGON2_MEMORY_KIB, MAX_BCRYPT_COST, PasswordScheme,
+        PasswordSettings, argon2_is_too_costly,
+    },
     error::{Error, Result},
     model::{Person, Violation},
 };
 
-/// Costs beyond these would let one login take a core for seconds.
-const MAX_ARGON2_MEMORY_KIB: u32 = 256 * 1024;
-const MAX_ARGON2_ITERATIONS: u32 = 20;
+/// Beyond this, as beyond the costs that may be set, one login would take a core for seconds.
 const MAX_ARGON2_LANES: u32 = 16;
-const MAX_BCRYPT_COST: u32 = 14;
 const MAX_SHA_CRYPT_ROUNDS: u32 = 1_000_000;
 
 /// Hashes and checks passwords on a bounded pool. Cheap to clone.
@@ -226,6 +226,7 @@ impl Scheme {
                 memory_kib > MAX_ARGON2_MEMORY_KIB
                     || iterations > MAX_ARGON2_ITERATIONS
                     || lanes > MAX_ARGON2_LANES
+                    || argon2_is_too_costly(memory_kib, iterations)
             }
             Self::Bcrypt { cost } => cost > MAX_BCRYPT_COST,
             Self::ShaCrypt { rounds } => rounds > MAX_SHA_CRYPT_ROUNDS,
@@ -403,7 +404,14 @@ mod tests {
     fn only_whole_and_affordable_hashes_are_imported() {
         let bcrypt = hash(&cheap(PasswordScheme::Bcrypt), "x").expect("hashed");
         let argon2 = hash(&cheap(PasswordScheme::Argon2id), "x").expect("hashed");
-        for good in [&bcrypt, &bcrypt.replacen("2b", "2y", 1), &argon2] {
+        for good in [
+            &bcrypt,
+            &bcrypt.replacen("2b", "2y", 1),
+            &argon2,
+            // As much in all as may be.
+            &argon2.replacen("m=8,t=1", "m=262144,t=4", 1),
+            &argon2.replacen("m=8,t=1", "m=52428,t=20", 1),
+        ] {
             assert!(good.parse::<ImportedHash>().is_ok(), "{good}");
         }
         for bad in [
@@ -416,6 +424,8 @@ mod tests {
             &bcrypt.replacen("$04$", "$31$", 1),
             &argon2.replacen("m=8", "m=4194304", 1),
             &argon2.replacen("t=1", "t=1000", 1),
+            &argon2.replacen("m=8,t=1", "m=262144,t=5", 1),
+            &argon2.replacen("m=8,t=1", "m=52429,t=20", 1),
             "$argon2id$v=19$m=8,t=1,p=1",
             "$6$rounds=999999999$salt$x",
         ] {

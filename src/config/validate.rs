@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use super::{AuthSettings, PasswordScheme, Secret, Settings, SigningAlgorithm};
+use super::{
+    AuthSettings, MAX_ARGON2_ITERATIONS, MAX_ARGON2_MEMORY_KIB, MAX_BCRYPT_COST, PasswordScheme,
+    Secret, Settings, SigningAlgorithm, argon2_is_too_costly,
+};
 
 /// Bits that a secret needs at least: RFC 7518 §3.2 for HS256, the same for the master key.
 const MIN_SECRET_BITS: usize = 256;
@@ -38,9 +41,9 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.api_keys_per_user: 1, 10_000;
         password.min_length: 8, 64;
         password.min_strength: 0, 4;
-        password.argon2_memory_kib: 7 * 1024, 1 << 20;
-        password.argon2_iterations: 1, 20;
-        password.bcrypt_cost: 10, 16;
+        password.argon2_memory_kib: 7 * 1024, MAX_ARGON2_MEMORY_KIB;
+        password.argon2_iterations: 1, MAX_ARGON2_ITERATIONS;
+        password.bcrypt_cost: 10, MAX_BCRYPT_COST;
         password.threads: 0, 1024;
         password.queue: 0, 100_000;
         throttle.account_failures: 0, 100;
@@ -101,6 +104,10 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
     if !matches!(settings.usage.retention_months, 0 | 3..=1200) {
         let message = "must be 0 (keep all) or 3 to 1200, for events may come 35 days late";
         return Err(("usage.retention_months", message.to_owned()));
+    }
+    if argon2_is_too_costly(password.argon2_memory_kib, password.argon2_iterations) {
+        let message = "times password.argon2_memory_kib must be at most 1048576";
+        return Err(("password.argon2_iterations", message.to_owned()));
     }
     if password.scheme == PasswordScheme::Bcrypt && password.min_length > 18 {
         // 72 bytes hold 18 characters of four bytes each.
@@ -252,6 +259,31 @@ mod tests {
             }),
             "auth.jwt_secret"
         );
+    }
+
+    #[test]
+    fn a_hash_that_could_not_be_checked_is_not_made() {
+        type Change = fn(&mut Settings);
+        let cases: [(Change, &str); 3] = [
+            (|s| s.password.bcrypt_cost = 15, "password.bcrypt_cost"),
+            (
+                |s| s.password.argon2_memory_kib = 262_145,
+                "password.argon2_memory_kib",
+            ),
+            (
+                |s| (s.password.argon2_memory_kib, s.password.argon2_iterations) = (262_144, 5),
+                "password.argon2_iterations",
+            ),
+        ];
+        for (change, key) in cases {
+            let mut settings = production();
+            change(&mut settings);
+            assert_eq!(bounds(&settings).expect_err(key).0, key);
+        }
+        let mut dearest = production();
+        dearest.password.argon2_memory_kib = 262_144;
+        dearest.password.argon2_iterations = 4;
+        assert!(bounds(&dearest).is_ok());
     }
 
     #[test]
