@@ -192,11 +192,12 @@ impl Import {
     /// the names that they have taken or had already.
     async fn settle(&self, rows: &[&Checked]) -> Result<(Vec<Imported>, HashSet<u64>)> {
         let mut outcomes: Vec<Imported> = rows.iter().map(|_| Imported::Now).collect();
-        let mut seen = HashSet::new();
+        // By rows that may yet be overtaken too.
+        let mut seen: HashSet<u64> = HashSet::new();
         let mut open: Vec<usize> = (0..rows.len()).collect();
         for round in 0..TRIES {
             if open.is_empty() {
-                return Ok((outcomes, seen));
+                break;
             }
             let users: Vec<&ImportUser> = open.iter().map(|&index| &rows[index].user).collect();
             let standings = self.store.user_import_look(&users).await?;
@@ -204,7 +205,11 @@ impl Import {
                 let Checked { user, names } = rows[index];
                 let is_seen = |hash| self.seen.contains(hash) || seen.contains(hash);
                 let again = names.iter().filter(|(_, hash)| is_seen(hash));
-                let again: Vec<_> = again.map(|(name, _)| *name).collect();
+                let mut again: Vec<_> = again.map(|(name, _)| *name).collect();
+                if user.key.is_derived() && again.len() > 1 {
+                    // The row did not say it.
+                    again.retain(|name| *name != "user_id");
+                }
                 // What comes by again has met its own names.
                 outcomes[index] = match again.is_empty() || round > 0 {
                     true => standing.decide(user.key).into(),
@@ -216,7 +221,8 @@ impl Import {
             }
             open.retain(|&index| outcomes[index] == Imported::Now);
             if open.is_empty() || self.options.dry_run {
-                return Ok((outcomes, seen));
+                open.clear();
+                break;
             }
             let new: Vec<&ImportUser> = open.iter().map(|&index| &rows[index].user).collect();
             let source = &self.options.source;
@@ -224,11 +230,15 @@ impl Import {
             // Whom the insert has passed over has been overtaken, and is looked at again.
             open.retain(|&index| !inserted.contains(&rows[index].user.key.id()));
         }
-        match open.is_empty() {
-            true => Ok((outcomes, seen)),
+        if !open.is_empty() {
             // Names come and go as fast as we look.
-            false => Err(Error::Unavailable("rows were overtaken".into())),
+            return Err(Error::Unavailable("rows were overtaken".into()));
         }
+        let there = rows.iter().zip(&outcomes);
+        let there = there.filter(|(_, outcome)| !matches!(outcome, Imported::Refused(_)));
+        let names = there.flat_map(|(row, _)| row.names.iter().map(|(_, hash)| *hash));
+        let names = names.collect();
+        Ok((outcomes, names))
     }
 
     /// Checks what can be said of a row alone, by the rules for users who are created.
@@ -323,14 +333,11 @@ impl Import {
             let hash = self.hasher.hash_one((name, value.to_ascii_lowercase()));
             (name, hash)
         };
-        let mut names = vec![
+        vec![
+            hash("user_id", &user.key.id().to_string()),
             hash("email", user.person.email.as_str()),
             hash("username", user.person.username.as_str()),
-        ];
-        if let ImportKey::Given(id) = user.key {
-            names.insert(0, hash("user_id", &id.to_string()));
-        }
-        names
+        ]
     }
 }
 

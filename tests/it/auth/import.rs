@@ -354,6 +354,52 @@ async fn rows_of_different_batches_are_compared_by_a_dry_run_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_id_that_was_made_is_not_that_of_another_row_too() {
+    let app = TestApp::spawn().await;
+    import(&app, batch(vec![row(1)])).await;
+    let id = id_of(&app, "person-1").await;
+    app.sql(&format!("DELETE FROM users WHERE id = '{id}'"))
+        .await;
+    let other = ImportUsersRow {
+        user_id: id,
+        ..row(2)
+    };
+    let answer = import(&app, batch(vec![row(1), other])).await;
+    assert_eq!(refused(&answer), [(2, "DUPLICATE_ROW", vec!["user_id"])]);
+    assert_eq!(answer.imported, 1);
+    assert_eq!(app.count("SELECT count(*) FROM users").await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_was_overtaken_holds_no_names() {
+    let app = TestApp::spawn().await;
+    // Somebody takes the username between the look and the insert.
+    app.sql(
+        "CREATE FUNCTION overtake() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO users (id, email, username, tier)
+             VALUES (gen_random_uuid(), 'faster@example.com', 'PERSON-1', 'free');
+             RETURN NEW;
+         END $$",
+    )
+    .await;
+    app.sql(
+        "CREATE TRIGGER overtake BEFORE INSERT ON users FOR EACH ROW
+         WHEN (NEW.username = 'person-1') EXECUTE FUNCTION overtake()",
+    )
+    .await;
+    let mut stream = Stream::open(&app.channel, &app.service_key).await;
+    let answer = stream.send(batch(vec![row(1)])).await.unwrap();
+    assert_eq!(refused(&answer), [(1, "ACCOUNT_EXISTS", vec!["username"])]);
+    let mended = ImportUsersRow {
+        username: "renamed".to_owned(),
+        ..row(1)
+    };
+    let answer = stream.send(batch(vec![mended])).await.unwrap();
+    assert_eq!(counts(&answer), (1, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn administrators_are_imported_only_when_that_is_allowed() {
     let app = TestApp::spawn().await;
     let admin = ImportUsersRow {
