@@ -116,12 +116,13 @@ pub(super) async fn run(args: ImportArgs, loaded: Loaded) -> anyhow::Result<()> 
         },
     };
     let source = match (&args.source, args.file.file_stem()) {
-        (Some(source), _) => source.clone(),
-        (None, Some(stem)) if !is_stdin => stem.to_string_lossy().into_owned(),
+        (Some(source), _) => named::<ImportSource>("--source", source.parse()),
+        (None, Some(stem)) if !is_stdin => named("the file's name", stem.to_string_lossy().parse())
+            .context("--source is needed: the file's name cannot be one"),
         (None, _) => bail!("--source is needed with standard input"),
     };
     let options = ImportOptions {
-        source: named::<ImportSource>("--source", source.parse())?,
+        source: source?,
         dry_run: args.dry_run,
         allow_admins: args.allow_admins,
     };

@@ -1,6 +1,7 @@
 //! Rows of a file: CSV with a header, or a JSON object a line.
 
 use std::{
+    fmt,
     fs::File,
     io::{self, BufRead, BufReader, Read as _},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
@@ -14,7 +15,11 @@ use std::{
 use anyhow::{Context as _, bail};
 use chrono::{DateTime, NaiveDateTime, Utc};
 use csv::ByteRecord;
-use serde_json::{Map, Value};
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::Value;
 
 use crate::{
     auth::ImportRow,
@@ -284,18 +289,48 @@ fn of_next_line(
             reader.skip_until(b'\n').context("cannot read the file")?;
             return Ok(Some(Err("is too long".into())));
         }
+        // As spreadsheets and editors save it.
+        let bom = "\u{feff}".as_bytes();
+        let line = match *number {
+            1 => line.strip_prefix(bom).unwrap_or(&line),
+            _ => &line,
+        };
         if !line.trim_ascii().is_empty() {
-            return Ok(Some(of_object(&line)));
+            return Ok(Some(of_object(line)));
         }
     }
 }
 
+/// Of an object, all: a map would keep the last of each name.
+struct Members(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Members;
+
+            fn expecting(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+                to.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Members, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = object.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
+            }
+        }
+        from.deserialize_map(Object)
+    }
+}
+
 fn of_object(line: &[u8]) -> Result<Values, Violation> {
-    let object: Map<String, Value> =
-        serde_json::from_slice(line).map_err(|_| "is not a JSON object")?;
+    let Members(members) = serde_json::from_slice(line).map_err(|_| "is not a JSON object")?;
     let mut values = Values::default();
     let mut known = [false; COLUMNS.len()];
-    for (name, value) in object {
+    for (name, value) in members {
         let column = COLUMNS.iter().position(|names| names.contains(&&*name));
         // Not by its name: that may be anything.
         let column = column.ok_or("has a member that is unknown")?;
@@ -563,8 +598,16 @@ mod tests {
             r#"{"password": "x"}"#,
             r#"{"id": "a", "user_id": "b"}"#,
             r#"{"email": 7}"#,
+            r#"{"email": "a@b.co", "email": "c@d.co"}"#,
+            r#"{"email": null, "email": "c@d.co"}"#,
         ] {
             assert!(read(text).is_err(), "{text}");
+        }
+        let mut marked = io::Cursor::new("\u{feff}{}\n\u{feff}{}\n");
+        let mut line = 0;
+        for is_right in [true, false] {
+            let read = of_next_line(&mut marked, &mut line).expect("right");
+            assert_eq!(read.expect("a line").is_ok(), is_right);
         }
         let mut input = io::Cursor::new([&[b'x'; 70_000][..], b"\n\n{}\n"].concat());
         let mut line = 0;

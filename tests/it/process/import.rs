@@ -381,7 +381,11 @@ fn what_is_wrong_with_a_file_or_a_flag_is_said_before_anything_is_done() {
         (&["password.csv"][..], "the column \"password\" is unknown"),
         (&["twice.csv"], "the column user_id is there twice"),
         (&["people.txt"], "--format is needed"),
-        (&["no one.csv"], "--source must be"),
+        (
+            &["no one.csv"],
+            "--source is needed: the file's name cannot",
+        ),
+        (&["no one.csv", "--source", "no one"], "--source must be"),
         (&["-", "--format", "csv"], "--source is needed"),
         (&["missing.csv"], "cannot read missing.csv"),
     ] {
