@@ -31,9 +31,13 @@ pub struct MailSettings {
     pub templates: PathBuf,
     /// Folder that mails are written to instead, in dev mode: `mail` in `data_dir` if there is no server.
     pub directory: PathBuf,
-    /// Longest that an attempt to send one may take. A server that takes one and says so later has it again.
+    /// Longest that an attempt may take until the server has heard what it is to take.
     #[serde(with = "duration")]
     pub deadline: Duration,
+    /// Longest that it may take from then on until it has the mail and has said so. One that says so later
+    /// has it again.
+    #[serde(with = "duration")]
+    pub reply_deadline: Duration,
     /// Whether users are told of logins from an address or a client that they have not used before.
     pub notify_logins: bool,
 }
@@ -64,6 +68,8 @@ impl Default for MailSettings {
             templates: PathBuf::new(),
             directory: PathBuf::new(),
             deadline: Duration::from_mins(1),
+            // RFC 5321, 4.5.3.2.6.
+            reply_deadline: Duration::from_mins(10),
             notify_logins: false,
         }
     }

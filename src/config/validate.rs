@@ -72,6 +72,7 @@ pub(super) fn bounds(settings: &Settings) -> Result<(), Refusal> {
         auth.verification_ttl: minute, 30 * day;
         auth.reset_ttl: minute, day;
         mail.deadline: second, 5 * minute;
+        mail.reply_deadline: second, hour;
         password.queue_timeout: tick, minute;
         throttle.max_delay: second, hour;
         quota.replica_ttl: second, 5 * minute;

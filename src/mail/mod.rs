@@ -48,6 +48,9 @@ pub enum Unsent {
     Silent,
     #[error("the connection broke")]
     Broken,
+    /// It was sent as a whole: the server may have it.
+    #[error("the server did not say that it has it")]
+    Unanswered,
     /// Us, not the mail: who we are, or whom it is from. Mended, it may go.
     #[error("the server refuses this sender: {0}")]
     SenderRefused(u16),
@@ -68,6 +71,11 @@ impl Unsent {
     pub fn is_final(self) -> bool {
         matches!(self, Self::Refused(_) | Self::Malformed)
     }
+
+    /// Whether the server may have it.
+    pub fn is_unanswered(self) -> bool {
+        matches!(self, Self::Unanswered)
+    }
 }
 
 /// Composes mails and has them leave.
@@ -77,7 +85,7 @@ pub struct Mailer {
     link_base: String,
     templates: Templates,
     way: Way,
-    deadline: Duration,
+    longest: Duration,
 }
 
 enum Way {
@@ -125,13 +133,13 @@ impl Mailer {
             link_base: base.to_owned(),
             templates: Templates::load(&settings.templates)?,
             way,
-            deadline: settings.deadline,
+            longest: settings.deadline + settings.reply_deadline,
         }))
     }
 
     /// Longest that [`Mailer::send`] takes, about.
-    pub fn deadline(&self) -> Duration {
-        self.deadline
+    pub fn longest(&self) -> Duration {
+        self.longest
     }
 
     /// Composes a mail; `token` is what its link carries. The same event has the same `Message-ID`, however
@@ -170,8 +178,8 @@ impl Mailer {
     /// Sends a mail once.
     ///
     /// # Errors
-    /// Whatever is not the word of the server that it has it. Cut short, or `Silent` or `Broken`, it may have
-    /// gone all the same.
+    /// Whatever is not the word of the server that it has it. Cut short, or `Unanswered`, it may have gone all
+    /// the same.
     pub async fn send(&self, id: Uuid, mail: &Mail) -> Result<(), Unsent> {
         match &self.way {
             Way::Smtp(smtp) => smtp.send(&self.from.email, &mail.to, &mail.message).await,

@@ -31,6 +31,7 @@ pub(super) struct Smtp {
     credentials: Option<Credentials>,
     hello: ClientId,
     deadline: Duration,
+    reply_deadline: Duration,
 }
 
 impl Smtp {
@@ -60,6 +61,7 @@ impl Smtp {
             credentials,
             hello: ClientId::Domain(domain.to_owned()),
             deadline: settings.deadline,
+            reply_deadline: settings.reply_deadline,
         })
     }
 
@@ -73,10 +75,20 @@ impl Smtp {
         let mut connection = None;
         let exchange = async {
             let connection = connection.insert(self.connect().await?);
-            exchange(connection, from, to, message).await
+            announce(connection, from, to).await
         };
-        let sent = timeout(self.deadline, exchange).await;
-        let sent = sent.unwrap_or(Err(Unsent::Silent));
+        let announced = timeout(self.deadline, exchange).await;
+        let sent = match (announced.unwrap_or(Err(Unsent::Silent)), &mut connection) {
+            (Ok(()), Some(connection)) => {
+                let sent = timeout(self.reply_deadline, connection.message(message)).await;
+                match sent {
+                    Ok(Ok(_)) => Ok(()),
+                    Ok(Err(error)) => Err(its(&error, Unsent::Unanswered)),
+                    Err(_) => Err(Unsent::Unanswered),
+                }
+            }
+            (announced, _) => announced,
+        };
         // Not within the deadline: what the server has said stands, however slowly it takes leave.
         if let Some(mut connection) = connection {
             let _ = timeout(GOODBYE, connection.abort()).await;
@@ -141,26 +153,51 @@ fn parameters(host: &str, settings: &MailSettings) -> Result<TlsParameters, Mail
     builder.build().map_err(|error| wrong(error.to_string()))
 }
 
-async fn exchange(
+/// All before the mail itself.
+async fn announce(
     connection: &mut AsyncSmtpConnection,
     from: &Address,
     to: &Address,
-    message: &[u8],
 ) -> Result<(), Unsent> {
     let from = Mail::new(Some(from.clone()), Vec::new());
     let accepted = connection.command(from).await;
     accepted.map_err(|error| ours(&error, Unsent::Broken))?;
     let to = Rcpt::new(to.clone(), Vec::new());
-    connection.command(to).await.map_err(|error| its(&error))?;
-    connection
-        .command(Data)
-        .await
-        .map_err(|error| its(&error))?;
-    connection
-        .message(message)
-        .await
-        .map_err(|error| its(&error))?;
+    let accepted = connection.command(to).await;
+    accepted.map_err(|error| of_recipient(&error))?;
+    let accepted = connection.command(Data).await;
+    accepted.map_err(|error| its(&error, Unsent::Broken))?;
     Ok(())
+}
+
+/// Of the recipient. Servers tell here as well what they think of us: Postfix waits so long with it
+/// (`smtpd_delay_reject`). Their enhanced code says which (RFC 3463: 5.7 is of policy), or else the code.
+fn of_recipient(error: &Error) -> Unsent {
+    let text = error.source().map(ToString::to_string);
+    let enhanced = text.as_deref().and_then(enhanced_code);
+    match error.status() {
+        Some(code) if error.is_permanent() => {
+            let code = u16::from(code);
+            let is_ours = match enhanced {
+                Some(subject) => subject == 7,
+                None => matches!(code, 530 | 535 | 554),
+            };
+            match is_ours {
+                true => Unsent::SenderRefused(code),
+                false => Unsent::Refused(code),
+            }
+        }
+        _ => its(error, Unsent::Broken),
+    }
+}
+
+/// The subject of the enhanced code of a refusal for good: 7 of `5.7.1 …`.
+fn enhanced_code(text: &str) -> Option<u16> {
+    let code = text.split_ascii_whitespace().next()?;
+    let mut parts = code.strip_prefix("5.")?.split('.');
+    let (subject, detail) = (parts.next()?, parts.next()?);
+    detail.parse::<u16>().ok()?;
+    subject.parse().ok().filter(|_| parts.next().is_none())
 }
 
 /// Of a step before the mail itself: whatever is refused, another mail would be as well.
@@ -187,11 +224,32 @@ fn is_about_certificates(error: &Error) -> bool {
 }
 
 /// Of a step with the mail.
-fn its(error: &Error) -> Unsent {
+fn its(error: &Error, otherwise: Unsent) -> Unsent {
     match error.status() {
         Some(code) if error.is_permanent() => Unsent::Refused(code.into()),
         Some(code) => Unsent::Deferred(code.into()),
-        None if error.is_timeout() => Unsent::Silent,
-        None => Unsent::Broken,
+        None => otherwise,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::enhanced_code;
+
+    #[test]
+    fn an_enhanced_code_is_three_numbers_in_front() {
+        for (text, subject) in [
+            ("5.7.1 <a@example.com>: Relay access denied", Some(7)),
+            ("5.1.1 nobody", Some(1)),
+            ("5.7.1", Some(7)),
+            ("Relay access denied 5.7.1", None),
+            ("4.7.1 come again", None),
+            ("5.7 short", None),
+            ("5.7.x", None),
+            ("5.7.1.2 long", None),
+            ("", None),
+        ] {
+            assert_eq!(enhanced_code(text), subject, "{text}");
+        }
     }
 }

@@ -85,6 +85,8 @@ pub struct MailNote {
     pub session_id: Option<SessionId>,
     /// Of an address that is the user's no more by the time; else that of the token or the user.
     pub to: Option<Email>,
+    /// How often the server may have had it without a word of it.
+    pub unanswered: u32,
 }
 
 impl MailNote {
@@ -99,6 +101,7 @@ impl MailNote {
             token_id: None,
             session_id: None,
             to: None,
+            unanswered: 0,
         }
     }
 
@@ -117,6 +120,9 @@ impl MailNote {
                 payload[name] = value.into();
             }
         }
+        if self.unanswered > 0 {
+            payload["unanswered"] = self.unanswered.into();
+        }
         payload
     }
 
@@ -130,6 +136,10 @@ impl MailNote {
             token_id: optional(&payload["token_id"])?,
             session_id: optional(&payload["session_id"])?,
             to: optional(&payload["to"])?,
+            unanswered: match &payload["unanswered"] {
+                Value::Null => 0,
+                times => times.as_u64()?.try_into().ok()?,
+            },
         })
     }
 }
@@ -176,6 +186,7 @@ mod tests {
                 token_id: Some(OneTimeTokenId::new()),
                 session_id: Some(SessionId::new()),
                 to: Some("a@example.com".parse().expect("valid")),
+                unanswered: 2,
                 ..plain.clone()
             };
             for note in [plain, full] {
@@ -193,6 +204,7 @@ mod tests {
             ("user_id", json!(7)),
             ("token_id", json!("")),
             ("to", json!("nobody")),
+            ("unanswered", json!(-1)),
         ] {
             let mut wrong = good.clone();
             wrong[name] = value;

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use diesel::{
     dsl::now,
     prelude::*,
-    sql_types::{BigInt, Nullable, Text, Uuid as SqlUuid},
+    sql_types::{BigInt, Integer, Nullable, Text, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::{
     Store,
     errors::stored,
+    outbox::OutboxEvent,
     schema::{one_time_tokens, outbox, sessions, users},
 };
 use crate::{
@@ -110,6 +111,24 @@ impl Store {
         )
         .bind::<SqlUuid, _>(event)
         .bind::<Nullable<Text>, _>(error)
+        .execute(&mut conn)
+        .await?;
+        Ok(())
+    }
+
+    /// Keeps how often the server may have had a mail without a word of it.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn mail_unanswered(&self, event: &OutboxEvent, times: u32) -> Result<()> {
+        let mut conn = self.conn().await?;
+        diesel::sql_query(
+            "UPDATE outbox SET payload = payload || jsonb_build_object('unanswered', $3)
+             WHERE id = $1 AND attempts = $2 AND delivered_at IS NULL",
+        )
+        .bind::<SqlUuid, _>(event.id)
+        .bind::<Integer, _>(event.attempts)
+        .bind::<BigInt, _>(i64::from(times))
         .execute(&mut conn)
         .await?;
         Ok(())

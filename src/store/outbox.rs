@@ -46,7 +46,7 @@ const CLAIM: &str = "
         ORDER BY available_at LIMIT $3
         FOR UPDATE SKIP LOCKED
     )
-    RETURNING id, payload, attempts";
+    RETURNING id, payload, attempts, created_at";
 
 /// Unless somebody else has claimed it since, or delivered it.
 const FAILED: &str = "
@@ -73,6 +73,8 @@ pub struct OutboxEvent {
     /// Counts this one.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
+    #[diesel(sql_type = Timestamptz)]
+    pub created_at: DateTime<Utc>,
 }
 
 #[derive(QueryableByName)]

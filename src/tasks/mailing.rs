@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use super::delivery::pause_after;
 use crate::{
     auth::Auth,
-    error::Result,
+    error::{Error, Result},
     mail::{Mailer, Unsent},
     model::{Count, MailNote},
     store::{OutboxEvent, Store},
@@ -34,6 +34,15 @@ const MAX_AT_ONCE: u32 = 8;
 
 /// Most between attempts: what people wait for is good for an hour or so.
 const MAX_RETRY: Duration = Duration::from_mins(10);
+
+/// Until what this replica cannot read is looked at once more.
+const UNREADABLE_RETRY: Duration = Duration::from_mins(1);
+
+/// So often a mail is sent that the server may have: it may reach people each time.
+const MAX_UNANSWERED: u32 = 3;
+
+/// Least between those.
+const UNANSWERED_RETRY: Duration = Duration::from_mins(1);
 
 /// For so long what has no token is tried.
 const NOTICE_WITHIN: TimeDelta = TimeDelta::days(1);
@@ -145,7 +154,7 @@ impl Mailing {
             return Ok(());
         };
         // Well beyond an attempt and the word of its end.
-        let claim = mailer.deadline() * 3 + Duration::from_mins(1);
+        let claim = mailer.longest() + mailer.longest() / 10 + Duration::from_mins(1);
         loop {
             let free = self.turns.available_permits();
             if free == 0 {
@@ -210,9 +219,16 @@ struct Sending {
 impl Sending {
     async fn run(self) -> Result<()> {
         let (store, event) = (&self.store, &self.event);
-        let details = match MailNote::read(&event.payload) {
-            Some(note) => store.mail_details(event.id, &note).await?,
-            None => None,
+        let Some(note) = MailNote::read(&event.payload) else {
+            // A replica of a later version may know it.
+            return self.unreadable("unknown mail").await;
+        };
+        let details = match store.mail_details(event.id, &note).await {
+            Err(error @ Error::Internal(_)) => {
+                warn!(%error, event_id = %event.id, "a mail cannot be read");
+                return self.unreadable("cannot be read").await;
+            }
+            details => details?,
         };
         let Some(details) = details else {
             self.status.dropped.add_one();
@@ -232,8 +248,10 @@ impl Sending {
             self.status.delivered.add_one();
             return self.mark(None).await;
         };
-        let is_late = details.token.is_none() && Utc::now() - details.at > NOTICE_WITHIN;
-        if unsent.is_final() || is_late {
+        let is_late = details.token.is_none() && self.is_late();
+        // The server may have it, whatever became of its word.
+        let unanswered = note.unanswered + u32::from(unsent.is_unanswered());
+        if unsent.is_final() || is_late || unanswered >= MAX_UNANSWERED {
             self.status.refused.add_one();
             info!(%unsent, event_id = %event.id, kind = details.kind.as_str(), "a mail is given up");
             return self.mark(Some(&unsent.to_string())).await;
@@ -243,8 +261,28 @@ impl Sending {
         let mut random = [0; 1];
         // Without randomness replicas may come together, no more.
         let _ = rand::fill(&mut random);
-        let pause = pause_after(event.attempts, random[0]).min(MAX_RETRY);
+        let mut pause = pause_after(event.attempts, random[0]).min(MAX_RETRY);
+        if unsent.is_unanswered() {
+            pause = pause.max(UNANSWERED_RETRY);
+            store.mail_unanswered(event, unanswered).await?;
+        }
         store.outbox_failed(event, &unsent.to_string(), pause).await
+    }
+
+    /// Leaves it to others for a day.
+    async fn unreadable(&self, why: &str) -> Result<()> {
+        if self.is_late() {
+            self.status.refused.add_one();
+            warn!(why, event_id = %self.event.id, "a mail is given up");
+            return self.mark(Some(why)).await;
+        }
+        self.status.failed.add_one();
+        let failed = self.store.outbox_failed(&self.event, why, UNREADABLE_RETRY);
+        failed.await
+    }
+
+    fn is_late(&self) -> bool {
+        Utc::now() - self.event.created_at > NOTICE_WITHIN
     }
 
     /// Says so as long as the mail is ours: else it goes once more.

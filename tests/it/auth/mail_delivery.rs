@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use tollkeeper::config::MailTls;
 
-use super::mail::{PENDING, ask_reset, forget_intervals, register, verify};
+use super::mail::{PENDING, ask_reset, forget_intervals, register, register_through, verify};
 use crate::{
     harness::{Protection, RunningServer, SmtpServer, TestApp, eventually},
     ops::scrape,
@@ -96,19 +96,22 @@ async fn nothing_is_sent_to_who_speaks_no_tls_or_is_not_who_they_should_be() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_password_at_the_server_loses_no_mail() {
     let smtp = SmtpServer::start(Protection::StartTls);
-    let app = TestApp::spawn_with(|settings| {
-        smtp.take(settings);
-        settings.mail.password = tollkeeper::config::Secret::new("another one");
-    })
-    .await;
-    register(&app, "ada").await.unwrap();
+    // Sends nothing itself, so that one server at a time does.
+    let app = TestApp::spawn().await;
+    let mut settings = app.settings().clone();
+    smtp.take(&mut settings);
+    settings.mail.password = tollkeeper::config::Secret::new("another one");
+    let wrong = RunningServer::start(&settings).await.unwrap();
+    register_through(&wrong.channel(), "ada", "ada@example.com")
+        .await
+        .unwrap();
     let refused = "the server refuses this sender: 535";
     eventually("tried", async || {
         last_error(&app).await.as_deref() == Some(refused)
     })
     .await;
+    wrong.stop().await.unwrap();
     assert_eq!(app.count(PENDING).await, 1);
-    let mut settings = app.settings().clone();
     smtp.take(&mut settings);
     let _mended = RunningServer::start(&settings).await.unwrap();
     app.sql("UPDATE outbox SET available_at = now()").await;
@@ -221,11 +224,12 @@ async fn a_server_that_stops_waits_for_the_word_on_what_it_sends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_clings_to_the_connection_has_a_mail_once_and_a_silent_one_is_asked_again() {
+async fn a_server_that_is_slow_to_say_so_has_a_mail_once_and_a_silent_one_three_times() {
     let smtp = SmtpServer::start(Protection::None);
     let app = TestApp::spawn_with(|settings| {
         smtp.take(settings);
         settings.mail.deadline = Duration::from_millis(1500);
+        settings.mail.reply_deadline = Duration::from_secs(5);
     })
     .await;
     register(&app, "clinging").await.unwrap();
@@ -238,13 +242,29 @@ async fn a_server_that_clings_to_the_connection_has_a_mail_once_and_a_silent_one
     app.sql("DELETE FROM outbox").await;
     // Its word comes after two seconds.
     register(&app, "slow").await.unwrap();
-    let silent = Some("not done in time");
-    eventually("tried", async || {
-        last_error(&app).await.as_deref() == silent
-    })
-    .await;
-    eventually("again", async || smtp.taken().len() > 2).await;
-    let ids: BTreeSet<String> = smtp.letters()[1..]
+    eventually("written down", async || app.count(PENDING).await == 0).await;
+    assert_eq!(last_error(&app).await, None);
+    assert_eq!(smtp.taken().len(), 2);
+    app.sql("DELETE FROM outbox").await;
+    // Its word does not come.
+    register(&app, "silent").await.unwrap();
+    for attempt in 1..=3 {
+        let tried = format!(
+            "SELECT count(*) FROM outbox WHERE attempts = {attempt}
+                 AND last_error = 'the server did not say that it has it'
+                 AND (payload -> 'unanswered' = '{attempt}' OR delivered_at IS NOT NULL)
+                 AND available_at < now() + interval '3 min'"
+        );
+        eventually("tried", async || app.count(&tried).await == 1).await;
+        assert_eq!(app.count(PENDING).await, i64::from(attempt < 3));
+        // Not at once.
+        let soon = "SELECT count(*) FROM outbox WHERE delivered_at IS NULL
+             AND available_at < now() + interval '50 s'";
+        assert_eq!(app.count(soon).await, 0);
+        app.sql("UPDATE outbox SET available_at = now()").await;
+    }
+    assert_eq!(smtp.taken().len(), 5);
+    let ids: BTreeSet<String> = smtp.letters()[2..]
         .iter()
         .filter_map(|letter| {
             let mut lines = letter.text.lines();
@@ -254,4 +274,60 @@ async fn a_server_that_clings_to_the_connection_has_a_mail_once_and_a_silent_one
         })
         .collect();
     assert_eq!(ids.len(), 1);
+}
+
+/// Postfix says so as late as here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_us_at_the_recipient_loses_no_mail() {
+    let smtp = SmtpServer::start(Protection::None);
+    let app = mailing_to(&smtp).await;
+    for (name, error) in [
+        ("denied-554-5.7.1", "the server refuses this sender: 554"),
+        ("denied-550-5.7.1", "the server refuses this sender: 550"),
+        ("denied-530-", "the server refuses this sender: 530"),
+        ("denied-554-", "the server refuses this sender: 554"),
+        ("denied-554-5.1.1", "refused: 554"),
+        ("denied-550-", "refused: 550"),
+    ] {
+        let username = name.trim_end_matches('-').to_owned();
+        let email = format!("{name}x@example.com");
+        register_through(&app.channel, &username, &email)
+            .await
+            .unwrap();
+        eventually("tried", async || last_error(&app).await.is_some()).await;
+        assert_eq!(last_error(&app).await.as_deref(), Some(error), "{name}");
+        let waits = error.starts_with("the server refuses");
+        assert_eq!(app.count(PENDING).await, i64::from(waits), "{name}");
+        app.sql("DELETE FROM outbox").await;
+    }
+    assert!(smtp.taken().is_empty());
+}
+
+/// During a rolling upgrade the next version writes what this one does not know.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mail_that_cannot_be_read_is_left_to_others_for_a_day() {
+    let smtp = SmtpServer::start(Protection::None);
+    let app = mailing_to(&smtp).await;
+    let hold = "ALTER TABLE outbox ALTER available_at SET DEFAULT now() + interval '1 h'";
+    app.sql(hold).await;
+    register(&app, "ada").await.unwrap();
+    app.sql("UPDATE one_time_tokens SET email = 'no address'")
+        .await;
+    app.sql(
+        r#"INSERT INTO outbox (id, kind, payload) VALUES (gen_random_uuid(), 'mail',
+             '{"mail": "telepathy", "user_id": "00000000-0000-0000-0000-000000000000"}')"#,
+    )
+    .await;
+    app.sql("UPDATE outbox SET available_at = now()").await;
+    let waiting = "SELECT count(*) FROM outbox WHERE attempts = 1 AND delivered_at IS NULL
+         AND last_error IN ('unknown mail', 'cannot be read')
+         AND available_at > now() + interval '20 s'";
+    eventually("left", async || app.count(waiting).await == 2).await;
+    app.sql("UPDATE outbox SET available_at = now(), created_at = now() - interval '25 h'")
+        .await;
+    let given_up = "SELECT count(DISTINCT last_error) FROM outbox WHERE delivered_at IS NOT NULL";
+    eventually("given up", async || app.count(given_up).await == 2).await;
+    assert_eq!(attempts(&app, "failed").await, 2.0);
+    assert_eq!(attempts(&app, "refused").await, 2.0);
+    assert!(smtp.taken().is_empty());
 }

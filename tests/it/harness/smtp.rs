@@ -12,7 +12,8 @@ use super::{Authority, Letter};
 
 /// Somebody else's SMTP server (Python's aiosmtpd). What it does depends on whom a mail is to:
 /// `refused…` does not exist, `greylisted…` is to come again, `slow…` takes a while after it has it,
-/// `clinging…` a while to let go.
+/// `clinging…` a while to let go, `silent…` never says that it has it, and `denied-CODE-ENHANCED` is
+/// none of ours to mail to.
 pub(crate) struct SmtpServer {
     child: Child,
     pub(crate) port: u16,
@@ -48,6 +49,9 @@ class Handler:
         if local.startswith("greylisted") and address not in seen:
             seen.add(address)
             return "451 4.7.1 come again, " + address
+        if local.startswith("denied"):
+            _, code, enhanced = local.removesuffix("x").split("-")
+            return " ".join(part for part in (code, enhanced, "access denied") if part)
         envelope.rcpt_tos.append(address)
         return "250 OK"
 
@@ -62,6 +66,8 @@ class Handler:
             file.write(json.dumps(mail) + "\n")
         if envelope.rcpt_tos[0].startswith("slow"):
             await asyncio.sleep(2)
+        if envelope.rcpt_tos[0].startswith("silent"):
+            await asyncio.sleep(60)
         return "250 OK"
 
     async def handle_QUIT(self, server, session, envelope):
