@@ -77,9 +77,10 @@ impl Mails {
         self.requires_verified && user.email_verified_at.is_none()
     }
 
-    /// An interval that doubles with each mail, and is forgotten when nobody asks.
-    fn rule(&self) -> ThrottleRule {
-        let max_delay = self.interval.max(MAX_INTERVAL);
+    /// An interval that doubles with each mail, and is forgotten when nobody asks. Who lost a mail may have
+    /// another one while the token of the lost one would be good.
+    fn rule(&self, purpose: TokenPurpose) -> ThrottleRule {
+        let max_delay = self.interval.max(MAX_INTERVAL).min(self.ttl(purpose) / 2);
         ThrottleRule {
             free: 0,
             first_delay: self.interval,
@@ -94,12 +95,26 @@ impl Mails {
         hmac::sign(&self.names, lower.as_bytes())
     }
 
-    /// One of mails to an address that nobody has proven: an account of one's own must not buy mails to
-    /// strangers. From elsewhere another one counts, so that nobody's mails keep those of another back.
-    fn strangers(&self, email: &Email, from: Option<IpAddr>) -> (String, ThrottleRule) {
+    /// One of mails to an address that is not the account's, or not yet: throwaway accounts must not buy
+    /// mails to strangers. From elsewhere another one counts, and for each purpose, so that nobody's wishes
+    /// keep back what proves the address of another.
+    fn strangers(
+        &self,
+        purpose: TokenPurpose,
+        email: &Email,
+        from: Option<IpAddr>,
+    ) -> (String, ThrottleRule) {
         let name = URL_SAFE_NO_PAD.encode(self.name(email));
         let from = from.map_or_else(|| "nowhere".to_owned(), |from| network(from).to_string());
-        (format!("mail to {name} from {from}"), self.rule())
+        let subject = format!("mail {} {name} from {from}", purpose.as_str());
+        (subject, self.rule(purpose))
+    }
+
+    fn ttl(&self, purpose: TokenPurpose) -> Duration {
+        match purpose {
+            TokenPurpose::ResetPassword => self.reset_ttl,
+            TokenPurpose::VerifyEmail | TokenPurpose::ChangeEmail => self.verification_ttl,
+        }
     }
 
     fn token(&self, purpose: TokenPurpose, limits: Vec<(String, ThrottleRule)>) -> NewToken {
@@ -108,31 +123,31 @@ impl Mails {
             id,
             hash: self.tokens.hash(id),
             purpose,
-            ttl: match purpose {
-                TokenPurpose::ResetPassword => self.reset_ttl,
-                TokenPurpose::VerifyEmail | TokenPurpose::ChangeEmail => self.verification_ttl,
-            },
+            ttl: self.ttl(purpose),
             limits,
         }
     }
 
     /// To prove the address of an account that is being made; `None` when nothing is mailed.
     pub(super) fn first_verification(&self, email: &Email, origin: &Origin) -> Option<NewToken> {
-        let limits = vec![self.strangers(email, origin.address)];
-        self.is_configured
-            .then(|| self.token(TokenPurpose::VerifyEmail, limits))
+        let purpose = TokenPurpose::VerifyEmail;
+        let limits = vec![self.strangers(purpose, email, origin.address)];
+        self.is_configured.then(|| self.token(purpose, limits))
     }
 
-    fn verification(&self, user: &User, origin: &Origin) -> NewToken {
-        let own = (format!("mail {} verify", user.id), self.rule());
-        let strangers = self.strangers(&user.email, origin.address);
-        self.token(TokenPurpose::VerifyEmail, vec![own, strangers])
+    /// To prove the address of an account that is there: no other account has it, so the account alone
+    /// counts, and nobody else can use that up.
+    fn verification(&self, user: &User) -> NewToken {
+        let purpose = TokenPurpose::VerifyEmail;
+        let own = (format!("mail {} verify", user.id), self.rule(purpose));
+        self.token(purpose, vec![own])
     }
 
     fn change(&self, user: UserId, email: &Email, origin: &Origin) -> NewToken {
-        let own = (format!("mail {user} change"), self.rule());
-        let strangers = self.strangers(email, origin.address);
-        self.token(TokenPurpose::ChangeEmail, vec![own, strangers])
+        let purpose = TokenPurpose::ChangeEmail;
+        let own = (format!("mail {user} change"), self.rule(purpose));
+        let strangers = self.strangers(purpose, email, origin.address);
+        self.token(purpose, vec![own, strangers])
     }
 
     /// The token of a reset, and whose it is if it is nobody's. Whoever asks, and whether anybody has the
@@ -143,7 +158,8 @@ impl Mails {
         let mut id = [0; 16];
         id.copy_from_slice(&name.as_ref()[..16]);
         let nobody = UserId(uuid::Builder::from_random_bytes(id).into_uuid());
-        let token = self.token(TokenPurpose::ResetPassword, vec![(subject, self.rule())]);
+        let purpose = TokenPurpose::ResetPassword;
+        let token = self.token(purpose, vec![(subject, self.rule(purpose))]);
         (token, nobody)
     }
 }
@@ -158,28 +174,28 @@ impl Auth {
     ///
     /// # Errors
     /// `MailNotConfigured` · `MailTooSoon` · `Unavailable`
-    pub async fn send_verification(&self, id: UserId, origin: &Origin) -> Result<bool> {
+    pub async fn send_verification(&self, id: UserId) -> Result<bool> {
         self.mails.configured()?;
         let user = self.store.user_by_id(id).await?;
         if user.email_verified_at.is_some() {
             return Ok(false);
         }
-        let token = self.mails.verification(&user, origin);
+        let token = self.mails.verification(&user);
         queued(self.store.verification_request(&user, &token).await?)?;
         Ok(true)
     }
 
     /// Refuses a user who has to prove their address first, and mails them what proves it, unless that was
-    /// done a moment ago. To be asked behind a right credential only.
+    /// done a moment ago. To be asked behind a right password only.
     ///
     /// # Errors
     /// `EmailUnverified` · `Unavailable`
-    pub(super) async fn check_verified(&self, user: &User, origin: &Origin) -> Result<()> {
+    pub(super) async fn check_verified(&self, user: &User) -> Result<()> {
         if !self.mails.holds_up(user) {
             return Ok(());
         }
         if self.mails.is_configured {
-            let token = self.mails.verification(user, origin);
+            let token = self.mails.verification(user);
             self.store.verification_request(user, &token).await?;
         }
         Err(Error::EmailUnverified)
@@ -254,8 +270,8 @@ impl Auth {
     /// address has the account.
     ///
     /// # Errors
-    /// `MailNotConfigured` · `InvalidCredentials` · `Throttled` · `MailTooSoon` · `Overloaded` ·
-    /// `Unavailable`
+    /// `MailNotConfigured` · `InvalidCredentials` · `AccountDisabled` · `Throttled` · `MailTooSoon` ·
+    /// `Overloaded` · `Unavailable`
     pub async fn change_email(
         &self,
         id: UserId,
@@ -275,7 +291,7 @@ impl Auth {
         };
         self.attempt_succeeded(attempt).await;
         if *email == known.user.email {
-            self.store.email_change_cancel(id).await?;
+            self.store.email_change_cancel(id, origin).await?;
             return Ok(known.user);
         }
         let token = self.mails.change(id, email, origin);

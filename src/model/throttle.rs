@@ -27,6 +27,14 @@ pub struct ThrottleRule {
 const CLOCKS_APART: Duration = Duration::from_mins(1);
 
 impl ThrottleRule {
+    /// Of what a user may do, and be told, as often as anybody needs to, and not in a loop.
+    pub const REPEATED: Self = Self {
+        free: 5,
+        first_delay: Duration::from_mins(1),
+        max_delay: Duration::from_mins(30),
+        forgiven_in: Duration::from_hours(1),
+    };
+
     /// Failures that still count.
     pub fn failures(&self, state: &ThrottleState, now: DateTime<Utc>) -> u32 {
         let passed = (now - state.last_failed_at).to_std().unwrap_or_default();

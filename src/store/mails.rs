@@ -17,10 +17,13 @@ use super::{
     errors::stored,
     outbox::OutboxEvent,
     schema::{one_time_tokens, outbox, sessions, users},
+    throttle::throttle_take_in_txn,
 };
 use crate::{
     error::Result,
-    model::{MailDetails, MailKind, MailNote, MailedToken, SessionStanding, User, UserId},
+    model::{
+        MailDetails, MailKind, MailNote, MailedToken, SessionStanding, ThrottleRule, User, UserId,
+    },
 };
 
 impl Store {
@@ -180,14 +183,19 @@ pub(super) async fn notice_in_txn(
     user: &User,
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
-    if user.email_verified_at.is_none() {
-        return Ok(());
+    match user.email_verified_at {
+        Some(_) => notice_to_in_txn(kind, user, conn).await,
+        None => Ok(()),
     }
-    let note = MailNote {
-        to: Some(user.email.clone()),
-        ..MailNote::new(kind, user.id)
-    };
-    mail_in_txn(&note, conn).await
+}
+
+/// The same, for an address that is proven at this moment.
+pub(super) async fn notice_to_in_txn(
+    kind: MailKind,
+    user: &User,
+    conn: &mut AsyncPgConnection,
+) -> Result<()> {
+    tell_in_txn(MailNote::new(kind, user.id), user, conn).await
 }
 
 /// Tells a user of a login, as [`notice_in_txn`] does.
@@ -201,6 +209,22 @@ pub(super) async fn login_notice_in_txn(
     let note = MailNote {
         session_id: Some(standing.session.id),
         ..MailNote::new(MailKind::NewLogin, standing.user.id)
+    };
+    tell_in_txn(note, &standing.user, conn).await
+}
+
+/// Has a notice sent to the address of this moment, whatever it is by the time, unless there were too many.
+async fn tell_in_txn(note: MailNote, user: &User, conn: &mut AsyncPgConnection) -> Result<()> {
+    let limit = (
+        format!("mail {} {}", user.id, note.kind.as_str()),
+        ThrottleRule::REPEATED,
+    );
+    if throttle_take_in_txn(&[limit], conn).await?.is_some() {
+        return Ok(());
+    }
+    let note = MailNote {
+        to: Some(user.email.clone()),
+        ..note
     };
     mail_in_txn(&note, conn).await
 }

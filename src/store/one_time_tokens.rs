@@ -18,7 +18,7 @@ use super::{
     api_keys::api_key_revoke_all_in_txn,
     audit::audit_insert_in_txn,
     errors::on_unique,
-    mails::{mail_in_txn, notice_in_txn},
+    mails::{mail_in_txn, notice_in_txn, notice_to_in_txn},
     schema::{one_time_tokens, users},
     sessions::session_revoke_all_in_txn,
     throttle::throttle_take_in_txn,
@@ -97,7 +97,7 @@ impl Store {
     /// `checked` is the hash that the present password was checked against.
     ///
     /// # Errors
-    /// `InvalidCredentials` · `Unavailable`
+    /// `InvalidCredentials` · `AccountDisabled` · `Unavailable`
     pub async fn email_change_request(
         &self,
         id: UserId,
@@ -118,6 +118,10 @@ impl Store {
                 .optional()?
                 .ok_or(Error::InvalidCredentials)?;
             let user = User::try_from(row)?;
+            if !user.is_active {
+                // Since this moment: the wish must not wait for the account to be enabled.
+                return Err(Error::AccountDisabled);
+            }
             if let Some(wait) = throttle_take_in_txn(&new.limits, conn).await? {
                 return Ok(Mailing::TooSoon(wait));
             }
@@ -194,8 +198,8 @@ impl Store {
                 .with_details(details);
             audit_insert_in_txn(&event, conn).await?;
             if tell {
-                let note = MailNote::new(MailKind::PasswordChanged, user.id);
-                mail_in_txn(&note, conn).await?;
+                // It is proven now.
+                notice_to_in_txn(MailKind::PasswordChanged, &user, conn).await?;
             }
             Ok(Some((user.id, ended)))
         })
@@ -251,13 +255,20 @@ impl Store {
         .await
     }
 
-    /// Takes back the wish for another address.
+    /// Takes back the wish for another address, if there is one.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn email_change_cancel(&self, id: UserId) -> Result<()> {
+    pub async fn email_change_cancel(&self, id: UserId, origin: &Origin) -> Result<()> {
         let mut conn = self.conn().await?;
-        token_delete_in_txn(id, TokenPurpose::ChangeEmail, &mut conn).await
+        conn.transaction::<_, Error, _>(async |conn| {
+            if token_delete_in_txn(id, TokenPurpose::ChangeEmail, conn).await? {
+                let event = AuditEvent::of_user(AuditAction::EmailChangeCancelled, id, origin);
+                audit_insert_in_txn(&event, conn).await?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Deletes up to `limit` tokens that have expired; returns how many.
@@ -291,21 +302,21 @@ pub(super) async fn verification_in_txn(
     Ok(Mailing::Queued)
 }
 
-/// Ends the token of a purpose that a user may have.
+/// Ends the token of a purpose that a user may have; whether there was one.
 pub(super) async fn token_delete_in_txn(
     id: UserId,
     purpose: TokenPurpose,
     conn: &mut AsyncPgConnection,
-) -> Result<()> {
+) -> Result<bool> {
     let token = one_time_tokens::table
         .filter(one_time_tokens::user_id.eq(id.0))
         .filter(one_time_tokens::purpose.eq(purpose.as_str()));
-    diesel::delete(token).execute(conn).await?;
-    Ok(())
+    Ok(diesel::delete(token).execute(conn).await? > 0)
 }
 
-/// Ends all tokens of a user: what somebody asked for before must not undo what is done now.
-async fn tokens_delete_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
+/// Ends all tokens of a user: what somebody asked for before must not undo what is done now. To be called
+/// behind the lock of the user's row, and before those of sessions.
+pub(super) async fn tokens_delete_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
     let all = one_time_tokens::table.filter(one_time_tokens::user_id.eq(id.0));
     diesel::delete(all).execute(conn).await?;
     Ok(())

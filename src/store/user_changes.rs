@@ -6,15 +6,22 @@ use diesel_async::{AsyncConnection as _, RunQueryDsl};
 use serde_json::json;
 
 use super::{
-    Store, administrators::another_admin_in_txn, audit::audit_insert_in_txn, errors::on_unique,
-    mails::notice_in_txn, one_time_tokens::token_delete_in_txn, schema::users,
-    sessions::session_revoke_all_in_txn, throttle::throttle_clear_user_in_txn, users::UserRow,
+    Store,
+    administrators::another_admin_in_txn,
+    audit::audit_insert_in_txn,
+    errors::on_unique,
+    mails::notice_in_txn,
+    one_time_tokens::{token_delete_in_txn, tokens_delete_in_txn},
+    schema::users,
+    sessions::session_revoke_all_in_txn,
+    throttle::{throttle_clear_user_in_txn, throttle_take_in_txn},
+    users::UserRow,
 };
 use crate::{
     error::{Error, Result},
     model::{
         Actor, AuditAction, AuditEvent, Email, FullName, MailKind, Origin, Role, SessionId,
-        TokenPurpose, User, UserChanges, UserId, Username,
+        ThrottleRule, TokenPurpose, User, UserChanges, UserId, Username,
     },
 };
 
@@ -50,6 +57,10 @@ impl Store {
             if origin.actor != Actor::User(id) {
                 throttle_clear_user_in_txn(id, conn).await?;
             }
+            if changes.email.is_some() {
+                // Also when it is what it was: it is to stay so.
+                tokens_delete_in_txn(id, conn).await?;
+            }
             if fields.is_empty() && set.role.is_none() {
                 return Ok(user);
             }
@@ -82,7 +93,7 @@ impl Store {
     /// meanwhile, that was not the present one. With `tell`, a mail says so.
     ///
     /// # Errors
-    /// `InvalidCredentials` · `Unavailable`
+    /// `InvalidCredentials` · `Throttled` after some that followed each other · `Unavailable`
     #[expect(clippy::too_many_arguments, reason = "each is of another kind")]
     pub async fn user_set_password(
         &self,
@@ -105,6 +116,12 @@ impl Store {
                 .await
                 .optional()?;
             let user = User::try_from(changed.ok_or(Error::InvalidCredentials)?)?;
+            // Each ends the reset that its user may have asked for: whoever has the password must not do
+            // so for ever.
+            let limit = (format!("mail {id} password"), ThrottleRule::REPEATED);
+            if let Some(retry_after) = throttle_take_in_txn(&[limit], conn).await? {
+                return Err(Error::Throttled { retry_after });
+            }
             // Whoever asked for it before may be who the new password is to keep out.
             for purpose in [TokenPurpose::ResetPassword, TokenPurpose::ChangeEmail] {
                 token_delete_in_txn(id, purpose, conn).await?;

@@ -13,7 +13,7 @@ use super::{
     administrators::another_admin_in_txn,
     audit::audit_insert_in_txn,
     errors::{on_unique, stored},
-    one_time_tokens::{NewToken, verification_in_txn},
+    one_time_tokens::{NewToken, tokens_delete_in_txn, verification_in_txn},
     quota::{quota_settle_in_txn, record_in_txn},
     schema::users,
     throttle::throttle_clear_user_in_txn,
@@ -33,6 +33,8 @@ pub struct NewUser {
     pub password_hash: Option<String>,
     pub role: Role,
     pub tier: TierName,
+    /// Whether the address counts as proven.
+    pub is_verified: bool,
     /// Is mailed to prove the address.
     pub verification: Option<NewToken>,
 }
@@ -60,8 +62,9 @@ impl Store {
         };
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
+            let verified_at = sql(if new.is_verified { "now()" } else { "NULL" });
             let user = diesel::insert_into(users::table)
-                .values(row)
+                .values((row, users::email_verified_at.eq(verified_at)))
                 .returning(UserRow::as_returning())
                 .get_result(conn)
                 .await
@@ -317,7 +320,8 @@ impl Store {
         .await
     }
 
-    /// Turns a user on or off; `reason` is for the audit trail. Repeating it changes nothing. Who is
+    /// Turns a user on or off; `reason` is for the audit trail. Repeating it changes nothing. What was mailed
+    /// before is good no more: whoever asked for it may be why. Who is
     /// turned on by somebody else may log in at once, whatever failed before.
     ///
     /// # Errors
@@ -347,6 +351,7 @@ impl Store {
             if !is_active && row.role == Role::Admin.as_str() {
                 another_admin_in_txn(id, conn).await?;
             }
+            tokens_delete_in_txn(id, conn).await?;
             let action = if is_active {
                 AuditAction::UserEnabled
             } else {

@@ -1,16 +1,20 @@
 //! Another e-mail address: it counts once it is proven, and not before.
 
 use prost_types::FieldMask;
-use tollkeeper::proto::tollkeeper::auth::v1::{UpdateCurrentUserRequest, User};
+use tollkeeper::proto::tollkeeper::{
+    admin::v1::UpdateUserRequest,
+    auth::v1::{ChangePasswordRequest, RevokeAllSessionsRequest, UpdateCurrentUserRequest, User},
+};
 use tonic::{Code, Status};
 
 use super::{
     assert_invalid, assert_refused,
     mail::{
-        PENDING, TOKENS, ask_reset, forget_intervals, mailing, me, proven, register_through, verify,
+        NEW, PENDING, TOKENS, ask_reset, forget_intervals, mailing, me, proven, register_through,
+        reset, verify,
     },
 };
-use crate::harness::{PASSWORD, TestApp, eventually};
+use crate::harness::{PASSWORD, TestApp, TestUser, eventually};
 
 async fn wish_with(
     app: &TestApp,
@@ -125,6 +129,10 @@ async fn a_newer_wish_replaces_the_older_and_the_present_address_takes_it_back()
     let refused = verify(&app, &second).await;
     assert_refused(refused, Code::InvalidArgument, "ONE_TIME_TOKEN_INVALID");
     assert_eq!(me(&app, &token).await.email, user.email);
+    // There is nothing more to take back.
+    wish(&app, &token, &user.email).await.unwrap();
+    let cancelled = "SELECT count(*) FROM audit_events WHERE action = 'email.change_cancelled'";
+    assert_eq!(app.count(cancelled).await, 1);
     // An address that nobody has proven may be a stranger's: nothing was told there.
     assert!(mailbox.to(&user.email).is_empty());
 }
@@ -163,4 +171,93 @@ async fn another_spelling_of_ones_own_address_is_not_somebody_elses() {
     let letter = mailbox.nth(&spelt, 1).await;
     verify(&app, &letter.token()).await.unwrap();
     assert_eq!(me(&app, &token).await.email, spelt);
+}
+
+async fn change_password(app: &TestApp, token: &str, keep_other_sessions: bool) {
+    let request = ChangePasswordRequest {
+        current_password: PASSWORD.to_owned(),
+        new_password: NEW.to_owned(),
+        keep_other_sessions,
+    };
+    app.auth(token).change_password(request).await.unwrap();
+}
+
+async fn set_address(app: &TestApp, user: &TestUser, email: &str) {
+    let named = User {
+        id: user.id.clone(),
+        email: email.to_owned(),
+        ..User::default()
+    };
+    let request = UpdateUserRequest {
+        user: Some(named),
+        update_mask: Some(FieldMask {
+            paths: vec!["email".to_owned()],
+        }),
+    };
+    let mut admin = app.admin(&app.service_key);
+    admin.update_user(request).await.unwrap();
+}
+
+/// Who had the password for a while asked for an address of theirs. Whatever keeps them out keeps that out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wish_does_not_outlive_what_is_done_against_who_made_it() {
+    let (app, mailbox) = mailing(|_| {}).await;
+    for deed in 0..8 {
+        let user = app.user().create().await;
+        proven(&app).await;
+        let token = app.login(&user).await.access_token;
+        let evil = format!("mallory{deed}@example.org");
+        wish(&app, &token, &evil).await.unwrap();
+        let planted = mailbox.nth(&evil, 1).await.token();
+        let mut email = user.email.clone();
+        match deed {
+            0 => change_password(&app, &token, true).await,
+            1 => change_password(&app, &token, false).await,
+            2 => {
+                ask_reset(&app, &user.email).await.unwrap();
+                let letter = mailbox.nth(&user.email, 2).await;
+                reset(&app, &letter.token(), NEW).await.unwrap();
+            }
+            3 => {
+                email = "corrected@example.com".to_owned();
+                set_address(&app, &user, &email).await;
+            }
+            4 => set_address(&app, &user, &user.email).await,
+            5 => {
+                app.disable(&user.id).await;
+                app.enable(&user.id).await;
+            }
+            _ => {
+                let keep_current = deed == 6;
+                let request = RevokeAllSessionsRequest { keep_current };
+                let mut auth = app.auth(&token);
+                auth.revoke_all_sessions(request).await.unwrap();
+            }
+        }
+        let refused = verify(&app, &planted).await;
+        assert_refused(refused, Code::InvalidArgument, "ONE_TIME_TOKEN_INVALID");
+        let now = format!("SELECT count(*) FROM users WHERE email = '{email}'");
+        assert_eq!(app.count(&now).await, 1, "deed {deed}");
+        assert_eq!(app.count(TOKENS).await, 0, "deed {deed}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_does_not_outlive_what_an_administrator_does() {
+    let (app, mailbox) = mailing(|_| {}).await;
+    for moves in [false, true] {
+        let user = app.user().create().await;
+        ask_reset(&app, &user.email).await.unwrap();
+        let planted = mailbox.nth(&user.email, 1).await.token();
+        if moves {
+            let other = format!("other-{}", user.email);
+            set_address(&app, &user, &other).await;
+            set_address(&app, &user, &user.email).await;
+        } else {
+            app.disable(&user.id).await;
+            app.enable(&user.id).await;
+        }
+        let refused = reset(&app, &planted, NEW).await;
+        assert_refused(refused, Code::InvalidArgument, "ONE_TIME_TOKEN_INVALID");
+    }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use prost_types::FieldMask;
 use tollkeeper::proto::tollkeeper::auth::v1::{
-    RequestPasswordResetRequest, UpdateCurrentUserRequest, User,
+    ChangePasswordRequest, RequestPasswordResetRequest, UpdateCurrentUserRequest, User,
     auth_service_client::AuthServiceClient,
 };
 use tonic::{Code, Status, transport::Channel};
@@ -13,7 +13,7 @@ use tonic_types::StatusExt as _;
 
 use super::{
     assert_refused,
-    mail::{PENDING, TOKENS, ask_reset, mailing, register, register_through, send},
+    mail::{NEW, PENDING, TOKENS, ask_reset, mailing, proven, register, register_through, send},
 };
 use crate::harness::{PASSWORD, TestApp, eventually, login_through, with_bearer};
 
@@ -51,7 +51,18 @@ async fn wish_through(channel: &Channel, token: &str, email: &str) -> Result<(),
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_who_asks_again_waits_for_longer_each_time() {
-    let (app, mailbox) = mailing(|_| {}).await;
+    waits_for_longer(24, [1, 2, 4, 8, 16, 30, 30, 30]).await;
+}
+
+/// Who lost a mail is not kept waiting until it would have been good for nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_longer_than_half_of_what_a_link_is_good_for() {
+    waits_for_longer(0, [1, 2, 4, 5, 5, 5, 5, 5]).await;
+}
+
+async fn waits_for_longer(hours: u64, expected: [u64; 8]) {
+    let ttl = Duration::from_hours(hours).max(Duration::from_mins(10));
+    let (app, mailbox) = mailing(|s| s.auth.verification_ttl = ttl).await;
     let user = app.user().create().await;
     let token = app.login(&user).await.access_token;
     let mut waits = Vec::new();
@@ -69,7 +80,7 @@ async fn a_user_who_asks_again_waits_for_longer_each_time() {
         let passed = format!("{} s", wait.as_secs() + 1);
         pass(&app, &passed).await;
     }
-    assert_eq!(waits, [1, 2, 4, 8, 16, 30, 30, 30]);
+    assert_eq!(waits, expected);
     // Who has not asked for long begins anew.
     pass(&app, "2 days").await;
     send(&app, &token).await.unwrap();
@@ -179,4 +190,89 @@ async fn who_asks_for_many_resets_is_slowed_down_whoever_they_are_for() {
     register(&app, "ada").await.unwrap();
     app.login_as("ada", PASSWORD).await.unwrap();
     mailbox.nth("ada@example.com", 1).await;
+}
+
+/// All from one network, as behind one proxy.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_neighbours_wish_for_keeps_nobodys_verification_back() {
+    let (app, mailbox) = mailing(|_| {}).await;
+    for name in ["mallory", "malvina"] {
+        register(&app, name).await.unwrap();
+    }
+    let mallory = app
+        .login_as("mallory", PASSWORD)
+        .await
+        .unwrap()
+        .access_token;
+    let malvina = app
+        .login_as("malvina", PASSWORD)
+        .await
+        .unwrap()
+        .access_token;
+    wish_through(&app.channel, &mallory, "ada@example.com")
+        .await
+        .unwrap();
+    mailbox.nth("ada@example.com", 1).await;
+    register(&app, "ada").await.unwrap();
+    let letter = mailbox.nth("ada@example.com", 2).await;
+    assert_eq!(letter.subject, "Verify your e-mail address");
+    pass(&app, "61 s").await;
+    wish_through(&app.channel, &malvina, "ada@example.com")
+        .await
+        .unwrap();
+    let ada = app.login_as("ada", PASSWORD).await.unwrap().access_token;
+    send(&app, &ada).await.unwrap();
+    let letter = mailbox.nth("ada@example.com", 3).await;
+    assert_eq!(letter.subject, "Verify your e-mail address");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_changes_a_password_on_and_on_is_slowed_down_and_so_are_the_mails() {
+    let (app, mailbox) = mailing(|_| {}).await;
+    let user = app.user().create().await;
+    proven(&app).await;
+    let token = app.login(&user).await.access_token;
+    let password = |number: u32| match number {
+        0 => PASSWORD.to_owned(),
+        number => format!("{NEW} number {number}"),
+    };
+    let change = async |number: u32| {
+        let request = ChangePasswordRequest {
+            current_password: password(number),
+            new_password: password(number + 1),
+            keep_other_sessions: true,
+        };
+        app.auth(&token).change_password(request).await
+    };
+    for number in 0..6 {
+        change(number).await.unwrap();
+    }
+    // From here on a reset that its user asks for has time to arrive.
+    ask_reset(&app, &user.email).await.unwrap();
+    let refused = change(6).await;
+    assert_refused(refused, Code::ResourceExhausted, "TOO_MANY_ATTEMPTS");
+    assert_eq!(app.count(TOKENS).await, 1);
+    mailbox.nth(&user.email, 7).await;
+    pass(&app, "61 s").await;
+    change(6).await.unwrap();
+    let refused = change(7).await;
+    assert_refused(refused, Code::ResourceExhausted, "TOO_MANY_ATTEMPTS");
+    app.login_as(&user.email, &password(7)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logins_from_everywhere_are_told_a_few_times() {
+    let (app, mailbox) = mailing(|s| s.mail.notify_logins = true).await;
+    let user = app.user().create().await;
+    proven(&app).await;
+    app.login(&user).await;
+    for number in 1..=10 {
+        let elsewhere = app.running().channel_from([127, 0, 9, number]);
+        login_through(&elsewhere, &user.email, PASSWORD)
+            .await
+            .unwrap();
+    }
+    mailbox.nth(&user.email, 6).await;
+    eventually("no mail waits", async || app.count(PENDING).await == 0).await;
+    assert_eq!(mailbox.all().len(), 6);
 }

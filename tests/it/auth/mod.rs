@@ -17,6 +17,7 @@ mod mail;
 mod mail_address;
 mod mail_delivery;
 mod mail_limits;
+mod mail_standing;
 pub(crate) mod mfa;
 mod own_account;
 mod profile;
