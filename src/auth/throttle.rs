@@ -19,6 +19,8 @@ mod codes;
 pub(super) mod network;
 mod turns;
 
+pub(super) use codes::CodeAttempt;
+
 use std::{
     net::IpAddr,
     sync::Arc,
@@ -353,23 +355,8 @@ impl Auth {
     /// # Errors
     /// `Unavailable`: nobody is told then that it failed.
     pub(super) async fn attempt_failed(&self, attempt: Attempt) -> Result<()> {
-        self.attempt_failed_with(attempt, async { Ok(()) }).await
-    }
-
-    /// The same, and whatever else is to be done then.
-    ///
-    /// # Errors
-    /// `Unavailable`: nobody is told then that it failed.
-    pub(super) async fn attempt_failed_with(
-        &self,
-        attempt: Attempt,
-        then: impl Future<Output = Result<()>> + Send + 'static,
-    ) -> Result<()> {
         let auth = self.clone();
-        let counting = async move {
-            auth.count_failure(attempt).await?;
-            then.await
-        };
+        let counting = async move { auth.count_failure(attempt).await };
         tokio::spawn(counting.in_current_span())
             .await
             .map_err(Error::internal)?

@@ -66,7 +66,7 @@ pub use revision::{MinFreshness, Revision};
 pub use scope::{Scope, ScopeSet};
 pub use service_account::{KeyOverlap, ServiceAccount};
 pub use session::{RefreshRefusal, RefreshStep, Session, SessionDetails, SessionStanding};
-pub use throttle::{ThrottleRule, ThrottleState};
+pub use throttle::{ThrottleCharge, ThrottleRule, ThrottleState};
 pub use usage::{
     Booking, BookingOrigin, Labels, ModelUsage, MonthlyUsage, TokenCounts, UsageCursor, UsageEvent,
     UsageRecord, UsageTotals,

@@ -89,6 +89,33 @@ impl ThrottleRule {
     }
 }
 
+/// An attempt that was counted as failed before it was made.
+#[derive(Clone, Copy, Debug)]
+pub struct ThrottleCharge {
+    pub before: ThrottleState,
+    pub after: ThrottleState,
+}
+
+impl ThrottleCharge {
+    /// What is known without an attempt that did not fail: what was before it, and what was counted since.
+    pub fn given_back(&self, state: &ThrottleState) -> ThrottleState {
+        let is_last = state.last_failed_at == self.after.last_failed_at
+            && state.blocked_until == self.after.blocked_until;
+        if !is_last {
+            return ThrottleState {
+                failures: state.failures.saturating_sub(1),
+                ..*state
+            };
+        }
+        // Others that came before it may have been given back meanwhile.
+        let failures = state.failures.saturating_add(self.before.failures);
+        ThrottleState {
+            failures: failures.saturating_sub(self.after.failures),
+            ..self.before
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use chrono::TimeDelta;

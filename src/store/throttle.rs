@@ -2,11 +2,12 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SubsecRound as _, Utc};
 use diesel::{
     dsl::{self, exists, sql},
     prelude::*,
     sql_types::{Array, Bool, Nullable, Text, Timestamptz},
+    upsert::excluded,
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 
@@ -16,7 +17,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    model::{ThrottleRule, ThrottleState, UserId},
+    model::{ThrottleCharge, ThrottleRule, ThrottleState, UserId},
 };
 
 impl Store {
@@ -119,6 +120,85 @@ impl Store {
                     .set(ThrottleRow::new(subject, next))
                     .execute(conn)
                     .await?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Counts an attempt against each of these before it is made, unless one of them waits: whoever races
+    /// finds it counted, wherever they come from and on whichever replica.
+    ///
+    /// # Errors
+    /// `Throttled`: nothing was counted · `Unavailable`
+    pub async fn throttle_charge(
+        &self,
+        subjects: &[(String, ThrottleRule)],
+        now: DateTime<Utc>,
+    ) -> Result<Vec<(String, ThrottleCharge)>> {
+        // As it will be read again.
+        let now = now.trunc_subsecs(6);
+        let mut subjects: Vec<_> = subjects.iter().collect();
+        subjects.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let mut charges = Vec::new();
+            for (subject, rule) in subjects {
+                let nothing = ThrottleState {
+                    failures: 0,
+                    last_failed_at: now,
+                    blocked_until: now,
+                };
+                // Locked, whether it was there or not.
+                let row: ThrottleRow = diesel::insert_into(login_throttle::table)
+                    .values(ThrottleRow::new(subject, nothing))
+                    .on_conflict(login_throttle::subject)
+                    .do_update()
+                    .set(login_throttle::subject.eq(excluded(login_throttle::subject)))
+                    .returning(ThrottleRow::as_returning())
+                    .get_result(conn)
+                    .await?;
+                let before = row.into();
+                if let Some(retry_after) = rule.wait(&before, now) {
+                    return Err(Error::Throttled { retry_after });
+                }
+                let after = rule.after_failure(Some(&before), now);
+                diesel::update(login_throttle::table.find(subject))
+                    .set(ThrottleRow::new(subject, after))
+                    .execute(conn)
+                    .await?;
+                charges.push((subject.clone(), ThrottleCharge { before, after }));
+            }
+            Ok(charges)
+        })
+        .await
+    }
+
+    /// Gives back what [`Store::throttle_charge`] counted, for it did not fail. What failed before and since
+    /// still counts.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn throttle_give_back(&self, charges: &[(String, ThrottleCharge)]) -> Result<()> {
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            // In the order in which they were locked before.
+            for (subject, charge) in charges {
+                let row = login_throttle::table.find(subject);
+                let known: Option<ThrottleRow> = row
+                    .select(ThrottleRow::as_select())
+                    .for_update()
+                    .first(conn)
+                    .await
+                    .optional()?;
+                let Some(known) = known else { continue };
+                let next = charge.given_back(&known.into());
+                if next.failures == 0 {
+                    diesel::delete(row).execute(conn).await?;
+                } else {
+                    let next = ThrottleRow::new(subject, next);
+                    diesel::update(row).set(next).execute(conn).await?;
+                }
             }
             Ok(())
         })

@@ -112,21 +112,20 @@ impl Auth {
             return Err(Error::AccountDisabled);
         }
         let attempt = self.admit_code(id, origin, now).await?;
-        let Some(used) = self.mfa.proof(id, totp, code, *at)? else {
-            return self.code_failed(attempt, id, origin).await;
+        let opening = async {
+            let used = self.mfa.proof(id, totp, code, *at)?;
+            // Before there is a session from here.
+            let failed_logins = self.failed_logins(id, origin).await?;
+            let new = self.new_session(session_id, id, Some(used), None, origin, now);
+            match self.store.session_open(new, hash, now).await {
+                // Changed this moment.
+                Err(Error::InvalidCredentials) => Err(Error::MfaChallengeInvalid),
+                opened => Ok((opened?, failed_logins)),
+            }
         };
-        // Before there is a session from here.
-        let failed_logins = self.failed_logins(id, origin).await?;
-        let is_recovery = matches!(code, MfaCode::Recovery(_));
-        let new = self.new_session(session_id, id, Some(used), None, origin, now);
-        let opened = match self.store.session_open(new, hash, now).await {
-            Err(Error::MfaCodeInvalid) => return self.code_failed(attempt, id, origin).await,
-            // Changed this moment.
-            Err(Error::InvalidCredentials) => Err(Error::MfaChallengeInvalid),
-            opened => opened,
-        }?;
-        self.attempt_succeeded(attempt).await;
+        let (opened, failed_logins) = self.with_code(attempt, id, origin, opening).await?;
         self.forget(failed_logins).await;
+        let is_recovery = matches!(code, MfaCode::Recovery(_));
         Ok(Completed {
             tokens: self.issue(&opened, now)?,
             user: opened.user,

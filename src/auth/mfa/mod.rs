@@ -21,7 +21,7 @@ use challenge::Challenges;
 use sealing::Sealing;
 use totp::TotpSecret;
 
-use super::{Auth, LoginPassword, MasterKey, throttle::Attempt};
+use super::{Auth, LoginPassword, MasterKey, throttle::CodeAttempt};
 use crate::{
     config::AuthSettings,
     error::{Error, Result},
@@ -61,27 +61,30 @@ impl Mfa {
         }
     }
 
-    /// What a code would use up; `None`: it is wrong. Whether a recovery code is one shows when it is used.
+    /// What a code would use up. Whether a recovery code is one shows when it is used.
+    ///
+    /// # Errors
+    /// `MfaCodeInvalid` · `Internal`: the secret cannot be read.
     fn proof(
         &self,
         user: UserId,
         totp: &TotpCredential,
         code: &MfaCode,
         at: DateTime<Utc>,
-    ) -> Result<Option<UsedCode>> {
+    ) -> Result<UsedCode> {
         let what = match code {
             MfaCode::Totp(code) => {
                 let secret = self.sealing.open(&totp.sealed_secret, user, totp.id)?;
                 let step = secret.step_of(code, totp.last_step, at);
-                step.map(UsedFactor::Totp)
+                UsedFactor::Totp(step.ok_or(Error::MfaCodeInvalid)?)
             }
-            MfaCode::Recovery(code) => Some(UsedFactor::RecoveryCode(recovery::hash(user, code))),
+            MfaCode::Recovery(code) => UsedFactor::RecoveryCode(recovery::hash(user, code)),
         };
-        Ok(what.map(|what| UsedCode {
+        Ok(UsedCode {
             user_id: user,
             credential: totp.id,
             what,
-        }))
+        })
     }
 }
 
@@ -138,18 +141,15 @@ impl Auth {
         };
         let attempt = self.admit_own_code(id, now).await?;
         let code = MfaCode::Totp(code);
-        let Some(used) = self.mfa.proof(id, totp, &code, standing.at)? else {
-            return self.code_failed(attempt, id, origin).await;
-        };
         let (codes, hashes) = recovery::generate(id)?;
-        let confirming = self
-            .store
-            .totp_confirm(&used, &hashes, keep_only, origin, now);
-        let ended = match confirming.await {
-            Err(Error::MfaCodeInvalid) => return self.code_failed(attempt, id, origin).await,
-            confirmed => confirmed?,
+        let confirming = async {
+            let used = self.mfa.proof(id, totp, &code, standing.at)?;
+            let store = &self.store;
+            store
+                .totp_confirm(&used, &hashes, keep_only, origin, now)
+                .await
         };
-        self.attempt_succeeded(attempt).await;
+        let ended = self.with_code(attempt, id, origin, confirming).await?;
         self.apply(Change::User(id));
         Ok(Enabled {
             recovery_codes: codes.iter().map(|code| code.grouped()).collect(),
@@ -239,17 +239,27 @@ impl Auth {
         } = self.prove_password(id, current, now).await?;
         let totp = standing.confirmed().ok_or(Error::MfaNotEnabled)?;
         let attempt = self.admit_own_code(id, now).await?;
-        let Some(used) = self.mfa.proof(id, totp, code, standing.at)? else {
-            return self.code_failed(attempt, id, origin).await;
+        let acting = async {
+            let used = self.mfa.proof(id, totp, code, standing.at)?;
+            act(&used, &password_hash).await
         };
-        match act(&used, &password_hash).await {
-            Err(Error::MfaCodeInvalid) => self.code_failed(attempt, id, origin).await,
-            done => {
-                let done = done?;
-                self.attempt_succeeded(attempt).await;
-                Ok(done)
-            }
+        self.with_code(attempt, id, origin, acting).await
+    }
+
+    /// Tries a code that was let in by `attempt`, with what it is for, and settles it.
+    async fn with_code<T>(
+        &self,
+        attempt: CodeAttempt,
+        id: UserId,
+        origin: &Origin,
+        trying: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let tried = trying.await;
+        match &tried {
+            Err(Error::MfaCodeInvalid) => self.code_was_wrong(attempt, id, origin).await?,
+            _ => self.code_was_not_wrong(attempt).await,
         }
+        tried
     }
 
     /// Asks for the present password within a session, as [`Auth::change_password`] does.
@@ -278,19 +288,5 @@ impl Auth {
     async fn mfa_standing(&self, id: UserId) -> Result<MfaStanding> {
         let standing = self.store.mfa_standing(id).await?;
         standing.ok_or(Error::UserNotFound)
-    }
-
-    /// Counts a wrong code and writes it down, also for a caller who is gone by now: somebody has the
-    /// password and not the app.
-    ///
-    /// # Errors
-    /// `MfaCodeInvalid` · `Unavailable`: nobody is told then that it was wrong.
-    async fn code_failed<T>(&self, attempt: Attempt, id: UserId, origin: &Origin) -> Result<T> {
-        let (auth, origin) = (self.clone(), origin.clone());
-        self.attempt_failed_with(attempt, async move {
-            auth.store.mfa_code_refused(id, &origin).await
-        })
-        .await?;
-        Err(Error::MfaCodeInvalid)
     }
 }

@@ -1,14 +1,15 @@
 //! Codes of a second factor: whoever guesses them knows the password already, and there are a million.
 
-use std::time::Duration;
+use std::{net::IpAddr, slice::from_ref, time::Duration};
 
 use chrono::{DateTime, Utc};
+use tracing::Instrument as _;
 
-use super::{Attempt, FIRST_DELAY, Guarded, Throttle, from};
+use super::{FIRST_DELAY, Throttle, Turn, from};
 use crate::{
     auth::Auth,
-    error::Result,
-    model::{Origin, ThrottleRule, UserId},
+    error::{Error, Result},
+    model::{Origin, ThrottleCharge, ThrottleRule, UserId},
 };
 
 /// Three codes of a million are right at a time. By this rule a guesser has about twenty tries on the
@@ -32,6 +33,15 @@ pub(super) fn rule(account_failures: u32) -> ThrottleRule {
     }
 }
 
+/// A code that may be tried, and counts as wrong until [`Auth::code_was_not_wrong`] says otherwise: guesses
+/// that race find it counted, and a guesser who hangs up has made it all the same.
+pub(in crate::auth) struct CodeAttempt {
+    charges: Vec<(String, ThrottleCharge)>,
+    address: Option<IpAddr>,
+    now: DateTime<Utc>,
+    _turn: Turn,
+}
+
 impl Auth {
     /// Lets a code be tried that is to end a login.
     ///
@@ -42,14 +52,17 @@ impl Auth {
         user: UserId,
         origin: &Origin,
         now: DateTime<Utc>,
-    ) -> Result<Attempt> {
-        let what = Guarded {
-            user,
-            subject: format!("mfa {user}"),
-            kind: "mfa",
-            rule: Some(self.throttle.codes),
+    ) -> Result<CodeAttempt> {
+        let (address, rule) = (origin.address, self.throttle.codes);
+        let subject = format!("mfa {user}");
+        let turn = self.throttle.turn(&subject, address, &rule).await?;
+        let subject = match address {
+            Some(address) if self.is_home(user, Some(address)).await? => {
+                format!("{subject} {}", from(address))
+            }
+            _ => subject,
         };
-        self.admit(what, origin.address, now).await
+        self.charge(vec![(subject, rule)], address, turn, now).await
     }
 
     /// Lets a code be tried within a session.
@@ -60,14 +73,73 @@ impl Auth {
         &self,
         user: UserId,
         now: DateTime<Utc>,
-    ) -> Result<Attempt> {
-        let what = Guarded {
-            user,
-            subject: format!("own mfa {user}"),
-            kind: "own mfa",
-            rule: Some(self.throttle.codes),
+    ) -> Result<CodeAttempt> {
+        let (subject, rule) = (format!("own mfa {user}"), self.throttle.codes);
+        let turn = self.throttle.turn(&subject, None, &rule).await?;
+        self.charge(vec![(subject, rule)], None, turn, now).await
+    }
+
+    async fn charge(
+        &self,
+        counts: Vec<(String, ThrottleRule)>,
+        address: Option<IpAddr>,
+        turn: Turn,
+        now: DateTime<Utc>,
+    ) -> Result<CodeAttempt> {
+        // Read before anything is locked: most of a flood is refused by that.
+        let mut rules = counts.clone();
+        rules.extend(address.map(from).zip(self.throttle.address));
+        let subjects: Vec<String> = rules.iter().map(|(subject, _)| subject.clone()).collect();
+        let states = self.store.throttle_states(&subjects).await?;
+        for (subject, rule) in &rules {
+            if let Some(retry_after) = states.get(subject).and_then(|state| rule.wait(state, now)) {
+                return Err(Error::Throttled { retry_after });
+            }
+        }
+        Ok(CodeAttempt {
+            charges: self.store.throttle_charge(&counts, now).await?,
+            address,
+            now,
+            _turn: turn,
+        })
+    }
+
+    /// Counts a wrong code against the address too, and writes it down, also for a caller who is gone by
+    /// now: somebody has the password and not the app.
+    ///
+    /// # Errors
+    /// `Unavailable`: nobody is told then that it was wrong.
+    pub(in crate::auth) async fn code_was_wrong(
+        &self,
+        attempt: CodeAttempt,
+        user: UserId,
+        origin: &Origin,
+    ) -> Result<()> {
+        let (auth, origin) = (self.clone(), origin.clone());
+        let counting = async move {
+            let by_address = attempt.address.map(from).zip(auth.throttle.address);
+            if let Some(counted) = by_address {
+                let failing = auth.store.throttle_fail(from_ref(&counted), attempt.now);
+                failing.await?;
+            }
+            auth.store.mfa_code_refused(user, &origin).await
         };
-        self.admit(what, None, now).await
+        tokio::spawn(counting.in_current_span())
+            .await
+            .map_err(Error::internal)?
+    }
+
+    /// Gives back an attempt: the code was right, or nothing was learnt of it. What failed before is
+    /// forgiven by time alone, or the user's own logins would buy guesses.
+    pub(in crate::auth) async fn code_was_not_wrong(&self, attempt: CodeAttempt) {
+        let store = self.store.clone();
+        let giving_back = async move {
+            if let Err(error) = store.throttle_give_back(&attempt.charges).await {
+                tracing::warn!(%error, "a code that was not wrong still counts");
+            }
+        };
+        // Also for a caller who is gone by now.
+        let _ = tokio::spawn(giving_back.in_current_span()).await;
     }
 
     /// What wrong passwords from here have counted against, for [`Auth::forget`] once the user is let in:
