@@ -106,7 +106,11 @@ impl Migrator {
         let mut attempts = 0;
         while let Err(error) = work(&mut self.harness) {
             attempts += 1;
-            let is_locked = error.to_string().contains("due to lock timeout");
+            // The second: whoever was in the way waits for the migration as well. Undone, like the first.
+            let error_text = error.to_string();
+            let is_locked = ["due to lock timeout", "deadlock detected"]
+                .iter()
+                .any(|why| error_text.contains(why));
             if !is_locked || attempts == LOCK_ATTEMPTS {
                 return Err(Error::Internal(error));
             }
