@@ -22,7 +22,8 @@ pub struct User {
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
     pub last_login_at: Option<DateTime<Utc>>,
-    /// Whether a login asks for a second factor.
+    /// Whether a login asks for a second factor. It is not in the change feed: a user from a cache may say
+    /// otherwise, so it decides nothing unless it was read for that.
     pub mfa_enabled: bool,
 }
 
