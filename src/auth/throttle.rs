@@ -12,14 +12,18 @@
 //! - `own ID`: the present password, asked for within a session. Apart from the logins: whoever stole a
 //!   session must not keep the user from logging in, and no guesser at the door keeps the user from a
 //!   new password;
-//! - `mfa ID`, `mfa ID from NETWORK`: codes of a second factor at a login, apart in the same way;
-//! - `own mfa ID`: such codes within a session.
+//! - `mfa ID`: codes of a second factor at a login, for those who come from elsewhere;
+//! - `mfa ID from NETWORK` and `mfa ID at home`: the same from a network in which the user has logged in with
+//!   a second factor before, by network and in all;
+//! - `recovery ID from NETWORK`: recovery codes, which nobody guesses;
+//! - `own mfa ID`, `own recovery ID`: such codes within a session.
 
 mod codes;
 pub(super) mod network;
 mod turns;
 
 pub(super) use codes::CodeAttempt;
+pub(super) use network::networks;
 
 use std::{
     net::IpAddr,
@@ -41,7 +45,7 @@ use crate::{
     model::{Identifier, Origin, ThrottleRule, UserId},
     store::Store,
 };
-use network::{from, networks};
+use network::from;
 use turns::{Turn, Turns};
 
 /// A day without guesses forgives a hundred of them.
@@ -404,7 +408,11 @@ impl Auth {
     /// Whether a user has logged in from around this address before.
     async fn is_home(&self, user: UserId, address: Option<IpAddr>) -> Result<bool> {
         match address {
-            Some(address) => self.store.session_any_from(user, &networks(address)).await,
+            Some(address) => {
+                self.store
+                    .session_any_from(user, &networks(address), false)
+                    .await
+            }
             None => Ok(false),
         }
     }

@@ -1,11 +1,11 @@
 //! Second factors: secrets of authenticator apps and recovery codes. What changes them locks the row of the
 //! user first, as whatever opens a session does, so that none of them misses the other.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use diesel::{
     dsl::{now, sql},
     prelude::*,
-    sql_types::{BigInt, Timestamptz},
+    sql_types::{Array, BigInt, Bool, Text, Timestamptz},
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use serde_json::{Value, json};
@@ -27,6 +27,10 @@ use crate::{
     },
 };
 
+/// How long an enrolment waits for its code. Confirming asks for no password: who knew it once must not leave
+/// a secret behind for a session stolen later.
+const ENROLMENT_MINUTES: i64 = 15;
+
 /// A secret that an authenticator app is given. Not `Debug`.
 pub struct NewTotp {
     pub user_id: UserId,
@@ -42,7 +46,7 @@ pub struct MfaReset {
 }
 
 impl Store {
-    /// Reads what a user is asked for; `None` for nobody's id.
+    /// Reads what a user is asked for; `None` for nobody's id. An enrolment that has lapsed is none.
     ///
     /// # Errors
     /// `Unavailable`
@@ -70,7 +74,9 @@ impl Store {
                 Ok(MfaStanding {
                     user: user.try_into()?,
                     password_hash,
-                    totp: totp.map(TotpCredential::from),
+                    totp: totp
+                        .filter(|totp| !totp.has_lapsed(at))
+                        .map(TotpCredential::from),
                     recovery_codes_left,
                     at,
                 })
@@ -110,8 +116,8 @@ impl Store {
     /// sessions but `keep_only`, if that is given; returns how many ended.
     ///
     /// # Errors
-    /// `MfaCodeInvalid`, also when it is of an enrolment that was replaced · `MfaAlreadyEnabled` ·
-    /// `Unavailable`
+    /// `MfaCodeInvalid`, also when it is of an enrolment that was replaced or has lapsed ·
+    /// `MfaAlreadyEnabled` · `Unavailable`
     pub async fn totp_confirm(
         &self,
         used: &UsedCode,
@@ -126,9 +132,14 @@ impl Store {
             if lock_in_txn(id, None, conn).await? {
                 return Err(Error::MfaAlreadyEnabled);
             }
+            let at_database: DateTime<Utc> = diesel::select(now.into_sql::<Timestamptz>())
+                .get_result(conn)
+                .await?;
+            let since = at_database - TimeDelta::minutes(ENROLMENT_MINUTES);
             let enrolled = totp_credentials::table
                 .find(id.0)
-                .filter(totp_credentials::id.eq(used.credential.0));
+                .filter(totp_credentials::id.eq(used.credential.0))
+                .filter(totp_credentials::created_at.gt(since));
             diesel::update(enrolled)
                 .set(totp_credentials::confirmed_at.eq(now))
                 .execute(conn)
@@ -239,6 +250,49 @@ impl Store {
         .await
     }
 
+    /// Whether a recovery code is one of a user's that was not used.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn recovery_code_exists(&self, id: UserId, hash: &[u8]) -> Result<bool> {
+        let mut conn = self.conn().await?;
+        let one = recovery_codes::table.find((id.0, hash)).count();
+        Ok(one.get_result::<i64>(&mut conn).await? > 0)
+    }
+
+    /// Writes down that the right password was given and a code asked for: once an hour for those who come
+    /// from one of these networks, or it would bury the rest.
+    ///
+    /// # Errors
+    /// `Unavailable`
+    pub async fn mfa_challenged(
+        &self,
+        id: UserId,
+        networks: &[String],
+        origin: &Origin,
+    ) -> Result<()> {
+        let action = AuditAction::MfaChallenged;
+        let lately = diesel::sql_query(
+            "SELECT EXISTS (SELECT FROM audit_events WHERE user_id = $1 AND action = $2
+                 AND occurred_at > now() - interval '1 hour'
+                 AND (address::inet <<= ANY($3::inet[])
+                     OR address IS NULL AND cardinality($3) = 0)) AS yes",
+        )
+        .bind::<diesel::sql_types::Uuid, _>(id.0)
+        .bind::<Text, _>(action.as_str())
+        .bind::<Array<Text>, _>(networks);
+        let mut conn = self.conn().await?;
+        conn.transaction::<_, Error, _>(async |conn| {
+            let known: Known = lately.get_result(conn).await?;
+            if known.yes {
+                return Ok(());
+            }
+            let event = AuditEvent::of_user(action, id, origin);
+            audit_insert_in_txn(&event, conn).await
+        })
+        .await
+    }
+
     /// Writes down that a code was refused: of somebody who knows the password, or has the session.
     ///
     /// # Errors
@@ -327,6 +381,18 @@ async fn lock_in_txn(
     Ok(enabled)
 }
 
+/// Takes away what is enrolled and not confirmed. Before sessions are locked, as whoever confirms does.
+pub(super) async fn totp_forget_unconfirmed_in_txn(
+    id: UserId,
+    conn: &mut AsyncPgConnection,
+) -> Result<()> {
+    let unconfirmed = totp_credentials::table
+        .find(id.0)
+        .filter(totp_credentials::confirmed_at.is_null());
+    diesel::delete(unconfirmed).execute(conn).await?;
+    Ok(())
+}
+
 async fn remove_in_txn(id: UserId, conn: &mut AsyncPgConnection) -> Result<()> {
     diesel::delete(totp_credentials::table.find(id.0))
         .execute(conn)
@@ -391,13 +457,26 @@ async fn audit_in_txn(
     audit_insert_in_txn(&event, conn).await
 }
 
+#[derive(QueryableByName)]
+struct Known {
+    #[diesel(sql_type = Bool)]
+    yes: bool,
+}
+
 #[derive(Queryable, Selectable)]
 #[diesel(table_name = totp_credentials, check_for_backend(diesel::pg::Pg))]
 struct TotpRow {
     id: Uuid,
     sealed_secret: Vec<u8>,
+    created_at: DateTime<Utc>,
     confirmed_at: Option<DateTime<Utc>>,
     last_step: i64,
+}
+
+impl TotpRow {
+    fn has_lapsed(&self, at: DateTime<Utc>) -> bool {
+        self.confirmed_at.is_none() && self.created_at <= at - TimeDelta::minutes(ENROLMENT_MINUTES)
+    }
 }
 
 impl From<TotpRow> for TotpCredential {

@@ -12,7 +12,7 @@ use super::{
     Store,
     audit::audit_insert_in_txn,
     mails::login_notice_in_txn,
-    mfa::mfa_code_use_in_txn,
+    mfa::{mfa_code_use_in_txn, totp_forget_unconfirmed_in_txn},
     one_time_tokens::token_delete_in_txn,
     schema::{sessions, users},
     users::UserRow,
@@ -309,6 +309,7 @@ impl Store {
     ) -> Result<usize> {
         let mut conn = self.conn().await?;
         conn.transaction::<_, Error, _>(async |conn| {
+            totp_forget_unconfirmed_in_txn(user_id, conn).await?;
             let ended = session_revoke_all_in_txn(user_id, kept, now, conn).await?;
             if ended > 0 {
                 let details = json!({
@@ -360,7 +361,12 @@ pub(super) async fn session_revoke_all_in_txn(
 fn on_challenged(error: DieselError) -> Error {
     use DatabaseErrorKind as Kind;
     match error {
-        DieselError::DatabaseError(Kind::UniqueViolation | Kind::CheckViolation, _) => {
+        DieselError::DatabaseError(Kind::UniqueViolation | Kind::CheckViolation, ref about)
+            if matches!(
+                about.constraint_name(),
+                Some("sessions_pkey" | "sessions_mfa_required")
+            ) =>
+        {
             Error::MfaChallengeInvalid
         }
         error => error.into(),

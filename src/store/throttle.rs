@@ -236,16 +236,24 @@ impl Store {
         Ok(diesel::delete(old).execute(&mut conn).await?)
     }
 
-    /// Whether a user has logged in from one of these networks: some session of theirs says so.
+    /// Whether a user has logged in from one of these networks, `by_mfa` if that is to be so: some session
+    /// of theirs says so.
     ///
     /// # Errors
     /// `Unavailable`
-    pub async fn session_any_from(&self, user_id: UserId, networks: &[String]) -> Result<bool> {
+    pub async fn session_any_from(
+        &self,
+        user_id: UserId,
+        networks: &[String],
+        by_mfa: bool,
+    ) -> Result<bool> {
+        let by_what: &[bool] = if by_mfa { &[true] } else { &[true, false] };
         let is_from = sql::<Nullable<Bool>>("address::inet <<= ANY(")
             .bind::<Array<Text>, _>(networks)
             .sql("::inet[])");
         let from = sessions::table
             .filter(sessions::user_id.eq(user_id.0))
+            .filter(sessions::mfa.eq_any(by_what))
             .filter(is_from);
         let mut conn = self.conn().await?;
         Ok(diesel::select(exists(from.select(sessions::id)))
@@ -307,14 +315,38 @@ pub(super) async fn throttle_clear_user_in_txn(
     id: UserId,
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
-    let subjects = login_throttle::subject
-        .eq_any(["own", "user", "mfa", "own mfa"].map(|kind| format!("{kind} {id}")))
-        .or(login_throttle::subject.like(format!("user {id} from %")))
-        .or(login_throttle::subject.like(format!("mfa {id} from %")))
-        .or(login_throttle::subject.like(format!("mail {id} %")));
-    diesel::delete(login_throttle::table.filter(subjects))
-        .execute(conn)
-        .await?;
+    clear_in_txn(
+        id,
+        &["own", "user", "mail", "mfa", "own mfa", "recovery", "own recovery"],
+        conn,
+    )
+    .await
+}
+
+/// Forgets wrong passwords of a user and the mails that went, and not wrong codes: those are many guesses of few, and whoever may
+/// change a user must not buy more of them.
+pub(super) async fn throttle_clear_passwords_in_txn(
+    id: UserId,
+    conn: &mut AsyncPgConnection,
+) -> Result<()> {
+    clear_in_txn(id, &["own", "user", "mail"], conn).await
+}
+
+async fn clear_in_txn(id: UserId, kinds: &[&str], conn: &mut AsyncPgConnection) -> Result<()> {
+    let subjects: Vec<_> = kinds.iter().map(|kind| format!("{kind} {id}")).collect();
+    let patterns: Vec<_> = subjects.iter().map(|one| format!("{one} %")).collect();
+    // Locked in the order in which attempts are counted.
+    diesel::sql_query(
+        "WITH known AS MATERIALIZED (
+             SELECT subject FROM login_throttle WHERE subject = ANY($1) OR subject LIKE ANY($2)
+             ORDER BY subject FOR UPDATE
+         )
+         DELETE FROM login_throttle WHERE subject IN (SELECT subject FROM known)",
+    )
+    .bind::<Array<Text>, _>(subjects)
+    .bind::<Array<Text>, _>(patterns)
+    .execute(conn)
+    .await?;
     Ok(())
 }
 

@@ -11,10 +11,11 @@ use super::{
     audit::audit_insert_in_txn,
     errors::on_unique,
     mails::notice_in_txn,
+    mfa::totp_forget_unconfirmed_in_txn,
     one_time_tokens::{token_delete_in_txn, tokens_delete_in_txn},
     schema::users,
     sessions::session_revoke_all_in_txn,
-    throttle::{throttle_clear_user_in_txn, throttle_take_in_txn},
+    throttle::{throttle_clear_passwords_in_txn, throttle_take_in_txn},
     users::UserRow,
 };
 use crate::{
@@ -55,7 +56,7 @@ impl Store {
                 another_admin_in_txn(id, conn).await?;
             }
             if origin.actor != Actor::User(id) {
-                throttle_clear_user_in_txn(id, conn).await?;
+                throttle_clear_passwords_in_txn(id, conn).await?;
             }
             if changes.email.is_some() {
                 // Also when it is what it was: it is to stay so.
@@ -129,6 +130,7 @@ impl Store {
             if tell {
                 notice_in_txn(MailKind::PasswordChanged, &user, conn).await?;
             }
+            totp_forget_unconfirmed_in_txn(id, conn).await?;
             let ended = match keep_only {
                 Some(kept) => session_revoke_all_in_txn(id, Some(kept), at, conn).await?,
                 None => 0,

@@ -16,7 +16,7 @@ use super::{
     one_time_tokens::{NewToken, tokens_delete_in_txn, verification_in_txn},
     quota::{quota_settle_in_txn, record_in_txn},
     schema::users,
-    throttle::throttle_clear_user_in_txn,
+    throttle::throttle_clear_passwords_in_txn,
 };
 use crate::{
     error::{Error, Result},
@@ -343,7 +343,7 @@ impl Store {
                 .await
                 .optional()?;
             if is_active && origin.actor != Actor::User(id) {
-                throttle_clear_user_in_txn(id, conn).await?;
+                throttle_clear_passwords_in_txn(id, conn).await?;
             }
             let Some(row) = changed else {
                 return user_by_id_in_txn(id, conn).await;

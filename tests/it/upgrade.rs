@@ -192,3 +192,24 @@ async fn an_index_that_a_killed_process_left_to_postgres_is_waited_for() {
     assert_eq!(count(&other, index).await, before, "it is the same");
     assert_eq!(count(&other, BROKEN).await, 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_meets_a_deadlock_comes_again() {
+    let (url, mut migrator) = older_database().await;
+    let (user, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
+    // As a refresh: the session first, its user then. The migration takes them the other way around, and is
+    // the one that finds out.
+    user.batch_execute("SET deadlock_timeout = '60s'; BEGIN; SELECT FROM sessions FOR UPDATE")
+        .await
+        .unwrap();
+    let migrating = tokio::spawn(async move { migrator.up() });
+    let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted
+         AND mode = 'AccessExclusiveLock' AND relation = 'sessions'::regclass";
+    while count(&other, waiting).await == 0 {
+        assert!(!migrating.is_finished(), "it waits");
+        sleep(Duration::from_millis(5)).await;
+    }
+    user.batch_execute("SELECT FROM users; COMMIT").await.unwrap();
+    let applied = migrating.await.unwrap().unwrap();
+    assert!(applied.contains(&"2026-11-22-000019_mfa".to_owned()));
+}

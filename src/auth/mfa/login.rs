@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 
 use crate::{
-    auth::{Auth, IssuedTokens, LoggedIn},
+    auth::{Auth, IssuedTokens, LoggedIn, throttle::networks},
     error::{Error, Result},
     model::{Factor, MfaCode, MfaStanding, Origin, SessionId, UsedCode, User, UserId},
     store::NewSession,
@@ -73,6 +73,8 @@ impl Auth {
         if standing.recovery_codes_left > 0 {
             factors.push(Factor::RecoveryCode);
         }
+        let from = origin.address.map(networks).unwrap_or_default();
+        self.store.mfa_challenged(id, &from, origin).await?;
         Ok(MfaChallenge {
             challenge: issued.0,
             expires_at: issued.1,
@@ -111,9 +113,9 @@ impl Auth {
         if !user.is_active {
             return Err(Error::AccountDisabled);
         }
-        let attempt = self.admit_code(id, origin, now).await?;
+        let attempt = self.admit_code(id, code, origin, now).await?;
         let opening = async {
-            let used = self.mfa.proof(id, totp, code, *at)?;
+            let used = self.proof(id, totp, code, *at).await?;
             // Before there is a session from here.
             let failed_logins = self.failed_logins(id, origin).await?;
             let new = self.new_session(session_id, id, Some(used), None, origin, now);

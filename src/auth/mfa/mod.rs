@@ -60,32 +60,6 @@ impl Mfa {
             issuer: settings.mfa_issuer.clone(),
         }
     }
-
-    /// What a code would use up. Whether a recovery code is one shows when it is used.
-    ///
-    /// # Errors
-    /// `MfaCodeInvalid` · `Internal`: the secret cannot be read.
-    fn proof(
-        &self,
-        user: UserId,
-        totp: &TotpCredential,
-        code: &MfaCode,
-        at: DateTime<Utc>,
-    ) -> Result<UsedCode> {
-        let what = match code {
-            MfaCode::Totp(code) => {
-                let secret = self.sealing.open(&totp.sealed_secret, user, totp.id)?;
-                let step = secret.step_of(code, totp.last_step, at);
-                UsedFactor::Totp(step.ok_or(Error::MfaCodeInvalid)?)
-            }
-            MfaCode::Recovery(code) => UsedFactor::RecoveryCode(recovery::hash(user, code)),
-        };
-        Ok(UsedCode {
-            user_id: user,
-            credential: totp.id,
-            what,
-        })
-    }
 }
 
 impl Auth {
@@ -139,11 +113,11 @@ impl Auth {
             Some(totp) if totp.is_confirmed => return Err(Error::MfaAlreadyEnabled),
             Some(totp) => totp,
         };
-        let attempt = self.admit_own_code(id, now).await?;
         let code = MfaCode::Totp(code);
+        let attempt = self.admit_own_code(id, &code, now).await?;
         let (codes, hashes) = recovery::generate(id)?;
         let confirming = async {
-            let used = self.mfa.proof(id, totp, &code, standing.at)?;
+            let used = self.proof(id, totp, &code, standing.at).await?;
             let store = &self.store;
             store
                 .totp_confirm(&used, &hashes, keep_only, origin, now)
@@ -238,12 +212,45 @@ impl Auth {
             password_hash,
         } = self.prove_password(id, current, now).await?;
         let totp = standing.confirmed().ok_or(Error::MfaNotEnabled)?;
-        let attempt = self.admit_own_code(id, now).await?;
+        let attempt = self.admit_own_code(id, code, now).await?;
         let acting = async {
-            let used = self.mfa.proof(id, totp, code, standing.at)?;
+            let used = self.proof(id, totp, code, standing.at).await?;
             act(&used, &password_hash).await
         };
         self.with_code(attempt, id, origin, acting).await
+    }
+
+    /// What a code would use up.
+    ///
+    /// # Errors
+    /// `MfaCodeInvalid` · `Internal`: the secret cannot be read · `Unavailable`
+    async fn proof(
+        &self,
+        user: UserId,
+        totp: &TotpCredential,
+        code: &MfaCode,
+        at: DateTime<Utc>,
+    ) -> Result<UsedCode> {
+        let what = match code {
+            MfaCode::Totp(code) => {
+                let secret = self.mfa.sealing.open(&totp.sealed_secret, user, totp.id)?;
+                let step = secret.step_of(code, totp.last_step, at);
+                UsedFactor::Totp(step.ok_or(Error::MfaCodeInvalid)?)
+            }
+            MfaCode::Recovery(code) => {
+                let hash = recovery::hash(user, code);
+                // Before anything is locked for it: most that are wrong are wrong here.
+                if !self.store.recovery_code_exists(user, &hash).await? {
+                    return Err(Error::MfaCodeInvalid);
+                }
+                UsedFactor::RecoveryCode(hash)
+            }
+        };
+        Ok(UsedCode {
+            user_id: user,
+            credential: totp.id,
+            what,
+        })
     }
 
     /// Tries a code that was let in by `attempt`, with what it is for, and settles it.

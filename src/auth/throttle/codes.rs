@@ -5,15 +5,16 @@ use std::{net::IpAddr, slice::from_ref, time::Duration};
 use chrono::{DateTime, Utc};
 use tracing::Instrument as _;
 
-use super::{FIRST_DELAY, Throttle, Turn, from};
+use super::{FIRST_DELAY, Throttle, Turn, from, networks};
 use crate::{
     auth::Auth,
     error::{Error, Result},
-    model::{Origin, ThrottleCharge, ThrottleRule, UserId},
+    model::{MfaCode, Origin, ThrottleCharge, ThrottleRule, UserId},
 };
 
 /// Three codes of a million are right at a time. By this rule a guesser has about twenty tries on the
-/// first day and nine on each further one, see the tests: 1 % to be let in by a year of guessing.
+/// first day and nine on each further one, see the tests: 1 % to be let in by a year of guessing, and
+/// somewhat more over all homes together.
 const FORGIVEN_IN: Duration = Duration::from_hours(4);
 const MAX_DELAY: Duration = Duration::from_hours(4);
 
@@ -42,6 +43,24 @@ pub(in crate::auth) struct CodeAttempt {
     _turn: Turn,
 }
 
+/// Over all networks in which the user has logged in with a code: who has the run of many has no more tries
+/// for it. Looser than the rule of each, so that one guesser at one home does not close the others.
+fn over_homes(codes: ThrottleRule) -> ThrottleRule {
+    ThrottleRule {
+        free: codes.free * 2,
+        ..codes
+    }
+}
+
+/// Recovery codes have 120 bits: nobody guesses one, and a wait protects from load alone. By network, and
+/// short: who has the password must not keep the owner from this way in.
+const RECOVERY: ThrottleRule = ThrottleRule {
+    free: 20,
+    first_delay: FIRST_DELAY,
+    max_delay: Duration::from_mins(1),
+    forgiven_in: Duration::from_mins(1),
+};
+
 impl Auth {
     /// Lets a code be tried that is to end a login.
     ///
@@ -50,19 +69,35 @@ impl Auth {
     pub(in crate::auth) async fn admit_code(
         &self,
         user: UserId,
+        code: &MfaCode,
         origin: &Origin,
         now: DateTime<Utc>,
     ) -> Result<CodeAttempt> {
-        let (address, rule) = (origin.address, self.throttle.codes);
-        let subject = format!("mfa {user}");
-        let turn = self.throttle.turn(&subject, address, &rule).await?;
-        let subject = match address {
-            Some(address) if self.is_home(user, Some(address)).await? => {
-                format!("{subject} {}", from(address))
-            }
-            _ => subject,
+        let address = origin.address;
+        let (everywhere, rule) = match code {
+            MfaCode::Totp(_) => (format!("mfa {user}"), self.throttle.codes),
+            MfaCode::Recovery(_) => (format!("recovery {user}"), RECOVERY),
         };
-        self.charge(vec![(subject, rule)], address, turn, now).await
+        let turn = self.throttle.turn(&everywhere, address, &rule).await?;
+        let here = address.map(|address| format!("{everywhere} {}", from(address)));
+        let counts = match (code, here) {
+            (MfaCode::Recovery(_), Some(here)) => vec![(here, rule)],
+            (MfaCode::Totp(_), Some(here)) if self.is_home_of_codes(user, address).await? => {
+                let at_home = format!("{everywhere} at home");
+                vec![(here, rule), (at_home, over_homes(rule))]
+            }
+            _ => vec![(everywhere, rule)],
+        };
+        self.charge(counts, address, turn, now).await
+    }
+
+    /// Whether a user has logged in from around this address with a second factor: who has the password
+    /// alone makes no home for guesses.
+    async fn is_home_of_codes(&self, user: UserId, address: Option<IpAddr>) -> Result<bool> {
+        match address.map(networks) {
+            Some(networks) => self.store.session_any_from(user, &networks, true).await,
+            None => Ok(false),
+        }
     }
 
     /// Lets a code be tried within a session.
@@ -72,9 +107,13 @@ impl Auth {
     pub(in crate::auth) async fn admit_own_code(
         &self,
         user: UserId,
+        code: &MfaCode,
         now: DateTime<Utc>,
     ) -> Result<CodeAttempt> {
-        let (subject, rule) = (format!("own mfa {user}"), self.throttle.codes);
+        let (subject, rule) = match code {
+            MfaCode::Totp(_) => (format!("own mfa {user}"), self.throttle.codes),
+            MfaCode::Recovery(_) => (format!("own recovery {user}"), RECOVERY),
+        };
         let turn = self.throttle.turn(&subject, None, &rule).await?;
         self.charge(vec![(subject, rule)], None, turn, now).await
     }
@@ -190,6 +229,17 @@ mod tests {
     use super::*;
     use crate::model::ThrottleState;
 
+    /// What is left of a state once the user has given a right code, now.
+    fn after_a_login(
+        rule: &ThrottleRule,
+        state: Option<ThrottleState>,
+        now: DateTime<Utc>,
+    ) -> Option<ThrottleState> {
+        let before = state?;
+        let after = rule.after_failure(Some(&before), now);
+        Some(ThrottleCharge { before, after }.given_back(&after))
+    }
+
     #[test]
     fn settings_make_the_rule_stricter_and_never_looser() {
         assert_eq!(rule(0).free, 5);
@@ -197,10 +247,10 @@ mod tests {
         assert_eq!(rule(1000).free, 5);
     }
 
-    /// Tries within so many days of somebody who never waits for longer than needed; pauses of two days
-    /// and more, after which the sweep forgets, are worth it or not.
-    fn tries(days: i64, pause_after: Option<u32>) -> u32 {
-        let rule = rule(5);
+    /// Tries within so many days of somebody who never waits for longer than needed, while the user logs in
+    /// before and after each; pauses of two days and more, after which the sweep forgets, are worth it or
+    /// not.
+    fn tries(rule: &ThrottleRule, days: i64, pause_after: Option<u32>) -> u32 {
         let start = DateTime::from_timestamp(1_800_000_000, 0).expect("valid");
         let (mut now, mut state): (_, Option<ThrottleState>) = (start, None);
         let (mut tries, mut burst) = (0, 0);
@@ -212,18 +262,56 @@ mod tests {
             if now >= start + TimeDelta::days(days) {
                 return tries;
             }
+            state = after_a_login(rule, state, now);
             state = Some(rule.after_failure(state.as_ref(), now));
+            let waited = now.max(state.map_or(now, |state| state.blocked_until));
+            state = after_a_login(rule, state, waited);
             (tries, burst) = (tries + 1, burst + 1);
         }
     }
 
     #[test]
-    fn a_guesser_gets_few_codes_a_day_and_less_than_one_in_a_hundred_in_a_year() {
-        assert!(tries(1, None) <= 25, "{}", tries(1, None));
-        let best = (1..40).map(Some).chain([None]);
-        let year = best.map(|pause| tries(365, pause)).max().expect("some");
-        assert!(year <= 3400, "{year}");
-        let let_in = 1.0 - (1.0 - 3.0 / 1e6_f64).powf(f64::from(year));
-        assert!(let_in < 0.0102, "{let_in}");
+    fn a_guesser_gets_few_codes_a_day_and_about_one_in_a_hundred_in_a_year() {
+        // Elsewhere, and over all homes.
+        for (rule, a_day, a_year, at_most) in [
+            (rule(5), 25, 3400, 0.0102),
+            (over_homes(rule(5)), 30, 4400, 0.0132),
+        ] {
+            let day = tries(&rule, 1, None);
+            assert!(day <= a_day, "{day}");
+            let best = (1..40).map(Some).chain([None]);
+            let best = best.map(|pause| tries(&rule, 365, pause));
+            let year = best.max().expect("some");
+            assert!(year <= a_year, "{year}");
+            let let_in = 1.0 - (1.0 - 3.0 / 1e6_f64).powf(f64::from(year));
+            assert!(let_in < at_most, "{let_in}");
+        }
+    }
+
+    #[test]
+    fn a_right_code_leaves_what_was_counted_before_it_and_meanwhile() {
+        let rule = rule(5);
+        let start = DateTime::from_timestamp(1_800_000_000, 0).expect("valid");
+        let wrong = rule.after_failure(None, start);
+        let known = Some(wrong);
+        assert_eq!(
+            after_a_login(&rule, known, start + TimeDelta::hours(1)),
+            known
+        );
+        let charge = |before: ThrottleState, now| ThrottleCharge {
+            before,
+            after: rule.after_failure(Some(&before), now),
+        };
+        // Two logins and a guess at once, given back in either order.
+        let one = charge(wrong, start + TimeDelta::seconds(1));
+        let two = charge(one.after, start + TimeDelta::seconds(2));
+        let guess = rule.after_failure(Some(&two.after), start + TimeDelta::seconds(3));
+        for (first, second) in [(one, two), (two, one)] {
+            let left = second.given_back(&first.given_back(&guess));
+            assert_eq!(left.failures, 2);
+            assert_eq!(left.last_failed_at, guess.last_failed_at);
+            let none = second.given_back(&first.given_back(&two.after));
+            assert_eq!(none.failures, 1);
+        }
     }
 }

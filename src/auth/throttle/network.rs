@@ -19,7 +19,7 @@ pub(in crate::auth) fn network(address: IpAddr) -> IpAddr {
 }
 
 /// The same as networks, in all forms that addresses of it may have been written down in.
-pub(super) fn networks(address: IpAddr) -> Vec<String> {
+pub(in crate::auth) fn networks(address: IpAddr) -> Vec<String> {
     match network(address) {
         IpAddr::V4(address) => vec![
             format!("{address}/32"),

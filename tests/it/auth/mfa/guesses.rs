@@ -46,11 +46,7 @@ async fn wrong_codes_wait_though_every_login_before_them_succeeds() {
         let (user, phone, _) = user_with_mfa(&app).await;
         guess(&app, &user, &phone, FREE + 1).await;
         assert_eq!(audited(&app, &user, "mfa.code_refused").await, 6);
-        for code in [
-            phone.wrong_code(),
-            phone.code(),
-            phone.recovery_codes[0].clone(),
-        ] {
+        for code in [phone.wrong_code(), phone.code()] {
             assert_waits(login_with(&app, &user, &code).await);
         }
         assert_eq!(
@@ -122,6 +118,8 @@ async fn the_password_alone_forgets_no_wrong_password_and_the_code_does() {
 async fn strangers_who_guess_codes_do_not_keep_the_user_out_at_home() {
     let app = TestApp::spawn().await;
     let (user, phone, _) = user_with_mfa(&app).await;
+    login_with(&app, &user, &phone.code()).await.unwrap();
+    let_time_pass(&app).await;
     let elsewhere = app.running().channel_from([127, 0, 0, 2]);
     let challenged = challenge(&app, &user).await.challenge;
     for _ in 0..=FREE {
@@ -147,6 +145,7 @@ async fn codes_within_a_session_wait_apart_from_those_of_logins() {
     wait_out(&app).await;
     confirm(&app, &token, &phone.code()).await.unwrap();
     let_time_pass(&app).await;
+    app.sql("DELETE FROM login_throttle").await;
 
     let disable = async |code: &str| super::changes::disable(&app, &token, PASSWORD, code).await;
     for _ in 0..=FREE {
@@ -169,8 +168,99 @@ async fn an_administrator_lets_a_user_who_waits_in_again() {
     }
     assert_waits(login_with(&app, &user, &phone.code()).await);
     app.enable(&user.id).await;
+    // Many guesses of few codes: who may change a user buys no more of them.
+    assert_waits(login_with(&app, &user, &phone.code()).await);
+    // A recovery code is a way in all the same.
+    login_with(&app, &user, &phone.recovery_codes[0])
+        .await
+        .unwrap();
+    let reset = tollkeeper::proto::tollkeeper::admin::v1::ResetUserMfaRequest {
+        user_id: user.id.clone(),
+        reason: "called back".to_owned(),
+    };
+    let mut admin = app.admin(&app.service_key);
+    admin.reset_user_mfa(reset).await.unwrap();
     assert_eq!(app.count("SELECT count(*) FROM login_throttle").await, 0);
-    login_with(&app, &user, &phone.code()).await.unwrap();
+    app.login(&user).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_alone_makes_no_home_for_guesses() {
+    let app = TestApp::spawn().await;
+    // Sessions from here, opened before there was a second factor.
+    let (user, phone, _) = user_with_mfa(&app).await;
+    let elsewhere = app.running().channel_from([127, 0, 0, 2]);
+    let challenged = challenge(&app, &user).await.challenge;
+    for _ in 0..=FREE {
+        let refused = complete_through(&elsewhere, &challenged, &phone.wrong_code()).await;
+        assert_refused(refused, Code::Unauthenticated, "MFA_CODE_INVALID");
+    }
+    assert_waits(complete(&app, &challenged, &phone.code()).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn homes_have_one_limit_together() {
+    let app = TestApp::spawn().await;
+    let (user, phone, _) = user_with_mfa(&app).await;
+    let homes: Vec<_> = (2..6)
+        .map(|n| app.running().channel_from([127, 0, 0, n]))
+        .collect();
+    let mut looked_at = 0;
+    for (home, code) in homes.iter().zip(&phone.recovery_codes) {
+        let challenged = challenge(&app, &user).await.challenge;
+        complete_through(home, &challenged, code).await.unwrap();
+        for _ in 0..FREE {
+            let challenged = challenge(&app, &user).await.challenge;
+            let refused = complete_through(home, &challenged, &phone.wrong_code()).await;
+            looked_at += usize::from(reason(&refused.unwrap_err()) == "MFA_CODE_INVALID");
+        }
+    }
+    assert!((2 * FREE..2 * FREE + 4).contains(&looked_at), "{looked_at}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_right_password_without_a_code_is_written_down_once_an_hour() {
+    let app = TestApp::spawn().await;
+    let (user, ..) = user_with_mfa(&app).await;
+    let elsewhere = app.running().channel_from([127, 0, 0, 2]);
+    for _ in 0..3 {
+        challenge(&app, &user).await;
+    }
+    assert_eq!(audited(&app, &user, "mfa.challenged").await, 1);
+    login_through(&elsewhere, &user, PASSWORD).await.unwrap();
+    assert_eq!(audited(&app, &user, "mfa.challenged").await, 2);
+    app.sql("UPDATE audit_events SET occurred_at = occurred_at - interval '61 min'")
+        .await;
+    challenge(&app, &user).await;
+    assert_eq!(audited(&app, &user, "mfa.challenged").await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_enrolment_lapses_and_ends_with_the_sessions() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let token = app.login(&user).await.access_token;
+    for undoing in [
+        "UPDATE totp_credentials SET created_at = created_at - interval '16 min'",
+        "",
+    ] {
+        let enrolled = enroll(&app, &token, PASSWORD).await.unwrap();
+        let phone = Authenticator::enrolled(&enrolled.secret);
+        if undoing.is_empty() {
+            let all = tollkeeper::proto::tollkeeper::admin::v1::RevokeUserSessionsRequest {
+                user_id: user.id.clone(),
+                ..Default::default()
+            };
+            let mut admin = app.admin(&app.service_key);
+            admin.revoke_user_sessions(all).await.unwrap();
+            let rows = app.count("SELECT count(*) FROM totp_credentials").await;
+            assert_eq!(rows, 0);
+        } else {
+            app.sql(undoing).await;
+            let refused = confirm(&app, &token, &phone.code()).await;
+            assert_refused(refused, Code::FailedPrecondition, "MFA_NOT_ENABLED");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
