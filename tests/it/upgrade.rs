@@ -209,7 +209,9 @@ async fn a_migration_that_meets_a_deadlock_comes_again() {
         assert!(!migrating.is_finished(), "it waits");
         sleep(Duration::from_millis(5)).await;
     }
-    user.batch_execute("SELECT FROM users; COMMIT").await.unwrap();
+    user.batch_execute("SELECT FROM users; COMMIT")
+        .await
+        .unwrap();
     let applied = migrating.await.unwrap().unwrap();
     assert!(applied.contains(&"2026-11-22-000019_mfa".to_owned()));
 }

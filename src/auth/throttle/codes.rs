@@ -126,11 +126,15 @@ impl Auth {
         now: DateTime<Utc>,
     ) -> Result<CodeAttempt> {
         // Read before anything is locked: most of a flood is refused by that.
-        let mut rules = counts.clone();
-        rules.extend(address.map(from).zip(self.throttle.address));
-        let subjects: Vec<String> = rules.iter().map(|(subject, _)| subject.clone()).collect();
+        let by_address = address.map(from).zip(self.throttle.address);
+        let rules = counts.iter().chain(&by_address);
+        let subjects: Vec<String> = rules.map(|(subject, _)| subject.clone()).collect();
         let states = self.store.throttle_states(&subjects).await?;
-        for (subject, rule) in &rules {
+        let spent = counts.iter().filter(|(subject, rule)| {
+            let state = states.get(subject);
+            state.is_some_and(|state| rule.is_spent(state, now))
+        });
+        for (subject, rule) in spent.chain(&by_address) {
             if let Some(retry_after) = states.get(subject).and_then(|state| rule.wait(state, now)) {
                 return Err(Error::Throttled { retry_after });
             }

@@ -360,6 +360,8 @@ async fn a_guess_counts_before_it_is_looked_at() {
 async fn right_codes_forget_no_wrong_ones() {
     let app = TestApp::spawn().await;
     let (user, phone, _) = user_with_mfa(&app).await;
+    login_with(&app, &user, &phone.code()).await.unwrap();
+    let_time_pass(&app).await;
     // The user and a guesser behind one gateway.
     for _ in 0..FREE {
         guess(&app, &user, &phone, 1).await;
