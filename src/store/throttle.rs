@@ -320,7 +320,15 @@ pub(super) async fn throttle_clear_user_in_txn(
 ) -> Result<()> {
     clear_in_txn(
         id,
-        &["own", "user", "mail", "mfa", "own mfa", "recovery", "own recovery"],
+        &[
+            "own",
+            "user",
+            "mail",
+            "mfa",
+            "own mfa",
+            "recovery",
+            "own recovery",
+        ],
         conn,
     )
     .await

@@ -7,9 +7,7 @@ use std::{
 };
 
 /// How a row of `docs/security.md` may begin.
-const VERDICTS: [&str; 5] = [
-    "Met", "Partly", "Not met", "Client's", "Not used",
-];
+const VERDICTS: [&str; 5] = ["Met", "Partly", "Not met", "Client's", "Not used"];
 
 #[test]
 fn every_row_of_the_security_document_is_judged_and_shown_by_tests_that_exist() {
