@@ -19,6 +19,7 @@ use super::{
     audit::audit_insert_in_txn,
     errors::on_unique,
     mails::{mail_in_txn, notice_in_txn, notice_to_in_txn},
+    mfa::totp_forget_unconfirmed_in_txn,
     schema::{one_time_tokens, users},
     sessions::session_revoke_all_in_txn,
     throttle::throttle_take_in_txn,
@@ -186,6 +187,7 @@ impl Store {
                 ))
                 .execute(conn)
                 .await?;
+            totp_forget_unconfirmed_in_txn(user.id, conn).await?;
             let ended = session_revoke_all_in_txn(user.id, None, at, conn).await?;
             tokens_delete_in_txn(user.id, conn).await?;
             let mut details = json!({"sessions_ended": ended});

@@ -1,13 +1,15 @@
 //! Who mailed tokens let in, and where else they are refused.
 
 use prost_types::FieldMask;
-use tollkeeper::proto::tollkeeper::auth::v1::{LoginRequest, UpdateCurrentUserRequest, User};
+use tollkeeper::proto::tollkeeper::auth::v1::{
+    ChangePasswordRequest, LoginRequest, UpdateCurrentUserRequest, User,
+};
 use tonic::Code;
 
 use super::{
     assert_refused,
     mail::{NEW, mailing, me, proven, reset, reset_token, verify},
-    mfa::enable_through,
+    mfa::{enable_through, enroll},
     refresh,
 };
 use crate::harness::{PASSWORD, login_through};
@@ -104,6 +106,31 @@ async fn a_notice_goes_to_who_had_the_address_when_it_happened() {
     ];
     assert_eq!(subjects, ["Your password was changed", "New login"]);
     assert!(mailbox.to("other@example.com").is_empty());
+}
+
+/// Confirming asks for no password: somebody who knew the old one must not come back by it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_factor_that_nobody_confirmed_ends_with_the_password() {
+    let (app, mailbox) = mailing(|_| {}).await;
+    let user = app.user().create().await;
+    proven(&app).await;
+    let enrolled = async || app.count("SELECT count(*) FROM totp_credentials").await;
+    let token = app.login(&user).await.access_token;
+    enroll(&app, &token, PASSWORD).await.unwrap();
+    assert_eq!(enrolled().await, 1);
+    let reset_by = reset_token(&app, &mailbox, &user).await;
+    reset(&app, &reset_by, NEW).await.unwrap();
+    assert_eq!(enrolled().await, 0);
+    let tokens = app.login_as(&user.email, NEW).await.unwrap();
+    let token = tokens.access_token;
+    enroll(&app, &token, NEW).await.unwrap();
+    let request = ChangePasswordRequest {
+        current_password: NEW.to_owned(),
+        new_password: PASSWORD.to_owned(),
+        keep_other_sessions: true,
+    };
+    app.auth(&token).change_password(request).await.unwrap();
+    assert_eq!(enrolled().await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

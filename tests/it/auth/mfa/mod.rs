@@ -75,7 +75,11 @@ fn from_base32(text: &str) -> Vec<u8> {
         .collect()
 }
 
-async fn enroll(app: &TestApp, token: &str, password: &str) -> Result<EnrollTotpResponse, Status> {
+pub(super) async fn enroll(
+    app: &TestApp,
+    token: &str,
+    password: &str,
+) -> Result<EnrollTotpResponse, Status> {
     let request = EnrollTotpRequest {
         current_password: password.to_owned(),
     };
