@@ -100,10 +100,10 @@ async fn a_notice_goes_to_who_had_the_address_when_it_happened() {
     );
     app.sql(&moved).await;
     app.sql("UPDATE outbox SET available_at = now()").await;
-    let subjects = [
-        mailbox.nth(&user.email, 2).await.subject,
-        mailbox.nth(&user.email, 3).await.subject,
-    ];
+    // Whichever goes first.
+    mailbox.nth(&user.email, 3).await;
+    let told = mailbox.to(&user.email);
+    let subjects: Vec<_> = told[1..].iter().map(|letter| &*letter.subject).collect();
     assert_eq!(subjects, ["Your password was changed", "New login"]);
     assert!(mailbox.to("other@example.com").is_empty());
 }

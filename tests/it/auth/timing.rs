@@ -53,6 +53,18 @@ fn median(times: &mut [Duration]) -> Duration {
     times[times.len() / 2]
 }
 
+/// One of the orders of so many, another one for each sample: what slows the machine down slows all, and
+/// none comes after the same one every time.
+fn order(sample: usize, kinds: usize) -> Vec<usize> {
+    let (mut left, mut which): (Vec<usize>, _) = ((0..kinds).collect(), sample);
+    let mut next = || {
+        let (count, index) = (left.len(), which % left.len());
+        which /= count;
+        left.remove(index)
+    };
+    (0..kinds).map(|_| next()).collect()
+}
+
 fn spread(times: &[Duration]) -> f64 {
     let seconds = || times.iter().map(Duration::as_secs_f64);
     let (least, most) = (
@@ -94,9 +106,7 @@ async fn unknown_accounts_cost_as_much_time_as_wrong_passwords() {
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
         for sample in 0..SAMPLES {
-            // In turn and each first in turn: what slows the machine down slows all of them.
-            for turn in 0..kinds.len() {
-                let next = (sample + turn) % kinds.len();
+            for next in order(sample, kinds.len()) {
                 kinds[next].sample().await;
             }
         }
@@ -133,8 +143,7 @@ async fn a_refused_registration_takes_as_long_whatever_is_taken() {
                 (&email, &there.username),
                 (&there.email, &there.username),
             ];
-            for turn in 0..names.len() {
-                let next = (sample + turn) % names.len();
+            for next in order(sample, names.len()) {
                 let (email, username) = names[next];
                 let request = RegisterRequest {
                     email: email.clone(),
@@ -177,8 +186,7 @@ async fn a_reset_takes_as_long_for_an_address_that_nobody_has() {
             let nobody = format!("nobody-{round}-{sample}@example.com");
             let emails = [user.email, disabled.email, nobody];
             for _ in 0..2 {
-                for turn in 0..emails.len() {
-                    let next = (sample + turn) % emails.len();
+                for next in order(sample, emails.len()) {
                     let email = emails[next].clone();
                     let request = RequestPasswordResetRequest { email };
                     let mut auth = app.auth("");
