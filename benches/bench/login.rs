@@ -34,6 +34,11 @@ const PASSWORD: &str = "correct horse battery staple";
 const PEOPLE: usize = 1_000;
 const VALIDATE_IN_FLIGHT: usize = 32;
 
+/// Enough that no core waits for the next login while others commit.
+fn logins_in_flight() -> usize {
+    cores() * 4
+}
+
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let hash = Hash::new()?;
     let runtime = runtime()?;
@@ -115,7 +120,7 @@ fn measure(
     let validate = Calls::new(VALIDATE, caller, tokens, Code::Ok);
 
     let slice = options.slice();
-    let many = InFlight::new(cores() * 2, cores() * 2);
+    let many = InFlight::new(logins_in_flight(), cores() * 2);
     let some = InFlight::new(VALIDATE_IN_FLIGHT, 8);
     let login = || load::run(server, &logins, many, 1, Until::time(slice));
     let validating = || {
@@ -137,7 +142,7 @@ fn measure(
     };
     let mut rows = [
         Row::new("hash", format!("argon2id alone, {} threads", cores())),
-        Row::new("login", format!("Login, {} in flight", cores() * 2)),
+        Row::new("login", format!("Login, {} in flight", logins_in_flight())),
         Row::new(
             "idle",
             format!("ValidateToken, {VALIDATE_IN_FLIGHT} in flight"),
