@@ -126,7 +126,11 @@ fn serve(queue: &Mutex<mpsc::Receiver<Work>>) {
 mod tests {
     use std::{fs, sync::mpsc, time::Instant};
 
+    use tokio::task::JoinHandle;
+
     use super::*;
+
+    type Released = Result<Result<(), mpsc::RecvError>>;
 
     fn pool(threads: usize, queue: usize, queue_timeout: Duration) -> HashPool {
         HashPool::new(&PasswordSettings {
@@ -136,6 +140,19 @@ mod tests {
             ..Default::default()
         })
         .expect("threads")
+    }
+
+    /// The one thread of a pool is busy until told otherwise.
+    async fn taken(pool: &HashPool) -> (mpsc::Sender<()>, JoinHandle<Released>) {
+        let (release, blocked) = mpsc::channel::<()>();
+        let running = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.run(move || blocked.recv()).await }
+        });
+        while pool.turns.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        (release, running)
     }
 
     #[tokio::test]
@@ -170,14 +187,7 @@ mod tests {
     #[tokio::test]
     async fn a_long_wait_is_refused() {
         let pool = pool(1, 8, Duration::from_millis(20));
-        let (release, blocked) = mpsc::channel::<()>();
-        let running = tokio::spawn({
-            let pool = pool.clone();
-            async move { pool.run(move || blocked.recv()).await }
-        });
-        while pool.turns.available_permits() > 0 {
-            tokio::task::yield_now().await;
-        }
+        let (release, running) = taken(&pool).await;
         assert!(matches!(
             pool.run(|| ()).await,
             Err(Error::Overloaded { .. })
@@ -226,14 +236,7 @@ mod tests {
     #[tokio::test]
     async fn whose_deadline_has_passed_is_not_hashed() {
         let pool = pool(1, 8, Duration::from_secs(60));
-        let (release, blocked) = mpsc::channel::<()>();
-        let running = tokio::spawn({
-            let pool = pool.clone();
-            async move { pool.run(move || blocked.recv()).await }
-        });
-        while pool.turns.available_permits() > 0 {
-            tokio::task::yield_now().await;
-        }
+        let (release, running) = taken(&pool).await;
         let (hashed, was_hashed) = mpsc::channel::<()>();
         let late = pool.run(move || hashed.send(()));
         assert!(timeout(Duration::from_millis(20), late).await.is_err());

@@ -2,6 +2,7 @@
 
 mod errors;
 mod file;
+mod values;
 
 use std::{
     io::{self, IsTerminal as _},
