@@ -231,12 +231,12 @@ impl Rooms {
         out.gauge(
             "outbox_pending",
             "Events of all replicas that are not delivered; 10,000 stand for more",
-            delivery.pending(),
+            delivery.backlog.pending(),
         )?;
         out.seconds(
             "outbox_oldest_seconds",
             "Age of the oldest event that is not delivered, 0 without one",
-            delivery.oldest().as_secs_f64(),
+            delivery.backlog.oldest().as_secs_f64(),
         )?;
         out.counters(
             "webhook_attempts",
@@ -256,12 +256,12 @@ impl Rooms {
         out.gauge(
             "mail_pending",
             "Mails of all replicas that are not sent; 10,000 stand for more",
-            mails.pending(),
+            mails.backlog.pending(),
         )?;
         out.seconds(
             "mail_oldest_seconds",
             "Age of the oldest mail that is not sent, 0 without one",
-            mails.oldest().as_secs_f64(),
+            mails.backlog.oldest().as_secs_f64(),
         )?;
         out.counters(
             "mail_attempts",

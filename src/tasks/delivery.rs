@@ -1,10 +1,7 @@
 //! Delivers what waits in the outbox, at least once. Replicas share the work: each claims some for a
 //! while, and what it does not come to an end with is anybody's again.
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use aws_lc_rs::rand;
 use chrono::Utc;
@@ -14,6 +11,7 @@ use tokio::{
 };
 use tracing::warn;
 
+use super::backlog::Backlog;
 use crate::{
     error::Result,
     model::{Count, QuotaNotice},
@@ -50,31 +48,7 @@ pub struct DeliveryStatus {
     /// Attempts of this replica.
     pub delivered: Count,
     pub failed: Count,
-    seen: Mutex<Seen>,
-}
-
-#[derive(Debug, Default)]
-struct Seen {
-    pending: u64,
-    oldest_since: Option<Instant>,
-    last_failure: Option<Undelivered>,
-}
-
-impl DeliveryStatus {
-    /// Events that are not delivered; 10,000 stand for more.
-    pub fn pending(&self) -> u64 {
-        self.seen().pending
-    }
-
-    /// The age of the oldest of them.
-    pub fn oldest(&self) -> Duration {
-        let since = self.seen().oldest_since;
-        since.map_or(Duration::ZERO, |since| since.elapsed())
-    }
-
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    pub backlog: Backlog<Undelivered>,
 }
 
 impl Delivery {
@@ -140,13 +114,7 @@ impl Delivery {
 
     async fn look(&self) -> Result<()> {
         let (pending, oldest) = self.store.outbox_pending().await?;
-        let failure = {
-            let mut seen = self.status.seen();
-            seen.pending = pending;
-            seen.oldest_since = oldest.and_then(|age| Instant::now().checked_sub(age));
-            seen.last_failure.take()
-        };
-        // One line, however many events wait.
+        let failure = self.status.backlog.see(pending, oldest);
         if let Some(failure) = failure {
             warn!(%failure, pending, "events cannot be delivered to the webhook, to be tried again");
         }
@@ -168,7 +136,7 @@ async fn post(
         }
         Err(failure) => {
             status.failed.add_one();
-            status.seen().last_failure = Some(failure);
+            status.backlog.failed(failure);
             let mut random = [0; 1];
             // Without randomness replicas may come together, no more.
             let _ = rand::fill(&mut random);

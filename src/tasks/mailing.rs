@@ -2,7 +2,7 @@
 //! composed when it is its turn, so that what has ended meanwhile is not sent.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -14,7 +14,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::delivery::pause_after;
+use super::{backlog::Backlog, delivery::pause_after};
 use crate::{
     auth::Auth,
     error::{Error, Result},
@@ -70,31 +70,7 @@ pub struct MailStatus {
     pub refused: Count,
     /// Not wanted any more, or for nobody.
     pub dropped: Count,
-    seen: Mutex<Seen>,
-}
-
-#[derive(Debug, Default)]
-struct Seen {
-    pending: u64,
-    oldest_since: Option<Instant>,
-    last_failure: Option<Unsent>,
-}
-
-impl MailStatus {
-    /// Mails that wait; 10,000 stand for more.
-    pub fn pending(&self) -> u64 {
-        self.seen().pending
-    }
-
-    /// The age of the oldest of them.
-    pub fn oldest(&self) -> Duration {
-        let since = self.seen().oldest_since;
-        since.map_or(Duration::ZERO, |since| since.elapsed())
-    }
-
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    pub backlog: Backlog<Unsent>,
 }
 
 /// Waits for the mails that are being sent.
@@ -192,13 +168,7 @@ impl Mailing {
 
     async fn look(&self) -> Result<()> {
         let (pending, oldest) = self.store.mail_pending().await?;
-        let failure = {
-            let mut seen = self.status.seen();
-            seen.pending = pending;
-            seen.oldest_since = oldest.and_then(|age| Instant::now().checked_sub(age));
-            seen.last_failure.take()
-        };
-        // One line, however many mails wait.
+        let failure = self.status.backlog.see(pending, oldest);
         if let Some(failure) = failure {
             warn!(%failure, pending, "mails cannot be sent, to be tried again");
         }
@@ -257,7 +227,7 @@ impl Sending {
             return self.mark(Some(&unsent.to_string())).await;
         }
         self.status.failed.add_one();
-        self.status.seen().last_failure = Some(unsent);
+        self.status.backlog.failed(unsent);
         let mut random = [0; 1];
         // Without randomness replicas may come together, no more.
         let _ = rand::fill(&mut random);

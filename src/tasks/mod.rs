@@ -1,6 +1,7 @@
 //! Background work. A task takes no input, is idempotent, and may run on every replica at once.
 
 mod api_key_uses;
+mod backlog;
 mod change_feed;
 mod delivery;
 mod mailing;
