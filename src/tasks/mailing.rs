@@ -109,6 +109,7 @@ impl Mailing {
     pub async fn run(self) {
         let mut looks = interval(WATCH);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut more_wait = false;
         loop {
             tokio::select! {
                 _ = looks.tick() => {
@@ -116,32 +117,38 @@ impl Mailing {
                         warn!(%error, "the mails that wait could not be looked at");
                     }
                 }
+                _ = self.turns.acquire(), if more_wait => {}
                 () = sleep(PERIOD) => {}
             }
-            if let Err(error) = self.send_more().await {
-                warn!(%error, "no mails could be claimed");
-                sleep(PERIOD).await;
-            }
+            more_wait = match self.send_more().await {
+                Ok(more_wait) => more_wait,
+                Err(error) => {
+                    warn!(%error, "no mails could be claimed");
+                    sleep(PERIOD).await;
+                    false
+                }
+            };
         }
     }
 
-    async fn send_more(&self) -> Result<()> {
+    /// Whether there may be more than there were turns for.
+    async fn send_more(&self) -> Result<bool> {
         let Some(mailer) = &self.mailer else {
-            return Ok(());
+            return Ok(false);
         };
         // Well beyond an attempt and the word of its end.
         let claim = mailer.longest() + mailer.longest() / 10 + Duration::from_mins(1);
         loop {
             let free = self.turns.available_permits();
             if free == 0 {
-                return Ok(());
+                return Ok(true);
             }
             let claimed = self.store.outbox_claim(MailNote::KIND, claim, free).await?;
             let were_all = claimed.len() < free;
             for event in claimed {
                 // There are as many: nobody else takes any.
                 let Ok(turn) = self.turns.clone().acquire_owned().await else {
-                    return Ok(());
+                    return Ok(false);
                 };
                 let one = Sending {
                     store: self.store.clone(),
@@ -161,7 +168,7 @@ impl Mailing {
                 });
             }
             if were_all {
-                return Ok(());
+                return Ok(false);
             }
         }
     }
