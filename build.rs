@@ -9,9 +9,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message as _;
 use tonic_prost_build::FileDescriptorSet;
 
-/// Messages that are written by hand, in `src/proto.rs`.
+/// A message that is written by hand, in `src/proto.rs`.
 const TEXTS: &str = ".tollkeeper.Texts";
-const PAIR: &str = ".tollkeeper.Pair";
 
 const PROTOS: [&str; 8] = [
     "tollkeeper/access/v1/access.proto",
@@ -47,33 +46,21 @@ fn main() -> Result<(), Box<dyn Error>> {
         // How others map RPCs to HTTP; nothing here reads it.
         .extern_path(".google.api", "()")
         .extern_path(TEXTS, "crate::proto::Texts")
-        .extern_path(PAIR, "crate::proto::Pair")
         .compile_fds(with_lists(prost_types_of(&descriptor_set)?))?;
     Ok(())
 }
 
-/// Has lists of pairs, which are read without a copy, stand for the maps in what gateways say. The bytes are the same, and so is the descriptor
-/// set that others read.
+/// Has [`TEXTS`] stand for the maps in what gateways are answered. The bytes are the same, and so is the
+/// descriptor set that others read.
 fn with_lists(mut set: FileDescriptorSet) -> FileDescriptorSet {
     let files = set.file.iter_mut();
     for file in files.filter(|file| file.package().starts_with("envoy.")) {
-        let mut messages: Vec<_> = file.message_type.iter_mut().collect();
-        while let Some(message) = messages.pop() {
-            // Of a map, or what looks like it.
-            let entries = message.nested_type.extract_if(.., |nested| {
-                let fields: Vec<_> = nested.field.iter().map(|field| field.name()).collect();
-                fields == ["key", "value"]
-            });
-            let entries: Vec<_> = entries.map(|entry| format!(".{}", entry.name())).collect();
+        for message in &mut file.message_type {
             for field in &mut message.field {
-                let of = field.type_name();
-                if of == ".google.protobuf.Struct" {
+                if field.type_name() == ".google.protobuf.Struct" {
                     field.type_name = Some(TEXTS.to_owned());
-                } else if entries.iter().any(|entry| of.ends_with(entry)) {
-                    field.type_name = Some(PAIR.to_owned());
                 }
             }
-            messages.extend(&mut message.nested_type);
         }
     }
     set

@@ -1,5 +1,5 @@
-//! Generated code and the descriptor set; and, by hand, what maps are made of in the messages of
-//! gateways: to fill maps takes longer than all else in an answer.
+//! Generated code and the descriptor set; and, by hand, what metadata is made of in the answers to
+//! gateways: to fill a map takes longer than all else in an answer.
 
 #![allow(
     clippy::all,
@@ -36,37 +36,6 @@ pub struct TextField {
 pub struct Text {
     #[prost(string, optional, tag = "3")]
     pub string_value: Option<String>,
-}
-
-/// An entry of `map<string, string>`, byte for byte; it keeps the buffer that it was read from.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Pair {
-    #[prost(bytes = "bytes", tag = "1")]
-    pub key: bytes::Bytes,
-    #[prost(bytes = "bytes", tag = "2")]
-    pub value: bytes::Bytes,
-}
-
-impl Pair {
-    /// Empty if it is not UTF-8, which no gateway sends.
-    pub fn key(&self) -> &str {
-        std::str::from_utf8(&self.key).unwrap_or_default()
-    }
-
-    /// As [`Pair::key`].
-    pub fn value(&self) -> &str {
-        std::str::from_utf8(&self.value).unwrap_or_default()
-    }
-}
-
-impl From<(&str, &str)> for Pair {
-    fn from((key, value): (&str, &str)) -> Self {
-        let copied = |text: &str| bytes::Bytes::copy_from_slice(text.as_bytes());
-        Self {
-            key: copied(key),
-            value: copied(value),
-        }
-    }
 }
 
 /// What gateways speak: `third_party/proto/README.md`.

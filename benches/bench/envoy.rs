@@ -12,9 +12,8 @@ use prost::Message as _;
 use serde_json::json;
 use tokio::runtime::Runtime;
 use tollkeeper::proto::{
-    Pair,
     envoy::{
-        extensions::common::ratelimit::v3::RateLimitDescriptor,
+        extensions::common::ratelimit::v3::{RateLimitDescriptor, rate_limit_descriptor::Entry},
         service::{
             auth::v3::{
                 AttributeContext, CheckRequest,
@@ -400,7 +399,9 @@ fn asks_about(token: &str) -> CheckRequest {
         attributes: Some(AttributeContext {
             request: Some(Request {
                 http: Some(HttpRequest {
-                    headers: headers.map(Pair::from).into(),
+                    headers: headers
+                        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                        .into(),
                     ..HttpRequest::default()
                 }),
             }),
@@ -419,9 +420,13 @@ fn counts(user: &str) -> RateLimitRequest {
 }
 
 fn asks(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitRequest {
+    let entry = |(key, value): &(&str, &str)| Entry {
+        key: (*key).to_owned(),
+        value: (*value).to_owned(),
+    };
     RateLimitRequest {
         descriptors: vec![RateLimitDescriptor {
-            entries: entries.iter().copied().map(Pair::from).collect(),
+            entries: entries.iter().map(entry).collect(),
             hits_addend,
             ..RateLimitDescriptor::default()
         }],

@@ -30,6 +30,7 @@ mod reservation;
 mod status;
 mod usage;
 mod watch;
+mod wire;
 
 use tonic::service::{Routes, RoutesBuilder};
 

@@ -3,7 +3,10 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use prost_types::Timestamp;
 
-use super::convert::{Fields, time, timestamp, token_count};
+use super::{
+    convert::{Fields, time, timestamp, token_count},
+    wire,
+};
 use crate::{
     model::{
         BaseSource, CreditGrant, MonthlyOverride, NewCredit, QuotaStanding, QuotaState, TierLimits,
@@ -131,14 +134,47 @@ impl From<&QuotaStanding> for usage::Quota {
     }
 }
 
+/// A `CheckQuotaRequest`, where it lies in the message.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Asked<'a> {
+    user_id: &'a str,
+    tokens: i64,
+    model: &'a str,
+}
+
+impl<'a> From<&'a usage::CheckQuotaRequest> for Asked<'a> {
+    fn from(request: &'a usage::CheckQuotaRequest) -> Self {
+        Self {
+            user_id: &request.user_id,
+            tokens: request.tokens,
+            model: &request.model,
+        }
+    }
+}
+
+impl<'a> Asked<'a> {
+    /// Reads it, if it is one that [`wire`] reads.
+    pub(super) fn read(message: &'a [u8]) -> Option<Self> {
+        let (mut user_id, mut tokens, mut model) = (None, None, None);
+        wire::read(message, |number, value| match number {
+            1 => wire::once(&mut user_id, value.text()),
+            2 => wire::once(&mut tokens, value.number()),
+            3 => wire::once(&mut model, value.text()),
+            _ => Some(()),
+        })?;
+        Some(Self {
+            user_id: user_id.unwrap_or_default(),
+            tokens: tokens.unwrap_or_default().cast_signed(),
+            model: model.unwrap_or_default(),
+        })
+    }
+}
+
 /// Reads what may be used.
-pub(super) fn check(
-    fields: &mut Fields,
-    request: &usage::CheckQuotaRequest,
-) -> Option<(UserId, QuotaWish)> {
-    let user_id = fields.parse("user_id", &request.user_id);
-    let tokens = fields.take("tokens", token_count(request.tokens));
-    let model = fields.parse_optional("model", &request.model);
+pub(super) fn check(fields: &mut Fields, asked: &Asked<'_>) -> Option<(UserId, QuotaWish)> {
+    let user_id = fields.parse("user_id", asked.user_id);
+    let tokens = fields.take("tokens", token_count(asked.tokens));
+    let model = fields.parse_optional("model", asked.model);
     let wish = QuotaWish {
         tokens: tokens?,
         model: model?,

@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
-use super::convert::{Fields, labels, time, token_counts};
+use prost::Message as _;
+
+use super::{
+    convert::{Fields, labels, time, token_counts},
+    wire,
+};
 use crate::{
     model::{Labels, TokenCounts, UserId, Violation},
     proto::tollkeeper::usage::v1::{
@@ -15,14 +20,61 @@ use crate::{
 pub(super) const DEFAULT_LIFETIME: Duration = Duration::from_mins(2);
 const MAX_LIFETIME: Duration = Duration::from_hours(1);
 
+/// A `ReserveQuotaRequest`, where it lies in the message.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Asked<'a> {
+    user_id: &'a str,
+    request_id: &'a str,
+    model: &'a str,
+    tokens: i64,
+    mode: i32,
+    lifetime: Option<prost_types::Duration>,
+}
+
+impl<'a> From<&'a ReserveQuotaRequest> for Asked<'a> {
+    fn from(request: &'a ReserveQuotaRequest) -> Self {
+        Self {
+            user_id: &request.user_id,
+            request_id: &request.request_id,
+            model: &request.model,
+            tokens: request.tokens,
+            mode: request.mode,
+            lifetime: request.lifetime,
+        }
+    }
+}
+
+impl<'a> Asked<'a> {
+    /// Reads it, if it is one that [`wire`] reads.
+    pub(super) fn read(message: &'a [u8]) -> Option<Self> {
+        let (mut user_id, mut request_id, mut model) = (None, None, None);
+        let (mut tokens, mut mode, mut lifetime) = (None, None, None);
+        wire::read(message, |number, value| match number {
+            1 => wire::once(&mut user_id, value.text()),
+            2 => wire::once(&mut request_id, value.text()),
+            3 => wire::once(&mut model, value.text()),
+            4 => wire::once(&mut tokens, value.number()),
+            5 => wire::once(&mut mode, value.number()),
+            6 => wire::once(&mut lifetime, value.bytes()),
+            _ => Some(()),
+        })?;
+        let lifetime = lifetime.map(prost_types::Duration::decode);
+        Some(Self {
+            user_id: user_id.unwrap_or_default(),
+            request_id: request_id.unwrap_or_default(),
+            model: model.unwrap_or_default(),
+            tokens: tokens.unwrap_or_default().cast_signed(),
+            mode: i32::try_from(mode.unwrap_or_default()).ok()?,
+            lifetime: lifetime.transpose().ok()?,
+        })
+    }
+}
+
 /// Reads who is to use how much.
-pub(super) fn request(
-    fields: &mut Fields,
-    request: &ReserveQuotaRequest,
-) -> Option<(UserId, QuotaRequest)> {
-    let user_id = fields.parse("user_id", &request.user_id);
-    let request_id = fields.parse("request_id", &request.request_id);
-    let model = fields.parse("model", &request.model);
+pub(super) fn request(fields: &mut Fields, request: &Asked<'_>) -> Option<(UserId, QuotaRequest)> {
+    let user_id = fields.parse("user_id", request.user_id);
+    let request_id = fields.parse("request_id", request.request_id);
+    let model = fields.parse("model", request.model);
     let tokens = match request.tokens {
         tokens @ 1..=TokenCounts::MAX => Ok(tokens),
         _ => Err(format!("must be 1 to {}", TokenCounts::MAX).into()),
@@ -102,6 +154,28 @@ pub(super) fn committed(committed: Committed, event_id: String) -> CommitReserva
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_read_where_it_lies_is_what_the_generated_code_reads() {
+        let lifetime = prost_types::Duration {
+            seconds: -1,
+            nanos: 5,
+        };
+        let whole = ReserveQuotaRequest {
+            user_id: "user".to_owned(),
+            request_id: "request".to_owned(),
+            model: "model".to_owned(),
+            tokens: -7,
+            mode: 3,
+            lifetime: Some(lifetime),
+        };
+        for sent in [ReserveQuotaRequest::default(), whole.clone()] {
+            let bytes = sent.encode_to_vec();
+            assert_eq!(Asked::read(&bytes), Some(Asked::from(&sent)));
+        }
+        let twice = [whole.encode_to_vec(), whole.encode_to_vec()].concat();
+        assert_eq!(Asked::read(&twice), None);
+    }
 
     #[test]
     fn lifetimes_are_bounded() {

@@ -81,7 +81,7 @@ impl UsageService for Handler {
         &self,
         request: Request<CheckQuotaRequest>,
     ) -> Result<Response<CheckQuotaResponse>, Status> {
-        let (user_id, wish) = only(|fields| quota::check(fields, request.get_ref()))?;
+        let (user_id, wish) = only(|fields| quota::check(fields, &request.get_ref().into()))?;
         let user = self.auth.user_standing(user_id).await?;
         let checked = self.usage.check_quota(&user, &wish).await?;
         Ok(Response::new(checked.into()))
@@ -91,7 +91,8 @@ impl UsageService for Handler {
         &self,
         request: Request<ReserveQuotaRequest>,
     ) -> Result<Response<ReserveQuotaResponse>, Status> {
-        let (user_id, wish) = only(|fields| reservation::request(fields, request.get_ref()))?;
+        let (user_id, wish) =
+            only(|fields| reservation::request(fields, &request.get_ref().into()))?;
         let user = self.auth.user_standing(user_id).await?;
         let reserved = self.usage.reserve(&user, &wish).await?;
         Ok(Response::new(reserved.into()))

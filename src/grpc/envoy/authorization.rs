@@ -7,12 +7,12 @@ use super::{
     identity::Identity,
     limits::{Limit, quota_facts},
     metadata, overwriting,
-    request::Headers,
+    request::{Asked, Headers},
     route::{Quota, Route},
 };
 use crate::{
     auth::{Auth, BootTime, Validated},
-    error::{Credential, Error, Result},
+    error::{Credential, Result},
     grpc::{convert::only, request_id::REQUEST_ID},
     model::{MinFreshness, UserStanding},
     proto::envoy::service::auth::v3::{
@@ -29,18 +29,14 @@ impl Authorization for Handler {
         request: Request<CheckRequest>,
     ) -> Result<Response<CheckResponse>, Status> {
         let attributes = request.get_ref().attributes.as_ref();
-        let sent = Headers::of(attributes);
-        let checked = match attributes {
-            Some(attributes) => {
-                let route = Route::read(&attributes.context_extensions, &self.usage.tiers())?;
-                self.admit(&route, &sent).await
-            }
-            None => Err(Error::CredentialMissing),
-        };
-        Ok(Response::new(match checked {
-            Ok(admitted) => admitted,
-            Err(error) => Denial::of(error, Utc::now())?.into_answer(&sent),
-        }))
+        let asked = attributes.map(Asked::of).unwrap_or_default();
+        let route = Route::read(&asked.extensions, &self.usage.tiers())?;
+        Ok(Response::new(
+            match self.admit(&route, &asked.headers).await {
+                Ok(admitted) => admitted,
+                Err(error) => Denial::of(error, Utc::now())?.into_answer(&asked.headers),
+            },
+        ))
     }
 }
 
@@ -66,17 +62,17 @@ impl Handler {
     }
 }
 
-/// What [`Authorization::check`] would answer, if memory alone can say so and the request may pass.
+/// What [`Authorization::check`] would answer a `CheckRequest`, if memory alone can say so and the request may pass.
 pub(in crate::grpc) fn check_at_once(
     auth: &Auth,
     usage: &Usage,
-    request: &CheckRequest,
+    message: &[u8],
     now: DateTime<Utc>,
     clock: BootTime,
 ) -> Option<CheckResponse> {
-    let attributes = request.attributes.as_ref()?;
-    let route = Route::read(&attributes.context_extensions, &usage.tiers()).ok()?;
-    let sent = Headers::of(Some(attributes));
+    let asked = Asked::read(message)?;
+    let route = Route::read(&asked.extensions, &usage.tiers()).ok()?;
+    let sent = asked.headers;
     let validated = auth.recall(sent.credential().ok()?, now, clock)?;
     let user = admit_user(&route, &validated).ok()?;
     let held = match wanted(&route, &sent).ok()? {

@@ -4,15 +4,63 @@ use crate::{
     error::{Error, Result},
     grpc::{
         convert::{Fields, token_count},
-        reservation,
+        reservation, wire,
     },
     model::{TokenCounts, Tokens, UserId, Violation},
-    proto::{Pair, envoy::extensions::common::ratelimit::v3::RateLimitDescriptor},
+    proto::envoy::extensions::common::ratelimit::v3::RateLimitDescriptor,
     usage::{QuotaRequest, QuotaWish, RequestName, lease::Mode},
 };
 
 /// A value that a gateway puts where it found none: so it is sent at all, and then denied.
 const MISSING: &str = "__missing__";
+
+/// A descriptor, where it lies in the message.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Descriptor<'a> {
+    entries: Vec<(&'a str, &'a str)>,
+    hits_addend: Option<u64>,
+    is_negative_hits: bool,
+}
+
+impl<'a> From<&'a RateLimitDescriptor> for Descriptor<'a> {
+    fn from(descriptor: &'a RateLimitDescriptor) -> Self {
+        let entries = descriptor.entries.iter();
+        Self {
+            entries: entries.map(|one| (&*one.key, &*one.value)).collect(),
+            hits_addend: descriptor.hits_addend,
+            is_negative_hits: descriptor.is_negative_hits,
+        }
+    }
+}
+
+impl<'a> Descriptor<'a> {
+    /// Reads a `RateLimitDescriptor`, if it is one that [`wire`] reads.
+    pub(super) fn read(message: &'a [u8]) -> Option<Self> {
+        let mut entries = Vec::with_capacity(KEYS.len());
+        let (mut hits, mut is_negative_hits) = (None, None);
+        wire::read(message, |number, value| {
+            match number {
+                1 => entries.push(wire::pair(value.bytes()?)?),
+                3 => wire::once(&mut hits, value.bytes())?,
+                4 => wire::once(&mut is_negative_hits, value.number())?,
+                _ => {}
+            }
+            Some(())
+        })?;
+        let mut hits_addend = None;
+        if let Some(hits) = hits {
+            wire::read(hits, |number, value| match number {
+                1 => wire::once(&mut hits_addend, value.number()),
+                _ => Some(()),
+            })?;
+        }
+        Some(Self {
+            entries,
+            hits_addend: hits.map(|_| hits_addend.unwrap_or_default()),
+            is_negative_hits: is_negative_hits.is_some_and(|number| number != 0),
+        })
+    }
+}
 
 /// What a descriptor asks for.
 #[derive(Debug)]
@@ -82,14 +130,14 @@ const ERRORS_FROM: u16 = 400;
 ///
 /// # Errors
 /// `Invalid`, naming every entry that is missing, wrong, twice there, or not known.
-pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
+pub(super) fn read(descriptor: &Descriptor<'_>, hits: u32) -> Result<Ask> {
     let mut fields = Fields::default();
     let entries = &descriptor.entries;
     if entries.len() > KEYS.len() {
         let most = format!("must be {} at most", KEYS.len());
         return Err(Error::invalid("entries", most));
     }
-    let keys = entries.iter().map(Pair::key);
+    let keys = entries.iter().map(|(key, _)| *key);
     if let Some(twice) = keys
         .clone()
         .find(|key| keys.clone().filter(|of| of == key).count() > 1)
@@ -101,14 +149,14 @@ pub(super) fn read(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
         fields.take::<()>("entries", Err(known.into()));
     }
     let text = |key: &str| {
-        let entry = entries.iter().find(|entry| entry.key() == key);
-        let value = entry.map_or("", Pair::value);
+        let entry = entries.iter().find(|(of, _)| *of == key);
+        let value = entry.map_or("", |(_, value)| value);
         if value == MISSING { "" } else { value }
     };
     // What may be left out is not left out by a gateway that found nothing to put there.
     let optional = |fields: &mut Fields, key: &str| {
         let text = text(key);
-        if text.is_empty() && entries.iter().any(|entry| entry.key() == key) {
+        if text.is_empty() && entries.iter().any(|(of, _)| *of == key) {
             fields.take::<()>(key, Err("must not be empty".into()));
         }
         text
@@ -210,7 +258,7 @@ fn http_status(text: &str) -> Result<u16, Violation> {
 }
 
 /// The descriptor's own number, also 0; else the request's, of which 0 means 1.
-fn tokens(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Tokens, Violation> {
+fn tokens(descriptor: &Descriptor<'_>, hits: u32) -> Result<Tokens, Violation> {
     if descriptor.is_negative_hits {
         return Err("must not be negative: what was used stays used".into());
     }
@@ -250,7 +298,7 @@ impl Work {
         let (mut wrong, mut asks) = (Vec::new(), Vec::<(Vec<usize>, Ask)>::new());
         let mut ends = Vec::new();
         for (place, descriptor) in descriptors.iter().enumerate() {
-            match read(descriptor, hits) {
+            match read(&descriptor.into(), hits) {
                 Err(error) => wrong.push((place, error)),
                 Ok(Ask::Book(of, counts)) => {
                     let same = asks.iter_mut().find_map(|(places, ask)| match ask {
@@ -299,13 +347,27 @@ impl Work {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message as _;
+
     use super::*;
+    use crate::proto::envoy::extensions::common::ratelimit::v3::rate_limit_descriptor::Entry;
 
     const USER: &str = "01890a5d-ac96-774b-bcce-b302099a8057";
 
+    fn ask(descriptor: &RateLimitDescriptor, hits: u32) -> Result<Ask> {
+        read(&descriptor.into(), hits)
+    }
+
+    fn entry((key, value): (&str, &str)) -> Entry {
+        Entry {
+            key: key.to_owned(),
+            value: value.to_owned(),
+        }
+    }
+
     fn descriptor(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitDescriptor {
         RateLimitDescriptor {
-            entries: entries.iter().copied().map(Pair::from).collect(),
+            entries: entries.iter().copied().map(entry).collect(),
             hits_addend,
             is_negative_hits: false,
         }
@@ -322,7 +384,7 @@ mod tests {
     }
 
     fn wrong(descriptor: &RateLimitDescriptor) -> Vec<String> {
-        match read(descriptor, 0) {
+        match ask(descriptor, 0) {
             Err(Error::Invalid(violations)) => {
                 violations.0.into_iter().map(|one| one.field).collect()
             }
@@ -331,7 +393,7 @@ mod tests {
     }
 
     fn tokens_of(descriptor: &RateLimitDescriptor, hits: u32) -> i64 {
-        match read(descriptor, hits).expect("valid") {
+        match ask(descriptor, hits).expect("valid") {
             Ask::Check(_, wish) => wish.tokens,
             Ask::Reserve(_, request) => request.tokens,
             Ask::Book(_, counts) => counts.total(),
@@ -363,7 +425,7 @@ mod tests {
 
     #[test]
     fn to_reserve_nothing_is_to_look() {
-        let read = read(&of_request("reserve", &[], Some(0)), 3).expect("valid");
+        let read = ask(&of_request("reserve", &[], Some(0)), 3).expect("valid");
         assert!(matches!(read, Ask::Check(_, wish) if wish.tokens == 0));
     }
 
@@ -402,7 +464,7 @@ mod tests {
 
     #[test]
     fn a_commit_means_the_handles_hold_or_the_requests_and_a_charge_none() {
-        let hold = |op, more: &[(&str, &str)]| match read(&of_request(op, more, None), 0) {
+        let hold = |op, more: &[(&str, &str)]| match ask(&of_request(op, more, None), 0) {
             Ok(Ask::Book(of, _) | Ask::Release(of)) => of.hold,
             other => panic!("{other:?}"),
         };
@@ -487,6 +549,22 @@ mod tests {
     #[test]
     fn a_release_looks_at_no_number_and_no_dimension() {
         let release = of_request("release", &[("dimension", "total")], Some(u64::MAX));
-        assert!(matches!(read(&release, 0), Ok(Ask::Release(_))));
+        assert!(matches!(ask(&release, 0), Ok(Ask::Release(_))));
+    }
+
+    #[test]
+    fn what_is_read_where_it_lies_is_what_the_generated_code_reads() {
+        let whole = of_request("commit", &[("status", "")], Some(0));
+        let negative = RateLimitDescriptor {
+            is_negative_hits: true,
+            ..descriptor(&[], Some(u64::MAX))
+        };
+        for sent in [RateLimitDescriptor::default(), whole, negative] {
+            let bytes = sent.encode_to_vec();
+            assert_eq!(Descriptor::read(&bytes), Some(Descriptor::from(&sent)));
+        }
+        // A second number would have to be merged.
+        let hits = descriptor(&[], Some(1)).encode_to_vec();
+        assert_eq!(Descriptor::read(&[&hits[..], &hits].concat()), None);
     }
 }

@@ -70,7 +70,8 @@ impl Identity {
         let is_set = |name: &str| self.said().any(|((header, _), _)| *header == name);
         let ours = NAMES.iter().map(|(header, _)| *header);
         let alike = sent.names().filter(|name| looks_like_ours(name));
-        let mut removed: Vec<&str> = ours.chain(alike).filter(|name| !is_set(name)).collect();
+        let mut removed = Vec::with_capacity(NAMES.len() + 2);
+        removed.extend(ours.chain(alike).filter(|name| !is_set(name)));
         if !forwards_credential {
             removed.extend([AUTHORIZATION, API_KEY]);
         }

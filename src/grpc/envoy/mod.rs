@@ -32,6 +32,23 @@ use crate::{
     usage::{Reserved, Usage},
 };
 
+/// See [`super::fuzzing`].
+#[cfg(fuzzing)]
+pub(super) fn fuzz(data: &[u8]) {
+    use crate::proto::envoy::{
+        extensions::common::ratelimit::v3::RateLimitDescriptor, service::auth::v3::CheckRequest,
+    };
+    use prost::Message as _;
+
+    if let Some(read) = descriptor::Descriptor::read(data) {
+        let decoded = RateLimitDescriptor::decode(data).expect("the long way reads it");
+        assert_eq!(read, (&decoded).into());
+    }
+    if request::Asked::read(data).is_some() {
+        CheckRequest::decode(data).expect("the long way reads it");
+    }
+}
+
 /// Both services.
 #[derive(Clone)]
 pub(super) struct Handler {

@@ -10,7 +10,7 @@ use super::{
     Granted, Handler,
     afterwards::Begun,
     denial::Denial,
-    descriptor::{self, Ask, Hold, Of, Work},
+    descriptor::{self, Ask, Descriptor, Hold, Of, Work},
     header,
     limits::{Limit, Unit, quota_facts},
     metadata,
@@ -18,6 +18,7 @@ use super::{
 use crate::{
     auth::{Auth, BootTime},
     error::{Error, Result},
+    grpc::wire,
     model::{Labels, QuotaState, TokenCounts, UserStanding},
     proto::envoy::service::ratelimit::v3::{
         RateLimitRequest, RateLimitResponse,
@@ -71,19 +72,24 @@ impl RateLimitService for Handler {
     }
 }
 
-/// What [`RateLimitService::should_rate_limit`] would answer, if memory alone can say so and it is good
-/// news about one descriptor.
+/// What [`RateLimitService::should_rate_limit`] would answer a `RateLimitRequest`, if memory alone can
+/// say so and it is good news about one descriptor.
 pub(in crate::grpc) fn should_rate_limit_at_once(
     auth: &Auth,
     usage: &Usage,
-    request: &RateLimitRequest,
+    message: &[u8],
     now: DateTime<Utc>,
     clock: BootTime,
 ) -> Option<RateLimitResponse> {
-    let [descriptor] = request.descriptors.as_slice() else {
-        return None;
-    };
-    let granted = match descriptor::read(descriptor, request.hits_addend).ok()? {
+    let (mut descriptor, mut hits) = (None, None);
+    wire::read(message, |number, value| match number {
+        2 => wire::once(&mut descriptor, value.bytes()),
+        3 => wire::once(&mut hits, value.number()),
+        _ => Some(()),
+    })?;
+    let descriptor = Descriptor::read(descriptor?)?;
+    let hits = u32::try_from(hits.unwrap_or_default()).ok()?;
+    let granted = match descriptor::read(&descriptor, hits).ok()? {
         Ask::Check(user, wish) => {
             let user = auth.recall_user(user, clock)?;
             Granted {

@@ -4,13 +4,61 @@ use std::borrow::Cow;
 
 use crate::{
     error::{Credential, Error, Fault, Result},
-    grpc::bearer,
+    grpc::{bearer, wire},
     proto::envoy::service::auth::v3::{AttributeContext, attribute_context::HttpRequest},
 };
+
+/// More headers than a gateway usually sends: no second look for room.
+const USUAL_HEADERS: usize = 24;
 
 /// What may carry an API key beside `authorization`, as clients of language models send it.
 pub(super) const API_KEY: &str = "x-api-key";
 pub(super) const AUTHORIZATION: &str = "authorization";
+
+/// What is asked, where it lies in the message.
+#[derive(Debug, Default)]
+pub(super) struct Asked<'a> {
+    /// Of the route.
+    pub(super) extensions: Vec<(&'a str, &'a str)>,
+    pub(super) headers: Headers<'a>,
+}
+
+impl<'a> Asked<'a> {
+    pub(super) fn of(attributes: &'a AttributeContext) -> Self {
+        let extensions = attributes.context_extensions.iter();
+        Self {
+            extensions: extensions.map(|(key, value)| (&**key, &**value)).collect(),
+            headers: Headers::of(Some(attributes)),
+        }
+    }
+
+    /// Reads a `CheckRequest`, if it is one that [`wire`] reads.
+    pub(super) fn read(message: &'a [u8]) -> Option<Self> {
+        let mut attributes = None;
+        wire::read(message, |number, value| match number {
+            1 => wire::once(&mut attributes, value.bytes()),
+            _ => Some(()),
+        })?;
+        let (mut request, mut extensions) = (None, Vec::new());
+        wire::read(attributes?, |number, value| {
+            match number {
+                4 => wire::once(&mut request, value.bytes())?,
+                10 => extensions.push(wire::pair(value.bytes()?)?),
+                _ => {}
+            }
+            Some(())
+        })?;
+        let mut http = None;
+        wire::read(request.unwrap_or_default(), |number, value| match number {
+            2 => wire::once(&mut http, value.bytes()),
+            _ => Some(()),
+        })?;
+        Some(Self {
+            extensions,
+            headers: Headers::read(http.unwrap_or_default())?,
+        })
+    }
+}
 
 /// Its headers, names in lower case, in whichever form they came.
 #[derive(Debug, Default)]
@@ -25,24 +73,45 @@ impl<'a> Headers<'a> {
     }
 
     fn of_http(http: &'a HttpRequest) -> Self {
-        let lower = |name: &'a str| {
-            if name.bytes().any(|byte| byte.is_ascii_uppercase()) {
-                Cow::Owned(name.to_ascii_lowercase())
-            } else {
-                Cow::Borrowed(name)
-            }
-        };
         let joined = http.headers.iter();
-        let joined = joined.map(|pair| (lower(pair.key()), Cow::Borrowed(pair.value())));
+        let joined = joined.map(|(key, value)| (lower(key), Cow::Borrowed(value.as_str())));
         let raw = http.header_map.iter().flat_map(|map| &map.headers);
         let raw = raw.map(|header| {
-            let value = match header.raw_value.is_empty() {
-                true => Cow::Borrowed(header.value.as_str()),
-                false => String::from_utf8_lossy(&header.raw_value),
-            };
+            let value = raw_or_text(&header.raw_value, &header.value);
             (lower(&header.key), value)
         });
         Self(joined.chain(raw).collect())
+    }
+
+    /// Reads an `HttpRequest`.
+    fn read(http: &'a [u8]) -> Option<Self> {
+        let (mut headers, mut raw) = (Vec::with_capacity(USUAL_HEADERS), None);
+        wire::read(http, |number, value| {
+            match number {
+                3 => {
+                    let (name, value) = wire::pair(value.bytes()?)?;
+                    headers.push((lower(name), Cow::Borrowed(value)));
+                }
+                13 => wire::once(&mut raw, value.bytes())?,
+                _ => {}
+            }
+            Some(())
+        })?;
+        wire::read(raw.unwrap_or_default(), |number, header| {
+            if number == 1 {
+                let (mut key, mut value, mut raw_value) = (None, None, None);
+                wire::read(header.bytes()?, |number, sent| match number {
+                    1 => wire::once(&mut key, sent.text()),
+                    2 => wire::once(&mut value, sent.text()),
+                    3 => wire::once(&mut raw_value, sent.bytes()),
+                    _ => Some(()),
+                })?;
+                let value = raw_or_text(raw_value.unwrap_or_default(), value.unwrap_or_default());
+                headers.push((lower(key.unwrap_or_default()), value));
+            }
+            Some(())
+        })?;
+        Some(Self(headers))
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
@@ -84,15 +153,31 @@ impl<'a> Headers<'a> {
     }
 }
 
+fn lower(name: &str) -> Cow<'_, str> {
+    if name.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Cow::Owned(name.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(name)
+    }
+}
+
+/// A gateway sends the one or the other.
+fn raw_or_text<'a>(raw: &'a [u8], text: &'a str) -> Cow<'a, str> {
+    if raw.is_empty() {
+        Cow::Borrowed(text)
+    } else {
+        String::from_utf8_lossy(raw)
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::proto::{
-        Pair,
-        envoy::{
-            config::core::v3::{HeaderMap, HeaderValue},
-            service::auth::v3::attribute_context::Request,
-        },
+    use prost::Message as _;
+
+    use crate::proto::envoy::{
+        config::core::v3::{HeaderMap, HeaderValue},
+        service::auth::v3::{CheckRequest, attribute_context::Request},
     };
 
     /// A request in the one form or the other.
@@ -107,7 +192,7 @@ pub(super) mod tests {
                     ..HeaderValue::default()
                 });
             } else {
-                http.headers.push(Pair::from((*name, *value)));
+                http.headers.insert((*name).to_owned(), (*value).to_owned());
             }
         }
         AttributeContext {
@@ -160,5 +245,39 @@ pub(super) mod tests {
         };
         assert!(is_grpc("application/grpc") && is_grpc("application/grpc+proto"));
         assert!(!is_grpc("application/grpc-web") && !is_grpc("application/json"));
+    }
+
+    #[test]
+    fn what_is_read_where_it_lies_is_what_the_generated_code_reads() {
+        let headers = [
+            (":path", "/chat"),
+            ("Authorization", "Bearer x"),
+            ("x-empty", ""),
+            ("", "nameless"),
+            ("x-ä", "ö"),
+        ];
+        for (is_raw, extensions) in [
+            (false, &[][..]),
+            (true, &[("tier", "starter"), ("empty", "")]),
+            (false, &[("", "nameless")]),
+        ] {
+            let mut attributes = attributes(&headers, is_raw);
+            let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+            attributes.context_extensions = extensions.iter().map(owned).collect();
+            let sent = CheckRequest {
+                attributes: Some(attributes.clone()),
+            };
+            let sent = sent.encode_to_vec();
+            let sorted = |mut asked: Asked<'_>| {
+                asked.extensions.sort_unstable();
+                asked.headers.0.sort_unstable();
+                format!("{asked:?}")
+            };
+            let read = Asked::read(&sent).expect("as encoders write");
+            assert_eq!(sorted(read), sorted(Asked::of(&attributes)));
+            // A second one would have to be merged.
+            assert!(Asked::read(&[&sent[..], &sent].concat()).is_none());
+        }
+        assert!(Asked::read(&CheckRequest::default().encode_to_vec()).is_none());
     }
 }

@@ -9,7 +9,6 @@ use crate::{
         reservation,
     },
     model::{ApiKeyScopes, ModelName, TierName, Tiers, Tokens, Violation},
-    proto::Pair,
 };
 
 /// The field that stands for a key.
@@ -62,13 +61,13 @@ impl Route {
     ///
     /// # Errors
     /// `Invalid`
-    pub(super) fn read(extensions: &[Pair], tiers: &Tiers) -> Result<Self> {
+    pub(super) fn read(extensions: &[(&str, &str)], tiers: &Tiers) -> Result<Self> {
         let mut fields = Fields::default();
         let text = |key: &str| {
-            let named = extensions.iter().rfind(|pair| pair.key() == key);
-            named.map(Pair::value)
+            let named = extensions.iter().rfind(|(of, _)| *of == key);
+            named.map(|(_, value)| *value)
         };
-        if extensions.iter().any(|pair| !KEYS.contains(&pair.key())) {
+        if extensions.iter().any(|(key, _)| !KEYS.contains(key)) {
             let keys = KEYS.join(", ");
             let known = format!("must hold no other keys than {keys}");
             fields.take::<()>("context_extensions", Err(known.into()));
@@ -172,9 +171,8 @@ mod tests {
     use crate::usage::load_tiers;
 
     fn read(extensions: &[(&str, &str)]) -> Result<Route, Vec<String>> {
-        let extensions: Vec<_> = extensions.iter().copied().map(Pair::from).collect();
         let tiers = load_tiers("".as_ref()).expect("the built-in ones");
-        Route::read(&extensions, &tiers).map_err(|error| match error {
+        Route::read(extensions, &tiers).map_err(|error| match error {
             Error::Invalid(violations) => violations.0.into_iter().map(|one| one.field).collect(),
             other => panic!("{other:?}"),
         })

@@ -8,9 +8,10 @@ use tollkeeper::{
     error::Error,
     model::{Period, TokenCounts, UserStanding},
     proto::{
-        Pair,
         envoy::{
-            extensions::common::ratelimit::v3::RateLimitDescriptor,
+            extensions::common::ratelimit::v3::{
+                RateLimitDescriptor, rate_limit_descriptor::Entry,
+            },
             service::ratelimit::v3::{
                 RateLimitRequest, RateLimitResponse,
                 rate_limit_response::{Code as Verdict, rate_limit::Unit},
@@ -32,10 +33,17 @@ use crate::{
     },
 };
 
+fn entry((key, value): (&str, &str)) -> Entry {
+    Entry {
+        key: key.to_owned(),
+        value: value.to_owned(),
+    }
+}
+
 /// A descriptor of a gateway.
 fn descriptor(entries: &[(&str, &str)], hits_addend: Option<u64>) -> RateLimitDescriptor {
     RateLimitDescriptor {
-        entries: entries.iter().copied().map(Pair::from).collect(),
+        entries: entries.iter().copied().map(entry).collect(),
         hits_addend,
         is_negative_hits: false,
     }
@@ -53,7 +61,7 @@ pub(super) fn about(op: &str, user: &str, request: &str, tokens: u64) -> RateLim
 }
 
 fn with(mut descriptor: RateLimitDescriptor, key: &str, value: &str) -> RateLimitDescriptor {
-    descriptor.entries.push(Pair::from((key, value)));
+    descriptor.entries.push(entry((key, value)));
     descriptor
 }
 

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 
 use prost::Message as _;
 use tollkeeper::proto::{
-    Pair, Texts,
+    Texts,
     envoy::{
         config::core::v3::HeaderValueOption,
         service::auth::v3::{
@@ -56,8 +56,9 @@ fn asking(headers: Pairs<'_>, extensions: Pairs<'_>) -> CheckRequest {
     }
 }
 
-fn map(pairs: Pairs<'_>) -> Vec<Pair> {
-    pairs.iter().copied().map(Pair::from).collect()
+fn map(pairs: Pairs<'_>) -> HashMap<String, String> {
+    let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+    pairs.iter().map(owned).collect()
 }
 
 fn unique(name: &str) -> String {

@@ -1,0 +1,154 @@
+//! Messages read where they lie. Of what comes with each request of somebody else's traffic nothing is
+//! copied, and what nobody asks for is passed over.
+//!
+//! It reads what encoders write. Whatever else may be valid, such as one value that is sent twice, it
+//! leaves to the generated code, and so to the long way.
+
+use prost::encoding::{WireType, decode_key, decode_varint};
+
+/// The value of a field.
+#[derive(Clone, Copy)]
+pub(super) enum Value<'a> {
+    Number(u64),
+    Bytes(&'a [u8]),
+    /// Of a kind that nothing here asks for.
+    Other,
+}
+
+impl<'a> Value<'a> {
+    /// Of an integer; those of fewer bits are the last ones of these.
+    pub(super) fn number(self) -> Option<u64> {
+        match self {
+            Self::Number(number) => Some(number),
+            Self::Bytes(_) | Self::Other => None,
+        }
+    }
+
+    /// Of `bytes`, or of a message.
+    pub(super) fn bytes(self) -> Option<&'a [u8]> {
+        match self {
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Number(_) | Self::Other => None,
+        }
+    }
+
+    /// Of a `string`.
+    pub(super) fn text(self) -> Option<&'a str> {
+        std::str::from_utf8(self.bytes()?).ok()
+    }
+}
+
+/// Gives `take` each field of a message with its number. `None` from it: it is not to be read here.
+pub(super) fn read<'a>(
+    mut message: &'a [u8],
+    mut take: impl FnMut(u32, Value<'a>) -> Option<()>,
+) -> Option<()> {
+    while !message.is_empty() {
+        let (number, wire_type) = decode_key(&mut message).ok()?;
+        let value = match wire_type {
+            WireType::Varint => Value::Number(decode_varint(&mut message).ok()?),
+            WireType::LengthDelimited => {
+                let bytes = usize::try_from(decode_varint(&mut message).ok()?).ok()?;
+                let (value, rest) = message.split_at_checked(bytes)?;
+                message = rest;
+                Value::Bytes(value)
+            }
+            WireType::ThirtyTwoBit => {
+                message = message.get(4..)?;
+                Value::Other
+            }
+            WireType::SixtyFourBit => {
+                message = message.get(8..)?;
+                Value::Other
+            }
+            WireType::StartGroup | WireType::EndGroup => return None,
+        };
+        take(number, value)?;
+    }
+    Some(())
+}
+
+/// Keeps the value of a field that comes once.
+pub(super) fn once<T>(field: &mut Option<T>, value: Option<T>) -> Option<()> {
+    if field.is_some() {
+        return None;
+    }
+    *field = Some(value?);
+    Some(())
+}
+
+/// The first two fields, as an entry of `map<string, string>` has them.
+pub(super) fn pair(message: &[u8]) -> Option<(&str, &str)> {
+    let (mut key, mut value) = (None, None);
+    read(message, |number, sent| match number {
+        1 => once(&mut key, sent.text()),
+        2 => once(&mut value, sent.text()),
+        _ => Some(()),
+    })?;
+    Some((key.unwrap_or_default(), value.unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+    use prost_types::{Any, Duration};
+
+    use super::*;
+
+    #[test]
+    fn fields_are_read_with_their_numbers() {
+        let sent = Duration {
+            seconds: -5,
+            nanos: 7,
+        };
+        let bytes = sent.encode_to_vec();
+        let mut numbers = Vec::new();
+        let read = read(&bytes, |number, value| {
+            numbers.push((number, value.number()? as i64));
+            Some(())
+        });
+        assert_eq!(read, Some(()));
+        assert_eq!(numbers, [(1, -5), (2, 7)]);
+    }
+
+    #[test]
+    fn a_pair_is_read_whatever_is_left_out() {
+        for (key, value) in [("k", "v"), ("", "v"), ("k", ""), ("", "")] {
+            let sent = Any {
+                type_url: key.to_owned(),
+                value: value.into(),
+            };
+            assert_eq!(pair(&sent.encode_to_vec()), Some((key, value)));
+        }
+    }
+
+    #[test]
+    fn what_is_cut_twice_there_or_of_another_kind_is_not_read() {
+        let sent = Any {
+            type_url: "key".to_owned(),
+            value: b"value".to_vec(),
+        };
+        let whole = sent.encode_to_vec();
+        let ends = [5, whole.len()];
+        for end in 1..whole.len() {
+            let is_read = pair(&whole[..end]).is_some();
+            assert_eq!(is_read, ends.contains(&end), "{end}");
+        }
+        assert_eq!(pair(&[&whole[..], &whole[..5]].concat()), None);
+        // A number; not UTF-8; groups; no wire type; no field number.
+        for bytes in [
+            &[0x08, 1][..],
+            &[0x0a, 1, 0xff],
+            &[0x1b],
+            &[0x1c],
+            &[0x0e],
+            &[0x02, 0],
+        ] {
+            assert_eq!(pair(bytes), None, "{bytes:?}");
+        }
+        // Of fields that nobody asks for the length alone counts.
+        let others = [0x18, 1, 0x1d, 0, 0, 0, 0, 0x19, 0, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(pair(&others), Some(("", "")));
+        assert_eq!(pair(&others[..others.len() - 1]), None);
+    }
+}
