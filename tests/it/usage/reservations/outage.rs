@@ -184,9 +184,10 @@ async fn a_commit_that_meets_silence_is_accepted_in_an_open_tier() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stops_in_an_outage_waits_for_what_it_has_accepted() {
     let (app, proxy, _tiers) = behind_proxy().await;
+    let user = app.user().tier("large").create().await.id;
+    // It hears nothing of the user afterwards, so what it knows when the outage begins stays good.
     let replica = app.replica().await;
     let client = Client::of_replica(&app, &replica);
-    let user = app.user().tier("large").create().await.id;
     let held = client.hold(&user, 60).await;
     proxy.cut();
     is_fenced(&client, &user).await;
