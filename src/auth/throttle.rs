@@ -70,7 +70,7 @@ pub(super) struct Throttle {
     names: hmac::Key,
     turns: Arc<Turns>,
     turn_timeout: Duration,
-    /// How often something was counted or forgotten here.
+    /// How often failed logins were counted or forgotten by this replica.
     changes: AtomicU64,
 }
 
@@ -319,7 +319,7 @@ impl Auth {
         subjects.extend(by_address.as_ref().map(|(_, from)| from.clone()));
         let is_late = turn.as_ref().is_some_and(|turn| turn.is_late);
         let states = match known {
-            // Nobody who had a turn meanwhile has ended it by a failure.
+            // Whoever had a turn before, and failed, is in them.
             Some(known) if known.changes == self.throttle.changes() && !is_late => known.states,
             _ => self.store.throttle_states(&subjects).await?,
         };

@@ -275,11 +275,7 @@ impl<'a> ReadLogin<'a> {
         self.user.walk_ast(out.reborrow())?;
         out.push_sql(", users.password_hash, ");
         self.state.walk_ast(out.reborrow())?;
-        out.push_sql(" FROM (VALUES (1)) AS one LEFT JOIN users ON ");
-        out.push_sql(by);
-        out.push_sql(" = ");
-        out.push_bind_param::<Text, _>(&self.name)?;
-        out.push_sql(" LEFT JOIN login_throttle ON login_throttle.subject = ANY (ARRAY[coalesce(");
+        out.push_sql(" FROM (SELECT users.*, ARRAY[coalesce(");
         out.push_bind_param::<Text, _>(user)?;
         out.push_sql(" || users.id, ");
         out.push_bind_param::<Text, _>(nobody)?;
@@ -289,7 +285,15 @@ impl<'a> ReadLogin<'a> {
         out.push_bind_param::<Nullable<Text>, _>(at_home)?;
         out.push_sql(", ");
         out.push_bind_param::<Nullable<Text>, _>(from)?;
-        out.push_sql("])");
+        out.push_sql("] AS subjects FROM (VALUES (1)) AS one LEFT JOIN users ON ");
+        out.push_sql(by);
+        out.push_sql(" = ");
+        out.push_bind_param::<Text, _>(&self.name)?;
+        // The names are put together once, not for each row that is compared with them.
+        out.push_sql(
+            " OFFSET 0) AS users
+             LEFT JOIN login_throttle ON login_throttle.subject = ANY (users.subjects)",
+        );
         Ok(())
     }
 }
