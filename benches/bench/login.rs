@@ -50,19 +50,21 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     runtime.block_on(fixture.close())?;
     let [hashes, logins, idle, busy] = measured?;
 
+    let postgres_us = |slice: &Slice| slice.postgres_cpu_us / slice.calls as f64;
     let share = logins.ratio(&hashes, Slice::per_second);
     let left = busy.ratio(&idle, Slice::per_second);
     println!();
     println!(
-        "  {:<48} {:>10} {:>14} {:>9} {:>9}",
-        "", "per second", "all CPU µs", "p50 µs", "p99 µs"
+        "  {:<48} {:>10} {:>14} {:>14} {:>9} {:>9}",
+        "", "per second", "all CPU µs", "of it Postgres", "p50 µs", "p99 µs"
     );
     for row in [&hashes, &logins, &idle, &busy] {
         println!(
-            "  {:<48} {:>10.1} {:>14.1} {:>9.0} {:>9.0}",
+            "  {:<48} {:>10.1} {:>14.1} {:>14.1} {:>9.0} {:>9.0}",
             row.title,
             row.spread(Slice::per_second).median,
             row.spread(Slice::cpu_us_per_call).median,
+            row.spread(postgres_us).median,
             row.spread(|s| s.p50_us).median,
             row.spread(|s| s.p99_us).median,
         );
@@ -77,6 +79,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             "part": row.part, "title": row.title,
             "per_second": row.spread(Slice::per_second).json(),
             "cpu_us": row.spread(Slice::cpu_us_per_call).json(),
+            "of_it_postgres_us": row.spread(postgres_us).json(),
             "p50_us": row.spread(|s| s.p50_us).json(),
             "p99_us": row.spread(|s| s.p99_us).json(),
         })
@@ -122,7 +125,17 @@ fn measure(
     let slice = options.slice();
     let many = InFlight::new(logins_in_flight(), cores() * 2);
     let some = InFlight::new(VALIDATE_IN_FLIGHT, 8);
-    let login = || load::run(server, &logins, many, 1, Until::time(slice));
+    let postgres = fixture.postgres()?;
+    // What Postgres uses is a part of what a login costs.
+    let login = || -> anyhow::Result<Slice> {
+        let before = postgres.cpu()?;
+        let slice = load::run(server, &logins, many, 1, Until::time(slice))?;
+        let cpu = postgres.cpu()? - before;
+        Ok(Slice {
+            postgres_cpu_us: cpu.as_secs_f64() * 1e6,
+            ..slice
+        })
+    };
     let validating = || {
         load::run(
             server,

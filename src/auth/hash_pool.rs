@@ -1,6 +1,7 @@
 use std::{
+    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
@@ -30,14 +31,89 @@ const NICE: i32 = 10;
 pub(super) struct HashPool {
     /// Running and waiting together.
     places: Arc<Semaphore>,
-    /// Running.
-    turns: Arc<Semaphore>,
     queue_timeout: Duration,
-    /// As many at once as there are turns, so that a thread is free for each. The threads end with it.
-    work: mpsc::Sender<Work>,
+    /// The threads end with it.
+    queue: Arc<OpenQueue>,
 }
 
 type Work = Box<dyn FnOnce() + Send>;
+
+/// What waits for a thread. A thread that has ended its work finds the next here: until somebody had handed
+/// it over, a core would idle.
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    /// In the order in which they came, which is that of their numbers.
+    works: VecDeque<(u64, Work)>,
+    next: u64,
+    is_closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, work: Work) -> u64 {
+        let mut waiting = self.lock();
+        let number = waiting.next;
+        waiting.next += 1;
+        waiting.works.push_back((number, work));
+        drop(waiting);
+        self.changed.notify_one();
+        number
+    }
+
+    /// Takes back what no thread has taken yet.
+    fn take_back(&self, number: u64) -> Option<Work> {
+        let mut waiting = self.lock();
+        let place = waiting.works.binary_search_by_key(&number, |(n, _)| *n);
+        let (_, work) = waiting.works.remove(place.ok()?)?;
+        Some(work)
+    }
+
+    /// What comes next, once there is something; `None` at the end.
+    fn next(&self) -> Option<Work> {
+        let mut waiting = self.lock();
+        loop {
+            if let Some((_, work)) = waiting.works.pop_front() {
+                return Some(work);
+            }
+            if waiting.is_closed {
+                return None;
+            }
+            let changed = self.changed.wait(waiting);
+            waiting = changed.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Closes the queue with the last pool.
+struct OpenQueue(Arc<Queue>);
+
+impl Drop for OpenQueue {
+    fn drop(&mut self) {
+        self.0.lock().is_closed = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Work of a call: taken back when that ends before a thread comes to it.
+struct Queued<'a> {
+    queue: &'a Queue,
+    number: u64,
+}
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        self.queue.take_back(self.number);
+    }
+}
 
 impl HashPool {
     /// Starts the threads.
@@ -46,10 +122,9 @@ impl HashPool {
     /// `Internal` when the system gives none.
     pub(super) fn new(settings: &PasswordSettings) -> Result<Self> {
         let threads = config::or_cores(settings.threads);
-        let (work, queue) = mpsc::channel();
-        let queue = Arc::new(Mutex::new(queue));
+        let queue = Arc::new(OpenQueue(Arc::default()));
         for number in 0..threads {
-            let queue = queue.clone();
+            let queue = queue.0.clone();
             let thread = thread::Builder::new().name(format!("hash-{number}"));
             thread
                 .spawn(move || serve(&queue))
@@ -57,16 +132,15 @@ impl HashPool {
         }
         Ok(Self {
             places: Arc::new(Semaphore::new(threads + settings.queue)),
-            turns: Arc::new(Semaphore::new(threads)),
             queue_timeout: settings.queue_timeout,
-            work,
+            queue,
         })
     }
 
-    /// Runs `work` when its turn comes.
+    /// Runs `work` when a thread comes to it.
     ///
     /// Dropping the future before that, as the end of a call's deadline does, gives the place back and
-    /// nothing is hashed; after that the work runs to its end and holds its turn, so that abandoned calls
+    /// nothing is hashed; after that the work runs to its end and keeps its thread, so that abandoned calls
     /// still count.
     ///
     /// # Errors
@@ -79,29 +153,25 @@ impl HashPool {
             retry_after: Duration::from_secs(1),
         };
         let _place = self.places.try_acquire().map_err(|_| overloaded())?;
-        let turn = timeout(self.queue_timeout, self.turns.clone().acquire_owned())
-            .await
-            .map_err(|_| overloaded())?
-            .map_err(Error::internal)?;
-        let (answer, answered) = oneshot::channel();
-        let work = Box::new(move || {
-            // Nobody waits any more: they gave up before a thread came to it.
-            if answer.is_closed() {
-                return;
-            }
-            let done = work();
-            drop(turn);
-            let _ = answer.send(done);
-        });
-        self.work
-            .send(work)
-            .map_err(|_| Error::internal("no thread hashes"))?;
-        answered.await.map_err(Error::internal)
+        let (answer, mut answered) = oneshot::channel();
+        let queue = &*self.queue.0;
+        let number = queue.push(Box::new(move || {
+            let _ = answer.send(work());
+        }));
+        let queued = Queued { queue, number };
+        let answer = match timeout(self.queue_timeout, &mut answered).await {
+            Ok(answer) => answer,
+            // Still waiting: nobody hashes it any more.
+            Err(_) if queue.take_back(number).is_some() => return Err(overloaded()),
+            Err(_) => answered.await,
+        };
+        drop(queued);
+        answer.map_err(Error::internal)
     }
 }
 
 /// What each thread does.
-fn serve(queue: &Mutex<mpsc::Receiver<Work>>) {
+fn serve(queue: &Queue) {
     // To step back needs no privileges; where it is refused all the same, hashes are computed at the
     // priority of everything else.
     let step_back = || {
@@ -111,12 +181,7 @@ fn serve(queue: &Mutex<mpsc::Receiver<Work>>) {
     if let Err(error) = step_back() {
         tracing::warn!(%error, "password hashes have the priority of everything else");
     }
-    loop {
-        // Held while waiting: the others wait behind it, and work for one of them wakes this one.
-        let work = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(work) = work else {
-            return;
-        };
+    while let Some(work) = queue.next() {
         // Whoever waits hears of it, since their channel is dropped.
         let _ = catch_unwind(AssertUnwindSafe(work));
     }
@@ -126,6 +191,7 @@ fn serve(queue: &Mutex<mpsc::Receiver<Work>>) {
 mod tests {
     use std::{fs, sync::mpsc, time::Instant};
 
+    use futures_util::FutureExt as _;
     use tokio::task::JoinHandle;
 
     use super::*;
@@ -145,11 +211,16 @@ mod tests {
     /// The one thread of a pool is busy until told otherwise.
     async fn taken(pool: &HashPool) -> (mpsc::Sender<()>, JoinHandle<Released>) {
         let (release, blocked) = mpsc::channel::<()>();
+        let (begin, begun) = mpsc::channel::<()>();
         let running = tokio::spawn({
             let pool = pool.clone();
-            async move { pool.run(move || blocked.recv()).await }
+            let work = move || {
+                begin.send(()).expect("somebody waits");
+                blocked.recv()
+            };
+            async move { pool.run(work).await }
         });
-        while pool.turns.available_permits() > 0 {
+        while begun.try_recv().is_err() {
             tokio::task::yield_now().await;
         }
         (release, running)
@@ -240,6 +311,7 @@ mod tests {
         let (hashed, was_hashed) = mpsc::channel::<()>();
         let late = pool.run(move || hashed.send(()));
         assert!(timeout(Duration::from_millis(20), late).await.is_err());
+        assert!(pool.queue.0.lock().works.is_empty(), "kept for nobody");
         drop(release);
         assert!(running.await.expect("no panic").is_ok());
         assert_eq!(pool.run(|| 1).await.expect("free again"), 1);
@@ -249,11 +321,43 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_has_begun_is_waited_for_beyond_the_time_in_the_queue() {
+        let pool = pool(1, 0, Duration::from_millis(20));
+        let (release, running) = taken(&pool).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        release.send(()).expect("the work waits");
+        assert!(matches!(running.await.expect("no panic"), Ok(Ok(()))));
+    }
+
+    #[tokio::test]
+    async fn those_who_wait_are_hashed_in_the_order_in_which_they_came() {
+        let pool = pool(1, 8, Duration::from_secs(60));
+        let (release, running) = taken(&pool).await;
+        let (done, order) = mpsc::channel();
+        let mut waiting: Vec<_> = (0..4)
+            .map(|number| {
+                let done = done.clone();
+                Box::pin(pool.run(move || done.send(number).expect("somebody waits")))
+            })
+            .collect();
+        for one in &mut waiting {
+            assert!(one.now_or_never().is_none());
+        }
+        // One gives up: the others keep their places.
+        drop(waiting.remove(1));
+        drop(release);
+        assert!(running.await.expect("no panic").is_ok());
+        for one in waiting {
+            one.await.expect("ran");
+        }
+        assert_eq!(order.try_iter().collect::<Vec<_>>(), [0, 2, 3]);
+    }
+
+    #[tokio::test]
     async fn a_panic_is_the_callers_alone() {
         let pool = pool(1, 0, Duration::from_secs(60));
         let panicked = pool.run(|| panic!("on purpose")).await;
         assert!(matches!(panicked, Err::<(), _>(Error::Internal(_))));
-        // The turn is given back a moment after the answer.
         assert_eq!(pool.run(|| 1).await.expect("the thread lives"), 1);
     }
 

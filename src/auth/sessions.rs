@@ -50,7 +50,7 @@ impl Auth {
         origin: &Origin,
         now: DateTime<Utc>,
     ) -> Result<LoginAnswer> {
-        let known = self.store.credentials_by_identifier(identifier).await?;
+        let (known, attempt) = self.admit_login(identifier, origin, now).await?;
         let (user, hash) = match known {
             Some(Credentials {
                 user,
@@ -58,8 +58,6 @@ impl Auth {
             }) => (Some(user), password_hash),
             None => (None, None),
         };
-        let id = user.as_ref().map(|user| user.id);
-        let attempt = self.admit_login(id, identifier, origin, now).await?;
         let verdict = self.passwords.verify(password, hash.clone()).await?;
         let (Some(user), Some(hash), true) = (user, hash, verdict.matches) else {
             self.attempt_failed(attempt).await?;

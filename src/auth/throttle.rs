@@ -26,8 +26,12 @@ pub(super) use codes::CodeAttempt;
 pub(super) use network::networks;
 
 use std::{
+    collections::HashMap,
     net::IpAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -42,8 +46,8 @@ use super::{Auth, MasterKey};
 use crate::{
     config::{PasswordSettings, ThrottleSettings},
     error::{Error, Result},
-    model::{Identifier, Origin, ThrottleRule, UserId},
-    store::Store,
+    model::{Identifier, Origin, ThrottleRule, ThrottleState, UserId},
+    store::{Credentials, LoginStanding, LoginSubjects, Store},
 };
 use network::from;
 use turns::{Turn, Turns};
@@ -66,6 +70,15 @@ pub(super) struct Throttle {
     names: hmac::Key,
     turns: Arc<Turns>,
     turn_timeout: Duration,
+    /// How often failed logins were counted or forgotten by this replica.
+    changes: AtomicU64,
+}
+
+/// What was known before an attempt had its turn.
+struct Known {
+    states: HashMap<String, ThrottleState>,
+    /// As of before they were read.
+    changes: u64,
 }
 
 /// An attempt that may be made. To be settled by [`Auth::attempt_failed`] or [`Auth::attempt_succeeded`];
@@ -99,6 +112,7 @@ struct Guarded {
     /// What failures at home are named by.
     kind: &'static str,
     rule: Option<ThrottleRule>,
+    known: Option<Known>,
 }
 
 impl AccountAttempt {
@@ -165,7 +179,17 @@ impl Throttle {
             names: master_key.mac_key("login-throttle/v1"),
             turns: Arc::default(),
             turn_timeout: passwords.queue_timeout,
+            changes: AtomicU64::new(0),
         }
+    }
+
+    fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// To be told before the turn of what was counted ends.
+    fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     fn name(&self, identifier: &Identifier) -> String {
@@ -201,28 +225,37 @@ impl Throttle {
 }
 
 impl Auth {
-    /// Lets a login be tried, by the account if the name is somebody's.
+    /// Finds whom a login is for, and lets it be tried: by the account if the name is somebody's.
     ///
     /// # Errors
     /// `Throttled` · `Overloaded` · `Unavailable`
     pub(super) async fn admit_login(
         &self,
-        user: Option<UserId>,
         identifier: &Identifier,
         origin: &Origin,
         now: DateTime<Utc>,
-    ) -> Result<Attempt> {
-        let subject = match user {
-            Some(id) => format!("user {id}"),
-            None => self.throttle.name(identifier),
+    ) -> Result<(Option<Credentials>, Attempt)> {
+        let from = origin.address.map(from);
+        let subjects = LoginSubjects {
+            user: "user ",
+            at_home: from.as_ref().map(|from| format!(" {from}")),
+            nobody: self.throttle.name(identifier),
+            from,
         };
+        let changes = self.throttle.changes();
+        let LoginStanding {
+            known,
+            throttle: states,
+        } = self.store.login_standing(identifier, &subjects).await?;
+        let id = known.as_ref().map(|known| known.user.id);
         let what = Guarded {
-            user: user.unwrap_or(UserId(Uuid::nil())),
-            subject,
+            user: id.unwrap_or(UserId(Uuid::nil())),
+            subject: id.map_or(subjects.nobody, |id| format!("user {id}")),
             kind: "user",
             rule: self.throttle.account,
+            known: Some(Known { states, changes }),
         };
-        self.admit(what, origin.address, now).await
+        Ok((known, self.admit(what, origin.address, now).await?))
     }
 
     /// Lets the present password be asked for within a session.
@@ -235,6 +268,7 @@ impl Auth {
             subject: format!("own {user}"),
             kind: "own",
             rule: self.throttle.account,
+            known: None,
         };
         self.admit(what, None, now).await
     }
@@ -262,6 +296,7 @@ impl Auth {
             subject,
             kind,
             rule: by_account,
+            known,
         } = what;
         let by_address = self.throttle.address;
         let by_address = by_address.zip(address.map(from));
@@ -282,7 +317,12 @@ impl Auth {
         let mut subjects = vec![subject.clone()];
         subjects.extend(home.clone());
         subjects.extend(by_address.as_ref().map(|(_, from)| from.clone()));
-        let states = self.store.throttle_states(&subjects).await?;
+        let is_late = turn.as_ref().is_some_and(|turn| turn.is_late);
+        let states = match known {
+            // Whoever had a turn before, and failed, is in them.
+            Some(known) if known.changes == self.throttle.changes() && !is_late => known.states,
+            _ => self.store.throttle_states(&subjects).await?,
+        };
         if let Some((rule, from)) = by_address
             && let Some(retry_after) = states.get(&from).and_then(|state| rule.wait(state, now))
         {
@@ -390,7 +430,10 @@ impl Auth {
         if counts.is_empty() {
             return Ok(());
         }
-        self.store.throttle_fail(&counts, now).await
+        let counted = self.store.throttle_fail(&counts, now).await;
+        // Also when nobody can say whether they were.
+        self.throttle.changed();
+        counted
     }
 
     /// Forgets what failed before. Should that not be possible now, it is forgiven in time.
@@ -398,7 +441,9 @@ impl Auth {
         let Some(mut account) = attempt.account.filter(|account| account.is_known) else {
             return;
         };
-        if let Err(error) = self.store.throttle_clear(account.counted()).await {
+        let cleared = self.store.throttle_clear(account.counted()).await;
+        self.throttle.changed();
+        if let Err(error) = cleared {
             tracing::warn!(%error, "failed attempts before a success still count");
         } else if let Some(claim) = &mut account.claim {
             claim.keep();

@@ -8,7 +8,8 @@ use diesel::{
     helper_types::IntoBoxed,
     pg::Pg,
     prelude::*,
-    sql_types::{BigInt, Nullable, Text, Timestamptz},
+    query_builder::AstPass,
+    sql_types::{BigInt, Jsonb, Nullable, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use serde_json::Value;
@@ -180,7 +181,7 @@ fn range_of(start: &str) -> (String, String) {
 
 #[derive(Insertable)]
 #[diesel(table_name = audit_events, treat_none_as_default_value = false)]
-struct NewAuditEvent<'a> {
+pub(super) struct NewAuditEvent<'a> {
     id: Uuid,
     action: &'static str,
     actor_kind: &'static str,
@@ -193,24 +194,57 @@ struct NewAuditEvent<'a> {
     details: &'a Value,
 }
 
+impl<'a> NewAuditEvent<'a> {
+    pub(super) fn of(event: &'a AuditEvent<'_>) -> Self {
+        Self {
+            id: Uuid::now_v7(),
+            action: event.action.as_str(),
+            actor_kind: event.origin.actor.kind().as_str(),
+            actor_id: event.origin.actor.id(),
+            target_id: event.target,
+            user_id: event.user.map(|id| id.0),
+            request_id: &event.origin.request_id,
+            address: event.origin.address.map(|address| address.to_string()),
+            user_agent: &event.origin.user_agent,
+            details: &event.details,
+        }
+    }
+
+    /// The same as part of a statement, which goes on with `FROM` what it happens with.
+    pub(super) fn walk_insert<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql(
+            "INSERT INTO audit_events (id, action, actor_kind, actor_id, target_id, user_id,
+                 request_id, address, user_agent, details)
+             SELECT ",
+        );
+        out.push_bind_param::<SqlUuid, _>(&self.id)?;
+        for text in [&self.action, &self.actor_kind] {
+            out.push_sql(", ");
+            out.push_bind_param::<Text, _>(text)?;
+        }
+        out.push_sql(", ");
+        out.push_bind_param::<Nullable<SqlUuid>, _>(&self.actor_id)?;
+        out.push_sql(", ");
+        out.push_bind_param::<SqlUuid, _>(&self.target_id)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Nullable<SqlUuid>, _>(&self.user_id)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Text, _>(&self.request_id)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Nullable<Text>, _>(&self.address)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Text, _>(&self.user_agent)?;
+        out.push_sql(", ");
+        out.push_bind_param::<Jsonb, _>(self.details)
+    }
+}
+
 pub(super) async fn audit_insert_in_txn(
     event: &AuditEvent<'_>,
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
-    let row = NewAuditEvent {
-        id: Uuid::now_v7(),
-        action: event.action.as_str(),
-        actor_kind: event.origin.actor.kind().as_str(),
-        actor_id: event.origin.actor.id(),
-        target_id: event.target,
-        user_id: event.user.map(|id| id.0),
-        request_id: &event.origin.request_id,
-        address: event.origin.address.map(|address| address.to_string()),
-        user_agent: &event.origin.user_agent,
-        details: &event.details,
-    };
     diesel::insert_into(audit_events::table)
-        .values(row)
+        .values(NewAuditEvent::of(event))
         .execute(conn)
         .await?;
     Ok(())

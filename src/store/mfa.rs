@@ -362,7 +362,7 @@ pub(super) async fn mfa_code_use_in_txn(
 }
 
 /// Locks a user whose password hash is `checked`, if that is given; whether a second factor is in force.
-async fn lock_in_txn(
+pub(super) async fn lock_in_txn(
     id: UserId,
     checked: Option<&str>,
     conn: &mut AsyncPgConnection,

@@ -14,6 +14,7 @@ mod indexes;
 mod leases;
 mod ledger;
 mod listening;
+mod logins;
 mod mails;
 mod mfa;
 mod migrations;
@@ -62,6 +63,7 @@ pub use api_keys::NewApiKey;
 pub use changes::{ChangeListener, Notification};
 pub use leases::Operated;
 pub use ledger::UsageInsert;
+pub use logins::{LoginStanding, LoginSubjects, NewSession};
 pub use mfa::{MfaReset, NewTotp};
 pub use migrations::{MigrationStatus, Migrator};
 pub use one_time_tokens::{Mailing, NewToken};
@@ -70,7 +72,7 @@ pub use partitions::Partitioned;
 pub use recalls::RecallListener;
 pub use replicas::Heard;
 pub use service_accounts::{NewServiceAccount, ServiceStanding};
-pub use sessions::{NewSession, RefreshOutcome};
+pub use sessions::RefreshOutcome;
 pub use users::{Credentials, NewUser};
 
 use crate::{

@@ -1,9 +1,5 @@
 use chrono::{DateTime, Utc};
-use diesel::{
-    dsl::exists,
-    prelude::*,
-    result::{DatabaseErrorKind, Error as DieselError},
-};
+use diesel::prelude::*;
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use serde_json::json;
 use uuid::Uuid;
@@ -11,8 +7,7 @@ use uuid::Uuid;
 use super::{
     Store,
     audit::audit_insert_in_txn,
-    mails::login_notice_in_txn,
-    mfa::{mfa_code_use_in_txn, totp_forget_unconfirmed_in_txn},
+    mfa::totp_forget_unconfirmed_in_txn,
     one_time_tokens::token_delete_in_txn,
     schema::{sessions, users},
     users::UserRow,
@@ -20,25 +15,10 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{
-        AuditAction, AuditEvent, Factor, Origin, Page, PageRequest, RefreshStep, Session,
-        SessionDetails, SessionId, SessionStanding, TokenPurpose, UsedCode, UserId,
+        AuditAction, AuditEvent, Origin, Page, PageRequest, RefreshStep, Session, SessionDetails,
+        SessionId, SessionStanding, TokenPurpose, UserId,
     },
 };
-
-/// A login to record.
-pub struct NewSession<'a> {
-    pub id: SessionId,
-    pub user_id: UserId,
-    pub idle_expires_at: DateTime<Utc>,
-    pub absolute_expires_at: DateTime<Utc>,
-    /// Takes the place of the user's hash when that is weaker than the configured scheme.
-    pub rehashed_password: Option<String>,
-    /// The second factor that opens it beside the password; used up with that.
-    pub code: Option<UsedCode>,
-    /// Mails the user if they have not logged in so before.
-    pub tell_if_new: bool,
-    pub origin: &'a Origin,
-}
 
 /// A session after a refresh token was presented, and what that did.
 pub struct RefreshOutcome {
@@ -47,77 +27,6 @@ pub struct RefreshOutcome {
 }
 
 impl Store {
-    /// Opens a session, marks the login and replaces an outdated hash, together.
-    ///
-    /// `checked_hash` is the hash that the password was checked against: should it have changed
-    /// meanwhile, the login does not count.
-    ///
-    /// # Errors
-    /// `InvalidCredentials` · `AccountDisabled` · `MfaCodeInvalid` · `MfaChallengeInvalid` when there is a
-    /// session of this id, or a second factor is asked for since this moment · `Unavailable`
-    pub async fn session_open(
-        &self,
-        new: NewSession<'_>,
-        checked_hash: &str,
-        now: DateTime<Utc>,
-    ) -> Result<SessionStanding> {
-        let mut conn = self.conn().await?;
-        conn.transaction::<_, Error, _>(async |conn| {
-            let rehashed = new.rehashed_password.as_deref();
-            let user: UserRow = diesel::update(users::table)
-                .filter(
-                    users::id
-                        .eq(new.user_id.0)
-                        .and(users::password_hash.eq(checked_hash)),
-                )
-                .set((
-                    users::last_login_at.eq(now),
-                    users::password_hash.eq(rehashed.unwrap_or(checked_hash)),
-                ))
-                .returning(UserRow::as_returning())
-                .get_result(conn)
-                .await
-                .optional()?
-                .ok_or(Error::InvalidCredentials)?;
-            if let Some(code) = &new.code {
-                mfa_code_use_in_txn(code, conn).await?;
-            }
-            let row = NewSessionRow {
-                id: new.id.0,
-                user_id: new.user_id.0,
-                rotated_at: now,
-                created_at: now,
-                last_used_at: now,
-                idle_expires_at: new.idle_expires_at,
-                absolute_expires_at: new.absolute_expires_at,
-                user_agent: &new.origin.user_agent,
-                address: new.origin.address.map(|address| address.to_string()),
-                mfa: new.code.is_some(),
-            };
-            let session: SessionRow = diesel::insert_into(sessions::table)
-                .values(row)
-                .returning(SessionRow::as_returning())
-                .get_result(conn)
-                .await
-                .map_err(on_challenged)?;
-            session_opened_in_txn(&new, conn).await?;
-            if rehashed.is_some() {
-                let action = AuditAction::PasswordRehashed;
-                let event = AuditEvent::of_user(action, new.user_id, new.origin);
-                audit_insert_in_txn(&event, conn).await?;
-            }
-            let standing = standing(session, user)?;
-            if !standing.user.is_active {
-                return Err(Error::AccountDisabled);
-            }
-            if new.tell_if_new && session_is_strange_in_txn(&new, conn).await? {
-                login_notice_in_txn(&standing, conn).await?;
-            }
-            Ok(standing)
-        })
-        .await
-    }
-
     /// The session and its user as they stand now; `None` when there is no such session.
     ///
     /// # Errors
@@ -356,42 +265,6 @@ pub(super) async fn session_revoke_all_in_txn(
     Ok(lapses.iter().filter(|lapses| **lapses > now).count())
 }
 
-/// What keeps a session from being opened: the challenge was used before, or, by the check
-/// `sessions_mfa_required`, a second factor is asked for since this moment.
-fn on_challenged(error: DieselError) -> Error {
-    use DatabaseErrorKind as Kind;
-    match error {
-        DieselError::DatabaseError(Kind::UniqueViolation | Kind::CheckViolation, ref about)
-            if matches!(
-                about.constraint_name(),
-                Some("sessions_pkey" | "sessions_mfa_required")
-            ) =>
-        {
-            Error::MfaChallengeInvalid
-        }
-        error => error.into(),
-    }
-}
-
-/// Says by which second factor, if by any.
-async fn session_opened_in_txn(new: &NewSession<'_>, conn: &mut AsyncPgConnection) -> Result<()> {
-    let mut details = json!({"user_id": new.user_id.to_string()});
-    let factor = new.code.as_ref().map(|code| code.what.factor());
-    if let Some(factor) = factor {
-        details["mfa"] = factor.as_str().into();
-    }
-    let event = AuditEvent::new(AuditAction::SessionOpened, new.id.0, new.origin)
-        .about(new.user_id)
-        .with_details(details);
-    audit_insert_in_txn(&event, conn).await?;
-    if factor == Some(Factor::RecoveryCode) {
-        let action = AuditAction::RecoveryCodeUsed;
-        let event = AuditEvent::of_user(action, new.user_id, new.origin);
-        audit_insert_in_txn(&event, conn).await?;
-    }
-    Ok(())
-}
-
 /// Names the user too: the trail outlives the session's row.
 async fn session_audit_in_txn(
     action: AuditAction,
@@ -406,52 +279,17 @@ async fn session_audit_in_txn(
     audit_insert_in_txn(&event, conn).await
 }
 
-/// Whether a user who has other sessions has none from the same address with the same client.
-async fn session_is_strange_in_txn(
-    new: &NewSession<'_>,
-    conn: &mut AsyncPgConnection,
-) -> Result<bool> {
-    let others = sessions::table
-        .filter(sessions::user_id.eq(new.user_id.0))
-        .filter(sessions::id.ne(new.id.0));
-    let address = new.origin.address.map(|address| address.to_string());
-    let alike = others
-        .filter(sessions::user_agent.eq(&new.origin.user_agent))
-        .filter(sessions::address.is_not_distinct_from(address));
-    let (any, alike): (bool, bool) = diesel::select((
-        exists(others.select(sessions::id)),
-        exists(alike.select(sessions::id)),
-    ))
-    .get_result(conn)
-    .await?;
-    Ok(any && !alike)
-}
-
-fn standing(session: SessionRow, user: UserRow) -> Result<SessionStanding> {
+/// A session with its user.
+pub(super) fn standing(session: SessionRow, user: UserRow) -> Result<SessionStanding> {
     Ok(SessionStanding {
         session: session.into(),
         user: user.try_into()?,
     })
 }
 
-#[derive(Insertable)]
-#[diesel(table_name = sessions, treat_none_as_default_value = false)]
-struct NewSessionRow<'a> {
-    id: Uuid,
-    user_id: Uuid,
-    rotated_at: DateTime<Utc>,
-    created_at: DateTime<Utc>,
-    last_used_at: DateTime<Utc>,
-    idle_expires_at: DateTime<Utc>,
-    absolute_expires_at: DateTime<Utc>,
-    user_agent: &'a str,
-    address: Option<String>,
-    mfa: bool,
-}
-
 #[derive(Queryable, Selectable)]
 #[diesel(table_name = sessions, check_for_backend(diesel::pg::Pg))]
-struct SessionRow {
+pub(super) struct SessionRow {
     id: Uuid,
     user_id: Uuid,
     counter: i64,

@@ -363,8 +363,8 @@ async fn clear_in_txn(id: UserId, kinds: &[&str], conn: &mut AsyncPgConnection) 
 
 #[derive(Queryable, Selectable, Insertable, AsChangeset)]
 #[diesel(table_name = login_throttle, check_for_backend(diesel::pg::Pg))]
-struct ThrottleRow {
-    subject: String,
+pub(super) struct ThrottleRow {
+    pub(super) subject: String,
     failures: i32,
     last_failed_at: DateTime<Utc>,
     blocked_until: DateTime<Utc>,

@@ -119,20 +119,6 @@ impl Store {
     /// # Errors
     /// `UserNotFound` · `Unavailable`
     pub async fn user_by_identifier(&self, identifier: &Identifier) -> Result<User> {
-        match self.credentials_by_identifier(identifier).await? {
-            Some(Credentials { user, .. }) => Ok(user),
-            None => Err(Error::UserNotFound),
-        }
-    }
-
-    /// Finds what a login is checked against, in any case of the name; `None` for nobody's.
-    ///
-    /// # Errors
-    /// `Unavailable`
-    pub async fn credentials_by_identifier(
-        &self,
-        identifier: &Identifier,
-    ) -> Result<Option<Credentials>> {
         let by = match identifier {
             Identifier::Email(_) => sql::<Text>(LOWER_EMAIL),
             Identifier::Username(_) => sql::<Text>(LOWER_USERNAME),
@@ -142,20 +128,14 @@ impl Store {
             Identifier::Username(username) => username.as_str(),
         };
         let mut conn = self.conn().await?;
-        let found: Option<(UserRow, Option<String>)> = users::table
+        users::table
             .filter(by.eq(name.to_ascii_lowercase()))
-            .select((UserRow::as_select(), users::password_hash))
+            .select(UserRow::as_select())
             .first(&mut conn)
             .await
-            .optional()?;
-        found
-            .map(|(row, password_hash)| {
-                Ok(Credentials {
-                    user: row.try_into()?,
-                    password_hash,
-                })
-            })
-            .transpose()
+            .optional()?
+            .ok_or(Error::UserNotFound)?
+            .try_into()
     }
 
     /// What a known user's password is checked against.
@@ -370,7 +350,7 @@ impl Store {
 /// `lower()` takes I for another letter than i. It orders by bytes, so that names of one prefix stand
 /// together.
 pub(super) const LOWER_EMAIL: &str = "lower(email COLLATE \"C\")";
-const LOWER_USERNAME: &str = "lower(username COLLATE \"C\")";
+pub(super) const LOWER_USERNAME: &str = "lower(username COLLATE \"C\")";
 
 /// From where to where names begin so, in the order of bytes.
 fn beginning_with(prefix: &NamePrefix) -> (String, String) {

@@ -218,9 +218,12 @@ impl Auth {
 
     /// Forgets what failed before. Should that not be possible now, it is forgiven in time.
     pub(in crate::auth) async fn forget(&self, subject: Option<String>) {
-        if let Some(subject) = subject
-            && let Err(error) = self.store.throttle_clear(&subject).await
-        {
+        let Some(subject) = subject else {
+            return;
+        };
+        let cleared = self.store.throttle_clear(&subject).await;
+        self.throttle.changed();
+        if let Err(error) = cleared {
             tracing::warn!(%error, "failed attempts before a success still count");
         }
     }

@@ -16,6 +16,8 @@ pub(super) struct Turn {
     turns: Arc<Turns>,
     subject: String,
     permit: Option<OwnedSemaphorePermit>,
+    /// It was waited for.
+    pub(super) is_late: bool,
 }
 
 impl Turns {
@@ -25,13 +27,18 @@ impl Turns {
             turns: self.clone(),
             subject: subject.to_owned(),
             permit: None,
+            is_late: false,
         };
         let places = self
             .lock()
             .entry(subject.to_owned())
             .or_insert_with(|| Arc::new(Semaphore::new(places)))
             .clone();
-        turn.permit = places.acquire_owned().await.ok();
+        turn.permit = places.clone().try_acquire_owned().ok();
+        if turn.permit.is_none() {
+            turn.is_late = true;
+            turn.permit = places.acquire_owned().await.ok();
+        }
         turn
     }
 

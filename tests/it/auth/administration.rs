@@ -330,7 +330,13 @@ async fn prefixes_are_looked_up_in_an_index_among_many_users() {
          FROM generate_series(1, 20000) n",
     )
     .await;
+    app.sql(
+        "INSERT INTO login_throttle (subject, failures, last_failed_at, blocked_until) \
+         SELECT 'name ' || n, 1, now(), now() FROM generate_series(1, 20000) n",
+    )
+    .await;
     app.sql("ANALYZE users").await;
+    app.sql("ANALYZE login_throttle").await;
     let by_email = ListUsersRequest {
         email_prefix: "abcd".to_owned(),
         ..ListUsersRequest::default()
@@ -351,8 +357,18 @@ async fn prefixes_are_looked_up_in_an_index_among_many_users() {
     app.login_as("nobody@example.com", PASSWORD)
         .await
         .unwrap_err();
-    let plan = app.plan(&["lower(email", " = $1"], &["'x'", "1"]).await;
-    assert!(plan.contains("users_email_lower_key"), "{plan}");
+    let subjects = [
+        "'user '",
+        "'name x'",
+        "'user '",
+        "' from 192.0.2.1'",
+        "'from 192.0.2.1'",
+    ];
+    let values = [&subjects[..], &["'x'"]].concat();
+    let plan = app.plan(&["lower(email", "AS subjects"], &values).await;
+    for index in ["users_email_lower_key", "login_throttle_pkey"] {
+        assert!(plan.contains(index), "{plan}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
