@@ -42,6 +42,8 @@ pub(crate) struct Plan {
     pub(crate) options: Options,
     pub(crate) parts: Vec<Part>,
     pub(crate) in_flight: Vec<usize>,
+    /// Events of a batch.
+    pub(crate) batches: Vec<usize>,
     pub(crate) users: usize,
     /// Events that are there already, of one ledger each.
     pub(crate) existing: Vec<u64>,

@@ -96,6 +96,14 @@ enum Command {
         /// Calls under way at once [default: 8,16,64,1024]
         #[arg(long, value_delimiter = ',', value_name = "N,…")]
         in_flight: Vec<usize>,
+        /// Events of a batch, up to 1000
+        #[arg(
+            long,
+            value_delimiter = ',',
+            value_name = "N,…",
+            default_value = "10,100,1000"
+        )]
+        batches: Vec<usize>,
         /// Users whose usage it is [default: 100000, quick 2000]
         #[arg(long)]
         users: Option<usize>,
@@ -271,6 +279,7 @@ fn main() -> anyhow::Result<()> {
             options,
             parts,
             in_flight,
+            batches,
             users,
             existing,
         } => ledger::run(&ledger::Plan {
@@ -287,6 +296,7 @@ fn main() -> anyhow::Result<()> {
                 (true, false) => vec![10_000, 1_000_000, 20_000_000],
                 (false, _) => existing,
             },
+            batches,
             parts,
             options,
         }),

@@ -1,6 +1,6 @@
 //! Between messages and the model. Reading a message collects what is wrong with every field.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
@@ -28,13 +28,13 @@ impl Fields {
     /// Takes a field's value, or notes what is wrong with it.
     pub(super) fn take<T>(
         &mut self,
-        field: &str,
+        field: impl fmt::Display,
         value: std::result::Result<T, Violation>,
     ) -> Option<T> {
         value
             .map_err(|description| {
                 self.violations.push(FieldViolation {
-                    field: field.to_owned(),
+                    field: field.to_string(),
                     description,
                 });
             })
@@ -44,7 +44,7 @@ impl Fields {
     /// Parses a field.
     pub(super) fn parse<T: std::str::FromStr<Err = Violation>>(
         &mut self,
-        field: &str,
+        field: impl fmt::Display,
         text: &str,
     ) -> Option<T> {
         self.take(field, text.parse())
@@ -147,16 +147,17 @@ pub(super) fn usage_event(
     event: usage::v1::UsageEvent,
     now: DateTime<Utc>,
 ) -> Option<UsageEvent> {
-    let path = |name: &str| format!("{path}{name}");
-    let event_id: Option<EventId> = fields.parse(&path("event_id"), &event.event_id);
+    // Named only when something is wrong with it: a call may bring a thousand events.
+    let path = |name| Path(path, name);
+    let event_id: Option<EventId> = fields.parse(path("event_id"), &event.event_id);
     let occurred_at =
         timestamp(event.occurred_at).and_then(|at| check_occurred_at(at, now).map(|()| at));
-    let occurred_at = fields.take(&path("occurred_at"), occurred_at);
-    let user_id: Option<UserId> = fields.parse(&path("user_id"), &event.user_id);
-    let model = fields.parse(&path("model"), &event.model);
-    let tokens = token_counts(fields, &path("tokens"), event.tokens);
-    let request_id = fields.take(&path("request_id"), request_id(event.request_id));
-    let labels = fields.take(&path("labels"), labels(event.labels.into_iter().collect()));
+    let occurred_at = fields.take(path("occurred_at"), occurred_at);
+    let user_id: Option<UserId> = fields.parse(path("user_id"), &event.user_id);
+    let model = fields.parse(path("model"), &event.model);
+    let tokens = token_counts(fields, path("tokens"), event.tokens);
+    let request_id = fields.take(path("request_id"), request_id(event.request_id));
+    let labels = fields.take(path("labels"), labels(event.labels.into_iter().collect()));
     Some(UsageEvent {
         event_id: event_id?,
         occurred_at: occurred_at?,
@@ -168,14 +169,25 @@ pub(super) fn usage_event(
     })
 }
 
+/// A field's name behind what it begins with.
+#[derive(Clone, Copy)]
+struct Path<'a>(&'a str, &'a str);
+
+impl fmt::Display for Path<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(path, name) = self;
+        write!(f, "{path}{name}")
+    }
+}
+
 pub(super) fn token_counts(
     fields: &mut Fields,
-    field: &str,
+    field: impl fmt::Display + Copy,
     counts: Option<usage::v1::TokenCounts>,
 ) -> Option<TokenCounts> {
     let counts = counts.unwrap_or_default();
     let mut count =
-        |name: &str, value: i64| fields.take(&format!("{field}.{name}"), token_count(value));
+        |name: &str, value: i64| fields.take(format_args!("{field}.{name}"), token_count(value));
     let (input, output) = (count("input", counts.input), count("output", counts.output));
     let cached_input = count("cached_input", counts.cached_input);
     let cache_write = count("cache_write", counts.cache_write);

@@ -97,7 +97,7 @@ fn read<T: FromStr<Err = Violation>>(
     text: &str,
 ) -> Option<Option<T>> {
     if is_wanted {
-        fields.parse(&format!("user.{field}"), text).map(Some)
+        fields.parse(format_args!("user.{field}"), text).map(Some)
     } else {
         Some(None)
     }

@@ -1,6 +1,9 @@
 //! Booking events: the one statement that does it, for one or many at once.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    io::Write as _,
+};
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -8,17 +11,17 @@ use diesel::{
     prelude::*,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
     result::Error as DieselError,
+    serialize::{self, IsNull, Output, ToSql},
     sql_types::{Array, BigInt, Jsonb, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
-use serde_json::Value;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{Store, prepared::prepared, schema::user_erasures, usage::UsageRow};
 use crate::{
     error::{Error, Result},
-    model::{Booking, Period, UsageEvent, UsageRecord},
+    model::{Booking, Labels, Period, UsageEvent, UsageRecord},
 };
 
 /// What became of an event.
@@ -80,7 +83,11 @@ async fn insert(bookings: &[&Booking], conn: &mut AsyncPgConnection) -> Result<V
             };
             insert.load(conn).await?
         }
-        [event] => InsertEvent::new(event).load(conn).await?,
+        // It adds to one sum, unless the event was there.
+        [event] => match InsertEvent::new(event).execute(conn).await? {
+            0 => vec![1],
+            _ => Vec::new(),
+        },
         _ => InsertEvents::new(&firsts).load(conn).await?,
     };
     if known.is_empty() && firsts.len() == bookings.len() {
@@ -235,23 +242,23 @@ pub(super) type UsageRowTypes = (
 /// A fragment of its own with a static id: diesel would prepare an upsert anew on every call. Keys
 /// are inserted and upserted in sorted order, so that concurrent batches never wait for each other in
 /// a circle.
-struct InsertEvents {
+struct InsertEvents<'a> {
     months: Vec<String>,
     user_ids: Vec<Uuid>,
     event_ids: Vec<Uuid>,
     occurred_at: Vec<DateTime<Utc>>,
-    models: Vec<String>,
+    models: Vec<&'a str>,
     input: Vec<i64>,
     output: Vec<i64>,
     cached_input: Vec<i64>,
     cache_write: Vec<i64>,
     reasoning: Vec<i64>,
-    request_ids: Vec<String>,
-    labels: Vec<Value>,
+    request_ids: Vec<&'a str>,
+    labels: Vec<LabelsJson<'a>>,
 }
 
-impl InsertEvents {
-    fn new(events: &[&UsageEvent]) -> Self {
+impl<'a> InsertEvents<'a> {
+    fn new(events: &[&'a UsageEvent]) -> Self {
         let column =
             |value: fn(&UsageEvent) -> i64| events.iter().map(|event| value(event)).collect();
         Self {
@@ -262,28 +269,28 @@ impl InsertEvents {
             user_ids: events.iter().map(|event| event.user_id.0).collect(),
             event_ids: events.iter().map(|event| event.event_id.0).collect(),
             occurred_at: events.iter().map(|event| event.occurred_at).collect(),
-            models: events.iter().map(|event| event.model.to_string()).collect(),
+            models: events.iter().map(|event| event.model.as_str()).collect(),
             input: column(|event| event.tokens.input),
             output: column(|event| event.tokens.output),
             cached_input: column(|event| event.tokens.cached_input),
             cache_write: column(|event| event.tokens.cache_write),
             reasoning: column(|event| event.tokens.reasoning),
-            request_ids: events
+            request_ids: events.iter().map(|event| &*event.request_id).collect(),
+            labels: events
                 .iter()
-                .map(|event| event.request_id.clone())
+                .map(|event| LabelsJson(&event.labels))
                 .collect(),
-            labels: events.iter().map(|event| labels_of(event)).collect(),
         }
     }
 }
 
-impl QueryFragment<Pg> for InsertEvents {
+impl QueryFragment<Pg> for InsertEvents<'_> {
     fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         walk_insert(out, &MANY, |out| self.bind(out), |_| Ok(()))
     }
 }
 
-impl InsertEvents {
+impl InsertEvents<'_> {
     fn bind<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         out.push_bind_param::<Array<Text>, _>(&self.months)?;
         for ids in [&self.user_ids, &self.event_ids] {
@@ -312,25 +319,25 @@ impl InsertEvents {
 }
 
 /// As [`InsertEvents`], for one: without arrays, groups and sorting it costs Postgres two thirds.
-struct InsertEvent {
+struct InsertEvent<'a> {
     month: String,
-    event: UsageEvent,
-    labels: Value,
+    event: &'a UsageEvent,
+    labels: LabelsJson<'a>,
 }
 
-impl InsertEvent {
-    fn new(event: &UsageEvent) -> Self {
+impl<'a> InsertEvent<'a> {
+    fn new(event: &'a UsageEvent) -> Self {
         Self {
             month: event.period().to_string(),
-            labels: labels_of(event),
-            event: event.clone(),
+            labels: LabelsJson(&event.labels),
+            event,
         }
     }
 }
 
-impl QueryFragment<Pg> for InsertEvent {
+impl QueryFragment<Pg> for InsertEvent<'_> {
     fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        let event = &self.event;
+        let event = self.event;
         walk_insert(
             out,
             &ONE,
@@ -365,35 +372,48 @@ impl QueryFragment<Pg> for InsertEvent {
 }
 
 prepared! {
-    InsertEvent => BigInt = Self;
+    InsertEvent<'a> => () = InsertEvent<'static>;
 }
 
-fn labels_of(event: &UsageEvent) -> Value {
-    let label = |(key, value): (&String, &String)| (key.clone(), value.as_str().into());
-    Value::Object(event.labels.iter().map(label).collect())
+/// Labels that are written as they are, without a copy of them between.
+#[derive(Debug)]
+struct LabelsJson<'a>(&'a Labels);
+
+impl ToSql<Jsonb, Pg> for LabelsJson<'_> {
+    fn to_sql<'b>(&'b self, out: &mut Output<'b, '_, Pg>) -> serialize::Result {
+        // The version of the format.
+        out.write_all(&[1])?;
+        serde_json::to_writer(out, self.0)?;
+        Ok(IsNull::No)
+    }
 }
 
 /// In what the statements for one event and for many differ.
 struct Shape {
     /// Before the values; they end with a parenthesis.
     values: &'static str,
+    /// Before and behind the statement that adds.
+    adding: [&'static str; 2],
     /// What an event, or all of a group, adds to a month of a model.
     sums: &'static str,
     groups: &'static str,
-    /// The places of those that were there. Parameters are named by their numbers: they are bound.
+    /// The places of those that were there; of one, how many sums it was added to says as much. Parameters
+    /// are named by their numbers: they are bound.
     known: &'static str,
 }
 
 const ONE: Shape = Shape {
     values: "VALUES (",
+    adding: ["", ""],
     sums: "input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
                     reasoning_tokens, 1",
     groups: "",
-    known: "SELECT 1::bigint WHERE NOT EXISTS (SELECT FROM new)",
+    known: "",
 };
 
 const MANY: Shape = Shape {
     values: "SELECT * FROM unnest(",
+    adding: [", sums AS (", ")"],
     sums: "sum_bigint(input_tokens), sum_bigint(output_tokens),
                     sum_bigint(cached_input_tokens), sum_bigint(cache_write_tokens),
                     sum_bigint(reasoning_tokens), count(*)",
@@ -425,7 +445,12 @@ fn walk_insert<'b>(
                 ON CONFLICT DO NOTHING
                 RETURNING usage_month, user_id, event_id, model, input_tokens, output_tokens,
                     cached_input_tokens, cache_write_tokens, reasoning_tokens
-            ), sums AS (
+            )",
+    );
+    let [before, behind] = shape.adding;
+    out.push_sql(before);
+    out.push_sql(
+        "
                 INSERT INTO monthly_model_usage AS m (user_id, month, model,
                     input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
                     reasoning_tokens, request_count)
@@ -443,8 +468,9 @@ fn walk_insert<'b>(
                     cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
                     reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
                     request_count = m.request_count + EXCLUDED.request_count
-            )",
+            ",
     );
+    out.push_sql(behind);
     settle(&mut out)?;
     out.push_sql("\n            ");
     out.push_sql(shape.known);
@@ -452,7 +478,7 @@ fn walk_insert<'b>(
 }
 
 prepared! {
-    InsertEvents => BigInt = Self;
+    InsertEvents<'a> => BigInt = InsertEvents<'static>;
 }
 
 /// Holds of other replicas that events settle, by their names.
@@ -516,12 +542,12 @@ impl Settlements {
 }
 
 /// As [`InsertEvents`], and tells the owners of holds what was charged.
-struct InsertAndSettle {
-    events: InsertEvents,
+struct InsertAndSettle<'a> {
+    events: InsertEvents<'a>,
     settlements: Settlements,
 }
 
-impl QueryFragment<Pg> for InsertAndSettle {
+impl QueryFragment<Pg> for InsertAndSettle<'_> {
     fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         let (events, settlements) = (&self.events, &self.settlements);
         walk_insert(
@@ -534,5 +560,5 @@ impl QueryFragment<Pg> for InsertAndSettle {
 }
 
 prepared! {
-    InsertAndSettle => BigInt = Self;
+    InsertAndSettle<'a> => BigInt = InsertAndSettle<'static>;
 }

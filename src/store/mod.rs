@@ -42,7 +42,10 @@ mod users;
 
 use std::{sync::Arc, time::Duration};
 
-use deadpool::{Runtime, Status, managed::QueueMode};
+use deadpool::{
+    Runtime, Status,
+    managed::{QueueMode, WeakPool},
+};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
@@ -54,7 +57,7 @@ use tokio::{
     runtime::Handle,
     sync::{Mutex, Semaphore, SemaphorePermit},
     task::JoinSet,
-    time::{error::Elapsed, timeout},
+    time::{error::Elapsed, sleep, timeout},
 };
 
 use conn::Conn;
@@ -79,6 +82,8 @@ use crate::{
     config::DatabaseSettings,
     error::{Error, Result},
 };
+
+type Manager = AsyncDieselConnectionManager<AsyncPgConnection>;
 
 /// The database, through a bounded pool of connections. Cheap to clone.
 #[derive(Clone)]
@@ -146,14 +151,16 @@ impl Store {
     }
 
     fn with_connections(&self, connections: usize, further: String) -> Result<Self> {
+        let pool = pool(
+            connections,
+            RecyclingMethod::Fast,
+            &self.url,
+            self.connect_timeout,
+            session(self.statement_timeout) + &further,
+        )?;
+        tokio::spawn(tick(pool.weak(), self.patience() / 2));
         Ok(Self {
-            pool: pool(
-                connections,
-                RecyclingMethod::Fast,
-                &self.url,
-                self.connect_timeout,
-                session(self.statement_timeout) + &further,
-            )?,
+            pool,
             ..self.clone()
         })
     }
@@ -264,6 +271,15 @@ fn pool(
         .runtime(Runtime::Tokio1)
         .build()
         .map_err(Error::internal)
+}
+
+/// Sleeps again and again while there is a pool. A runtime makes a system call, and goes once more around
+/// its loop, for each timer that is to end before all others. Of statements on a thread that does little
+/// else each would bring one: the end of its patience is later than the end of this sleep.
+async fn tick(pool: WeakPool<Manager>, period: Duration) {
+    while pool.upgrade().is_some_and(|pool| !pool.is_closed()) {
+        sleep(period).await;
+    }
 }
 
 /// Between the statements of a transaction this service does nothing that takes long: one that stops there

@@ -27,9 +27,6 @@ use super::{
     raw, watch_postgres,
 };
 
-/// Events of a batch.
-const SIZES: [usize; 3] = [10, 100, 1000];
-
 /// Who works at once, each for itself: connections to Postgres, callers, streams. As many as the
 /// service has writers.
 const WRITERS: usize = 8;
@@ -72,7 +69,7 @@ impl Way {
 pub(super) fn compare(stage: &Stage<'_>) -> anyhow::Result<Comparison> {
     let crew = stage.runtime.block_on(Crew::hire(stage))?;
     let mut panels = Vec::new();
-    for size in SIZES {
+    for &size in &stage.plan.batches {
         let rows = WAYS.map(Way::row).into();
         let title = format!("{size} events a batch, {} users", stage.people.len());
         panels.push(stage.panel(title, rows, |index| crew.turn(WAYS[index], size))?);

@@ -4,8 +4,11 @@
 //! turns too. Events are of two months and of everybody; they are filled without indexes, which are
 //! built at the end as a restored dump does. Sums are made of the events.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, ensure};
 use chrono::{DateTime, Utc};
+use futures_util::future::try_join_all;
 use nix::sys::statvfs::statvfs;
 use prost::Message as _;
 use tokio::runtime::Runtime;
@@ -23,12 +26,15 @@ use crate::{
 use super::{
     CONNECTIONS, Comparison, Plan,
     events::{Events, LABEL, MODELS, Users},
-    watch_postgres,
+    raw, watch_postgres,
 };
 
 const GET_MONTHLY_USAGE: &str = "/tollkeeper.usage.v1.UsageService/GetMonthlyUsage";
 const READS_IN_FLIGHT: usize = 32;
 const WRITES_IN_FLIGHT: [usize; 2] = [1024, 16];
+
+const RAW_EVENTS: usize = 100;
+const RAW_CONNECTIONS: usize = 2;
 
 /// A turn of writing is so many times as long as others, and the first, which is not counted, so many
 /// times as long again: after a checkpoint each page is written in full once, which is a small part
@@ -71,6 +77,9 @@ pub(super) fn compare(
     let mut panels = Vec::new();
     for in_flight in WRITES_IN_FLIGHT {
         panels.push(writes(plan, &sizes, in_flight, postgres, runtime)?);
+        if panels.len() == 1 {
+            panels.push(raw_writes(plan, &sizes, postgres, runtime)?);
+        }
     }
     for size in &sizes {
         runtime.block_on(size.settle())?;
@@ -120,6 +129,23 @@ fn writes(
     take_turns(title, plan, sizes, turn)
 }
 
+/// What Postgres alone loses, with as large batches as calls in a crowd become.
+fn raw_writes(
+    plan: &Plan,
+    sizes: &[Grown],
+    postgres: Postgres,
+    runtime: &Runtime,
+) -> anyhow::Result<Panel> {
+    let title = format!(
+        "the statement without a service, {RAW_EVENTS} events on each of {RAW_CONNECTIONS} connections"
+    );
+    let time = plan.options.slice() * LONGER;
+    take_turns(title, plan, sizes, |size, _| {
+        runtime.block_on(size.reset())?;
+        watch_postgres(postgres, || runtime.block_on(size.write_raw(time)))
+    })
+}
+
 fn reads(
     plan: &Plan,
     fixture: &Fixture,
@@ -167,6 +193,8 @@ struct Grown {
     parts: [Part; 2],
     server: Server,
     records: Calls,
+    fresh: Events,
+    raw: Vec<raw::Connection>,
 }
 
 /// The events of a month.
@@ -222,16 +250,20 @@ impl Grown {
         // Everybody is read once.
         let warm_up = Events::of(&people, Users::InTurn).calls(key);
         let until = Until {
-            time: std::time::Duration::from_secs(120),
+            time: Duration::from_secs(120),
             calls: people.len(),
         };
         load::run(&server, &warm_up, InFlight::new(512, CONNECTIONS), 1, until)?;
+        let connect = || try_join_all((0..RAW_CONNECTIONS).map(|_| raw::Connection::open(&url)));
+        let fresh = Events::of(&people, Users::Uniform);
         Ok(Self {
             events,
             client,
             parts,
             server,
-            records: Events::of(&people, Users::Uniform).calls(key),
+            records: fresh.calls(key),
+            fresh,
+            raw: runtime.block_on(async { connect().await })?,
         })
     }
 
@@ -252,6 +284,26 @@ impl Grown {
             self.client.batch_execute(statement).await?;
         }
         Ok(())
+    }
+
+    async fn write_raw(&self, time: Duration) -> anyhow::Result<Slice> {
+        let begun = Instant::now();
+        let write = async |connection: &raw::Connection| {
+            let mut latencies = Vec::new();
+            while begun.elapsed() < time {
+                let events = (0..RAW_EVENTS).map(|_| self.fresh.next()).collect();
+                let sent = Instant::now();
+                connection.book(events).await?;
+                latencies.push(sent.elapsed());
+            }
+            anyhow::Ok(latencies)
+        };
+        let latencies = try_join_all(self.raw.iter().map(write)).await?.concat();
+        let slice = Slice::of(latencies, begun.elapsed());
+        Ok(Slice {
+            calls: slice.calls * RAW_EVENTS as u64,
+            ..slice
+        })
     }
 
     fn turn(
