@@ -14,17 +14,14 @@ use std::{
     time::Instant,
 };
 
-use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use http::{
     HeaderMap, HeaderValue, Request, Response,
     header::{AUTHORIZATION, CONTENT_TYPE},
 };
 use http_body::{Body as _, Frame};
-use prost::{
-    Message,
-    encoding::{self, WireType},
-};
+use prost::Message;
 use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service, ServiceExt as _, util::Oneshot};
 use tracing::Level;
@@ -39,7 +36,7 @@ use super::{
     peer::Peer,
     quota,
     request_id::{self, REQUEST_ID},
-    reservation,
+    reservation, wire,
 };
 use crate::{
     auth::{Auth, BootTime, KnownService, Validated},
@@ -311,12 +308,12 @@ impl<S> Shared<S> {
 
 /// The token of a `ValidateTokenRequest` that holds nothing else, from the bytes of a call.
 pub(super) fn token_of(data: &[u8]) -> Option<&str> {
-    let mut message = message_of(data)?;
-    let (tag, wire_type) = encoding::decode_key(&mut message).ok()?;
-    let token_bytes = encoding::decode_varint(&mut message).ok()?;
-    let alone = (tag, wire_type) == (1, WireType::LengthDelimited)
-        && usize::try_from(token_bytes) == Ok(message.remaining());
-    std::str::from_utf8(message).ok().filter(|_| alone)
+    let mut token = None;
+    wire::read(message_of(data)?, |number, value| match number {
+        1 => wire::once(&mut token, value.text()),
+        _ => None,
+    })?;
+    token
 }
 
 /// The message of a call that is whole and plain, from its bytes.

@@ -135,7 +135,7 @@ impl From<&QuotaStanding> for usage::Quota {
 }
 
 /// A `CheckQuotaRequest`, where it lies in the message.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Asked<'a> {
     user_id: &'a str,
     tokens: i64,
@@ -251,5 +251,27 @@ impl From<CreditGrant> for admin::Credit {
             reason: grant.reason,
             request_id: grant.request_id.to_string(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+
+    #[test]
+    fn what_is_read_where_it_lies_is_what_the_generated_code_reads() {
+        let whole = usage::CheckQuotaRequest {
+            user_id: "user".to_owned(),
+            tokens: -7,
+            model: "model".to_owned(),
+        };
+        for sent in [usage::CheckQuotaRequest::default(), whole.clone()] {
+            let bytes = sent.encode_to_vec();
+            assert_eq!(Asked::read(&bytes), Some(Asked::from(&sent)));
+        }
+        let twice = [whole.encode_to_vec(), whole.encode_to_vec()].concat();
+        assert_eq!(Asked::read(&twice), None);
     }
 }

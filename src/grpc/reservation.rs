@@ -21,7 +21,7 @@ pub(super) const DEFAULT_LIFETIME: Duration = Duration::from_mins(2);
 const MAX_LIFETIME: Duration = Duration::from_hours(1);
 
 /// A `ReserveQuotaRequest`, where it lies in the message.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub(super) struct Asked<'a> {
     user_id: &'a str,
     request_id: &'a str,

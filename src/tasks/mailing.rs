@@ -138,39 +138,35 @@ impl Mailing {
         };
         // Well beyond an attempt and the word of its end.
         let claim = mailer.longest() + mailer.longest() / 10 + Duration::from_mins(1);
-        loop {
-            let free = self.turns.available_permits();
-            if free == 0 {
-                return Ok(true);
-            }
-            let claimed = self.store.outbox_claim(MailNote::KIND, claim, free).await?;
-            let were_all = claimed.len() < free;
-            for event in claimed {
-                // There are as many: nobody else takes any.
-                let Ok(turn) = self.turns.clone().acquire_owned().await else {
-                    return Ok(false);
-                };
-                let one = Sending {
-                    store: self.store.clone(),
-                    auth: self.auth.clone(),
-                    mailer: mailer.clone(),
-                    status: self.status.clone(),
-                    claimed_until: Instant::now() + claim,
-                    event,
-                };
-                tokio::spawn(async move {
-                    let id = one.event.id;
-                    if let Err(error) = one.run().await {
-                        // It will be claimed, and maybe sent, once more.
-                        warn!(%error, event_id = %id, "what became of a mail could not be written");
-                    }
-                    drop(turn);
-                });
-            }
-            if were_all {
-                return Ok(false);
-            }
+        let free = self.turns.available_permits();
+        if free == 0 {
+            return Ok(true);
         }
+        let claimed = self.store.outbox_claim(MailNote::KIND, claim, free).await?;
+        let may_be_more = claimed.len() == free;
+        for event in claimed {
+            // There are as many: nobody else takes any.
+            let Ok(turn) = self.turns.clone().acquire_owned().await else {
+                return Ok(false);
+            };
+            let one = Sending {
+                store: self.store.clone(),
+                auth: self.auth.clone(),
+                mailer: mailer.clone(),
+                status: self.status.clone(),
+                claimed_until: Instant::now() + claim,
+                event,
+            };
+            tokio::spawn(async move {
+                let id = one.event.id;
+                if let Err(error) = one.run().await {
+                    // It will be claimed, and maybe sent, once more.
+                    warn!(%error, event_id = %id, "what became of a mail could not be written");
+                }
+                drop(turn);
+            });
+        }
+        Ok(may_be_more)
     }
 
     async fn look(&self) -> Result<()> {

@@ -34,6 +34,19 @@ impl<'a> From<&'a RateLimitDescriptor> for Descriptor<'a> {
 }
 
 impl<'a> Descriptor<'a> {
+    /// Reads the one descriptor of a `RateLimitRequest` and the hits of the whole request, if it is one that
+    /// [`wire`] reads.
+    pub(super) fn read_alone(message: &'a [u8]) -> Option<(Self, u32)> {
+        let (mut descriptor, mut hits) = (None, None);
+        wire::read(message, |number, value| match number {
+            2 => wire::once(&mut descriptor, value.bytes()),
+            3 => wire::once(&mut hits, value.number()),
+            _ => Some(()),
+        })?;
+        let hits = u32::try_from(hits.unwrap_or_default()).ok()?;
+        Some((Self::read(descriptor?)?, hits))
+    }
+
     /// Reads a `RateLimitDescriptor`, if it is one that [`wire`] reads.
     pub(super) fn read(message: &'a [u8]) -> Option<Self> {
         let mut entries = Vec::with_capacity(KEYS.len());
@@ -350,7 +363,10 @@ mod tests {
     use prost::Message as _;
 
     use super::*;
-    use crate::proto::envoy::extensions::common::ratelimit::v3::rate_limit_descriptor::Entry;
+    use crate::proto::envoy::{
+        extensions::common::ratelimit::v3::rate_limit_descriptor::Entry,
+        service::ratelimit::v3::RateLimitRequest,
+    };
 
     const USER: &str = "01890a5d-ac96-774b-bcce-b302099a8057";
 
@@ -566,5 +582,30 @@ mod tests {
         // A second number would have to be merged.
         let hits = descriptor(&[], Some(1)).encode_to_vec();
         assert_eq!(Descriptor::read(&[&hits[..], &hits].concat()), None);
+    }
+
+    #[test]
+    fn a_request_is_read_where_it_lies_if_it_has_one_descriptor() {
+        let one = of_request("check", &[], None);
+        let sent = |descriptors: &[RateLimitDescriptor], hits_addend| {
+            let request = RateLimitRequest {
+                descriptors: descriptors.to_vec(),
+                hits_addend,
+            };
+            request.encode_to_vec()
+        };
+        for hits in [0, 7, u32::MAX] {
+            let bytes = sent(std::slice::from_ref(&one), hits);
+            assert_eq!(Descriptor::read_alone(&bytes), Some(((&one).into(), hits)));
+        }
+        assert_eq!(Descriptor::read_alone(&sent(&[], 1)), None);
+        assert_eq!(
+            Descriptor::read_alone(&sent(&[one.clone(), one.clone()], 1)),
+            None
+        );
+        // More than 32 bits: the generated code takes the last ones.
+        let mut more = sent(&[one], 0);
+        more.extend([0x18, 0x80, 0x80, 0x80, 0x80, 0x10]);
+        assert_eq!(Descriptor::read_alone(&more), None);
     }
 }

@@ -120,7 +120,7 @@ mod tests {
                 ],
                 is_raw,
             );
-            let removed = identity().removed(&Headers::of(Some(&sent)), true);
+            let removed = identity().removed(&Headers::of(&sent), true);
             assert_eq!(
                 removed,
                 [

@@ -35,17 +35,25 @@ use crate::{
 /// See [`super::fuzzing`].
 #[cfg(fuzzing)]
 pub(super) fn fuzz(data: &[u8]) {
-    use crate::proto::envoy::{
-        extensions::common::ratelimit::v3::RateLimitDescriptor, service::auth::v3::CheckRequest,
-    };
+    use crate::proto::envoy::service::{auth::v3::CheckRequest, ratelimit::v3::RateLimitRequest};
     use prost::Message as _;
 
-    if let Some(read) = descriptor::Descriptor::read(data) {
-        let decoded = RateLimitDescriptor::decode(data).expect("the long way reads it");
-        assert_eq!(read, (&decoded).into());
+    if let Some((read, hits)) = descriptor::Descriptor::read_alone(data) {
+        let decoded = RateLimitRequest::decode(data).expect("the long way reads it");
+        assert_eq!(hits, decoded.hits_addend);
+        assert_eq!([read], [(&decoded.descriptors[0]).into()]);
     }
-    if request::Asked::read(data).is_some() {
-        CheckRequest::decode(data).expect("the long way reads it");
+    if let Some(read) = request::Asked::read(data) {
+        let decoded = CheckRequest::decode(data).expect("the long way reads it");
+        let attributes = decoded.attributes.expect("it was read");
+        let decoded = request::Asked::of(&attributes);
+        for name in decoded.headers.names() {
+            assert_eq!(read.headers.get(name), decoded.headers.get(name));
+        }
+        for (key, value) in decoded.extensions {
+            let last = read.extensions.iter().rfind(|(of, _)| *of == key);
+            assert_eq!(last, Some(&(key, value)));
+        }
     }
 }
 

@@ -18,7 +18,6 @@ use super::{
 use crate::{
     auth::{Auth, BootTime},
     error::{Error, Result},
-    grpc::wire,
     model::{Labels, QuotaState, TokenCounts, UserStanding},
     proto::envoy::service::ratelimit::v3::{
         RateLimitRequest, RateLimitResponse,
@@ -81,14 +80,7 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
     now: DateTime<Utc>,
     clock: BootTime,
 ) -> Option<RateLimitResponse> {
-    let (mut descriptor, mut hits) = (None, None);
-    wire::read(message, |number, value| match number {
-        2 => wire::once(&mut descriptor, value.bytes()),
-        3 => wire::once(&mut hits, value.number()),
-        _ => Some(()),
-    })?;
-    let descriptor = Descriptor::read(descriptor?)?;
-    let hits = u32::try_from(hits.unwrap_or_default()).ok()?;
+    let (descriptor, hits) = Descriptor::read_alone(message)?;
     let granted = match descriptor::read(&descriptor, hits).ok()? {
         Ask::Check(user, wish) => {
             let user = auth.recall_user(user, clock)?;

@@ -28,7 +28,7 @@ impl<'a> Asked<'a> {
         let extensions = attributes.context_extensions.iter();
         Self {
             extensions: extensions.map(|(key, value)| (&**key, &**value)).collect(),
-            headers: Headers::of(Some(attributes)),
+            headers: Headers::of(attributes),
         }
     }
 
@@ -65,10 +65,9 @@ impl<'a> Asked<'a> {
 pub(super) struct Headers<'a>(Vec<(Cow<'a, str>, Cow<'a, str>)>);
 
 impl<'a> Headers<'a> {
-    pub(super) fn of(attributes: Option<&'a AttributeContext>) -> Self {
-        let http = attributes
-            .and_then(|attributes| attributes.request.as_ref())
-            .and_then(|request| request.http.as_ref());
+    pub(super) fn of(attributes: &'a AttributeContext) -> Self {
+        let request = attributes.request.as_ref();
+        let http = request.and_then(|request| request.http.as_ref());
         http.map(Self::of_http).unwrap_or_default()
     }
 
@@ -97,6 +96,8 @@ impl<'a> Headers<'a> {
             }
             Some(())
         })?;
+        // Of entries with one key the last one counts, and the first header.
+        headers.reverse();
         wire::read(raw.unwrap_or_default(), |number, header| {
             if number == 1 {
                 let (mut key, mut value, mut raw_value) = (None, None, None);
@@ -206,9 +207,7 @@ pub(super) mod tests {
         for is_raw in [false, true] {
             let read = |headers: &[(&str, &str)]| {
                 let attributes = attributes(headers, is_raw);
-                Headers::of(Some(&attributes))
-                    .credential()
-                    .map(str::to_owned)
+                Headers::of(&attributes).credential().map(str::to_owned)
             };
             assert_eq!(read(&[("authorization", "Bearer x")]).expect("read"), "x");
             assert_eq!(read(&[("Authorization", "bearer x")]).expect("read"), "x");
@@ -228,11 +227,11 @@ pub(super) mod tests {
         let twice = [("authorization", "Bearer x"), ("authorization", "Bearer y")];
         let twice = attributes(&twice, true);
         assert!(matches!(
-            Headers::of(Some(&twice)).credential(),
+            Headers::of(&twice).credential(),
             Err(Error::Refused { .. })
         ));
         assert!(matches!(
-            Headers::of(None).credential(),
+            Headers::default().credential(),
             Err(Error::CredentialMissing)
         ));
     }
@@ -241,7 +240,7 @@ pub(super) mod tests {
     fn grpc_is_told_from_its_relatives() {
         let is_grpc = |kind| {
             let attributes = attributes(&[("content-type", kind)], false);
-            Headers::of(Some(&attributes)).is_grpc()
+            Headers::of(&attributes).is_grpc()
         };
         assert!(is_grpc("application/grpc") && is_grpc("application/grpc+proto"));
         assert!(!is_grpc("application/grpc-web") && !is_grpc("application/json"));
@@ -279,5 +278,22 @@ pub(super) mod tests {
             assert!(Asked::read(&[&sent[..], &sent].concat()).is_none());
         }
         assert!(Asked::read(&CheckRequest::default().encode_to_vec()).is_none());
+    }
+
+    #[test]
+    fn of_entries_with_one_key_the_last_one_counts_as_in_a_map() {
+        // Two messages in one: their fields come one after the other.
+        let [one, two] = ["one", "two"].map(|id| {
+            let attributes = attributes(&[("x-request-id", id)], false);
+            let request = attributes.request.expect("set");
+            request.http.expect("set").encode_to_vec()
+        });
+        let both = [one, two].concat();
+        let read = Headers::read(&both).expect("as encoders write");
+        let decoded = HttpRequest::decode(&*both).expect("valid");
+        let decoded = Headers::of_http(&decoded);
+        for headers in [read, decoded] {
+            assert_eq!(headers.get("x-request-id"), Some("two"));
+        }
     }
 }

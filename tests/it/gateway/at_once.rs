@@ -11,6 +11,9 @@ use tollkeeper::{
     proto::{
         DESCRIPTOR_SET,
         envoy::service::{auth::v3::CheckResponse, ratelimit::v3::RateLimitResponse},
+        tollkeeper::usage::v1::{
+            CheckQuotaRequest, CheckQuotaResponse, ReserveQuotaRequest, ReserveQuotaResponse,
+        },
     },
 };
 use tonic::{Status, body::Body};
@@ -24,6 +27,8 @@ use super::{
 use crate::{harness::TestApp, usage::quota::with_tiers};
 
 const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
+const CHECK_QUOTA: &str = "/tollkeeper.usage.v1.UsageService/CheckQuota";
+const RESERVE_QUOTA: &str = "/tollkeeper.usage.v1.UsageService/ReserveQuota";
 const LIMIT: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
 
 /// Asks memory as a gateway with a key; `None`: it leaves the call to the long way.
@@ -133,4 +138,39 @@ async fn good_news_that_memory_knows_is_told_at_once_and_all_else_the_long_way()
     ] {
         assert!(at(left.clone()).await.is_none(), "{left:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_are_told_at_once_what_a_known_user_may_use() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let (_, key) = app.service("chat", &["quota"]).await;
+    let ask = |tokens| CheckQuotaRequest {
+        user_id: user.clone(),
+        tokens,
+        model: "a-model".to_owned(),
+    };
+    let at =
+        async |tokens| at_once::<CheckQuotaResponse>(&app, &key, CHECK_QUOTA, &ask(tokens)).await;
+    let mut usage = app.usage(&key);
+    let long = usage.check_quota(ask(5)).await.unwrap().into_inner();
+    assert_eq!(at(5).await.expect("it is known"), long);
+    assert!(at(101).await.is_none());
+    assert!(at(-1).await.is_none());
+
+    let ask = |tokens| ReserveQuotaRequest {
+        user_id: user.clone(),
+        request_id: "one".to_owned(),
+        model: "a-model".to_owned(),
+        tokens,
+        ..ReserveQuotaRequest::default()
+    };
+    let at = async |tokens| {
+        at_once::<ReserveQuotaResponse>(&app, &key, RESERVE_QUOTA, &ask(tokens)).await
+    };
+    let long = usage.reserve_quota(ask(5)).await.unwrap().into_inner();
+    let short = at(5).await.expect("it is known");
+    // The same hold; its handle is written anew.
+    assert_eq!((short.tokens, short.quota), (long.tokens, long.quota));
+    assert!(at(0).await.is_none());
 }

@@ -391,7 +391,7 @@ async fn an_override_as_the_first_act_of_a_month_keeps_what_the_tier_paid_for() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn credits_count_at_once_on_every_replica_and_in_every_answer() {
+async fn credits_count_on_every_replica_and_in_every_answer() {
     let (app, _tiers) = with_tiers().await;
     let replica = app.replica().await;
     let user = app.user().tier("small").create().await;
