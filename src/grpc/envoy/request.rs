@@ -96,7 +96,7 @@ impl<'a> Headers<'a> {
             }
             Some(())
         })?;
-        // Of entries with one key the last one counts, and the first header.
+        // The first header is taken; of entries with one key the last one counts.
         headers.reverse();
         wire::read(raw.unwrap_or_default(), |number, header| {
             if number == 1 {
