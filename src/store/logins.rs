@@ -111,6 +111,9 @@ impl Store {
     /// `checked_hash` is the hash that the password was checked against: should it have changed
     /// meanwhile, the login does not count.
     ///
+    /// A dropped future leaves the whole login or none: what waits for a lock is cancelled, and opens nothing
+    /// once the lock is free.
+    ///
     /// # Errors
     /// `InvalidCredentials` · `AccountDisabled` · `MfaCodeInvalid` · `MfaChallengeInvalid` when there is a
     /// session of this id, or a second factor is asked for since this moment · `Unavailable`
@@ -123,7 +126,9 @@ impl Store {
         let is_all = new.code.is_none() && new.rehashed_password.is_none() && !new.tell_if_new;
         let mut conn = self.conn().await?;
         if is_all {
-            return open(&new, checked_hash, now, &mut conn).await;
+            let opening =
+                async |conn: &mut AsyncPgConnection| open(&new, checked_hash, now, conn).await;
+            return conn.unless_cut_short(opening).await;
         }
         conn.transaction::<_, Error, _>(async |conn| {
             if let Some(code) = &new.code {
