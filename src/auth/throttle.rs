@@ -430,7 +430,12 @@ impl Auth {
         if counts.is_empty() {
             return Ok(());
         }
-        let counted = self.store.throttle_fail(&counts, now).await;
+        self.fail(&counts, now).await
+    }
+
+    /// Counts failures. Logins that have read what failed before, and have no turn yet, read it again.
+    async fn fail(&self, counts: &[(String, ThrottleRule)], now: DateTime<Utc>) -> Result<()> {
+        let counted = self.store.throttle_fail(counts, now).await;
         // Also when nobody can say whether they were.
         self.throttle.changed();
         counted

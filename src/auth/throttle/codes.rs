@@ -162,8 +162,7 @@ impl Auth {
         let counting = async move {
             let by_address = attempt.address.map(from).zip(auth.throttle.address);
             if let Some(counted) = by_address {
-                let failing = auth.store.throttle_fail(from_ref(&counted), attempt.now);
-                failing.await?;
+                auth.fail(from_ref(&counted), attempt.now).await?;
             }
             auth.store.mfa_code_refused(user, &origin).await
         };
