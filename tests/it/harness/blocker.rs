@@ -48,6 +48,11 @@ impl Blocker {
         eventually("calls end", async || waiting(app).await == 0).await;
     }
 
+    /// Does something in the transaction that holds it.
+    pub(crate) async fn sql(&self, statement: &str) {
+        self.client.batch_execute(statement).await.unwrap();
+    }
+
     pub(crate) async fn release(self) {
         self.client.batch_execute("COMMIT").await.unwrap();
     }
