@@ -44,14 +44,17 @@ pub struct LoginStanding {
 
 /// What failures of a login count against, as far as it is known before the user is.
 pub struct LoginSubjects {
-    /// Against a user: this and their id.
-    pub user: &'static str,
     /// Against a user in a network of theirs: this behind it.
     pub at_home: Option<String>,
     /// Against the name, when nobody has it.
     pub nobody: String,
     /// Against a network.
     pub from: Option<String>,
+}
+
+impl LoginSubjects {
+    /// Against a user: this and their id.
+    pub const USER: &'static str = "user ";
 }
 
 /// A login to record.
@@ -271,7 +274,6 @@ impl<'a> ReadLogin<'a> {
 
     fn walk<'b>(&'b self, by: &str, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         let LoginSubjects {
-            user,
             at_home,
             nobody,
             from,
@@ -281,11 +283,11 @@ impl<'a> ReadLogin<'a> {
         out.push_sql(", users.password_hash, ");
         self.state.walk_ast(out.reborrow())?;
         out.push_sql(" FROM (SELECT users.*, ARRAY[coalesce(");
-        out.push_bind_param::<Text, _>(user)?;
+        out.push_bind_param::<Text, _>(&LoginSubjects::USER)?;
         out.push_sql(" || users.id, ");
         out.push_bind_param::<Text, _>(nobody)?;
         out.push_sql("), ");
-        out.push_bind_param::<Text, _>(user)?;
+        out.push_bind_param::<Text, _>(&LoginSubjects::USER)?;
         out.push_sql(" || users.id || ");
         out.push_bind_param::<Nullable<Text>, _>(at_home)?;
         out.push_sql(", ");
