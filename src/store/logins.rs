@@ -1,5 +1,6 @@
 //! What a login reads and writes: one statement before the password is checked, one when it was right. Each
-//! is prepared once on a connection, and each is a transaction.
+//! is prepared once on a connection. Of a plain login each is a transaction; a code, a new hash or a notice is
+//! written together with the second.
 
 use std::collections::HashMap;
 
