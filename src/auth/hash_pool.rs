@@ -220,7 +220,8 @@ mod tests {
             };
             async move { pool.run(work).await }
         });
-        while begun.try_recv().is_err() {
+        while let Err(why) = begun.try_recv() {
+            assert_eq!(why, mpsc::TryRecvError::Empty, "refused");
             tokio::task::yield_now().await;
         }
         (release, running)

@@ -109,8 +109,6 @@ struct AccountAttempt {
 struct Guarded {
     user: UserId,
     subject: String,
-    /// What failures at home are named by.
-    kind: &'static str,
     rule: Option<ThrottleRule>,
     known: Option<Known>,
 }
@@ -155,6 +153,16 @@ impl Drop for Claim {
             }
         });
     }
+}
+
+/// What failed logins of a user count against, unless they are tried at a home.
+fn account(user: UserId) -> String {
+    format!("{}{user}", LoginSubjects::USER)
+}
+
+/// What counts instead of a subject if around this address is a home.
+fn at_home(subject: &str, address: IpAddr) -> String {
+    format!("{subject} {}", from(address))
 }
 
 impl Throttle {
@@ -235,12 +243,10 @@ impl Auth {
         origin: &Origin,
         now: DateTime<Utc>,
     ) -> Result<(Option<Credentials>, Attempt)> {
-        let from = origin.address.map(from);
         let subjects = LoginSubjects {
-            user: "user ",
-            at_home: from.as_ref().map(|from| format!(" {from}")),
+            at_home: origin.address.map(|address| at_home("", address)),
             nobody: self.throttle.name(identifier),
-            from,
+            from: origin.address.map(from),
         };
         let changes = self.throttle.changes();
         let LoginStanding {
@@ -250,8 +256,7 @@ impl Auth {
         let id = known.as_ref().map(|known| known.user.id);
         let what = Guarded {
             user: id.unwrap_or(UserId(Uuid::nil())),
-            subject: id.map_or(subjects.nobody, |id| format!("user {id}")),
-            kind: "user",
+            subject: id.map_or(subjects.nobody, account),
             rule: self.throttle.account,
             known: Some(Known { states, changes }),
         };
@@ -266,7 +271,6 @@ impl Auth {
         let what = Guarded {
             user,
             subject: format!("own {user}"),
-            kind: "own",
             rule: self.throttle.account,
             known: None,
         };
@@ -294,7 +298,6 @@ impl Auth {
         let Guarded {
             user,
             subject,
-            kind,
             rule: by_account,
             known,
         } = what;
@@ -313,7 +316,7 @@ impl Auth {
         if by_account.is_none() && by_address.is_none() {
             return Ok(attempt);
         }
-        let home = address.map(|address| format!("{kind} {user} {}", from(address)));
+        let home = address.map(|address| at_home(&subject, address));
         let mut subjects = vec![subject.clone()];
         subjects.extend(home.clone());
         subjects.extend(by_address.as_ref().map(|(_, from)| from.clone()));
@@ -430,7 +433,12 @@ impl Auth {
         if counts.is_empty() {
             return Ok(());
         }
-        let counted = self.store.throttle_fail(&counts, now).await;
+        self.fail(&counts, now).await
+    }
+
+    /// Counts failures. Logins that have read what failed before, and have no turn yet, read it again.
+    async fn fail(&self, counts: &[(String, ThrottleRule)], now: DateTime<Utc>) -> Result<()> {
+        let counted = self.store.throttle_fail(counts, now).await;
         // Also when nobody can say whether they were.
         self.throttle.changed();
         counted

@@ -212,30 +212,43 @@ impl<'a> NewAuditEvent<'a> {
 
     /// The same as part of a statement, which goes on with `FROM` what it happens with.
     pub(super) fn walk_insert<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        // All of them: a column that is added does not compile without its place here.
+        let Self {
+            id,
+            action,
+            actor_kind,
+            actor_id,
+            target_id,
+            user_id,
+            request_id,
+            address,
+            user_agent,
+            details,
+        } = self;
         out.push_sql(
             "INSERT INTO audit_events (id, action, actor_kind, actor_id, target_id, user_id,
                  request_id, address, user_agent, details)
              SELECT ",
         );
-        out.push_bind_param::<SqlUuid, _>(&self.id)?;
-        for text in [&self.action, &self.actor_kind] {
+        out.push_bind_param::<SqlUuid, _>(id)?;
+        for text in [action, actor_kind] {
             out.push_sql(", ");
             out.push_bind_param::<Text, _>(text)?;
         }
         out.push_sql(", ");
-        out.push_bind_param::<Nullable<SqlUuid>, _>(&self.actor_id)?;
+        out.push_bind_param::<Nullable<SqlUuid>, _>(actor_id)?;
         out.push_sql(", ");
-        out.push_bind_param::<SqlUuid, _>(&self.target_id)?;
+        out.push_bind_param::<SqlUuid, _>(target_id)?;
         out.push_sql(", ");
-        out.push_bind_param::<Nullable<SqlUuid>, _>(&self.user_id)?;
+        out.push_bind_param::<Nullable<SqlUuid>, _>(user_id)?;
         out.push_sql(", ");
-        out.push_bind_param::<Text, _>(&self.request_id)?;
+        out.push_bind_param::<Text, _>(request_id)?;
         out.push_sql(", ");
-        out.push_bind_param::<Nullable<Text>, _>(&self.address)?;
+        out.push_bind_param::<Nullable<Text>, _>(address)?;
         out.push_sql(", ");
-        out.push_bind_param::<Text, _>(&self.user_agent)?;
+        out.push_bind_param::<Text, _>(user_agent)?;
         out.push_sql(", ");
-        out.push_bind_param::<Jsonb, _>(self.details)
+        out.push_bind_param::<Jsonb, _>(*details)
     }
 }
 

@@ -15,8 +15,8 @@ type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
 
 /// Gives its place in the pool back only once Postgres does nothing for it any more.
 ///
-/// A call that is cut short leaves its transaction behind, and Postgres goes on with a statement
-/// that waits for a lock as long as the statement may run. Were the place free at once, clients
+/// A call that is cut short leaves its transaction, or its one statement that writes, behind, and Postgres
+/// goes on with a statement that waits for a lock as long as the statement may run. Were the place free at once, clients
 /// that give up and try again would take far more sessions of Postgres than the pool may hold.
 pub(super) struct Conn {
     /// Taken when dropped.
@@ -38,6 +38,18 @@ impl Conn {
             cancel_timeout,
             is_given_up: false,
         }
+    }
+
+    /// Does something that is no transaction, which alone would be given up when it is cut short: until it has
+    /// ended, whoever drops this ends the connection and what Postgres does for it.
+    pub(super) async fn unless_cut_short<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut AsyncPgConnection) -> T,
+    ) -> T {
+        self.is_given_up = true;
+        let done = work(self).await;
+        self.is_given_up = false;
+        done
     }
 
     /// Ends the connection rather than to give it back: a statement on it is not answered.

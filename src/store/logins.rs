@@ -1,5 +1,6 @@
 //! What a login reads and writes: one statement before the password is checked, one when it was right. Each
-//! is prepared once on a connection, and each is a transaction.
+//! is prepared once on a connection. Of a plain login each is a transaction; a code, a new hash or a notice is
+//! written together with the second.
 
 use std::collections::HashMap;
 
@@ -44,14 +45,17 @@ pub struct LoginStanding {
 
 /// What failures of a login count against, as far as it is known before the user is.
 pub struct LoginSubjects {
-    /// Against a user: this and their id.
-    pub user: &'static str,
     /// Against a user in a network of theirs: this behind it.
     pub at_home: Option<String>,
     /// Against the name, when nobody has it.
     pub nobody: String,
     /// Against a network.
     pub from: Option<String>,
+}
+
+impl LoginSubjects {
+    /// Against a user: this and their id.
+    pub const USER: &'static str = "user ";
 }
 
 /// A login to record.
@@ -111,6 +115,9 @@ impl Store {
     /// `checked_hash` is the hash that the password was checked against: should it have changed
     /// meanwhile, the login does not count.
     ///
+    /// A dropped future leaves the whole login or none: what waits for a lock is cancelled, and opens nothing
+    /// once the lock is free.
+    ///
     /// # Errors
     /// `InvalidCredentials` · `AccountDisabled` · `MfaCodeInvalid` · `MfaChallengeInvalid` when there is a
     /// session of this id, or a second factor is asked for since this moment · `Unavailable`
@@ -123,7 +130,9 @@ impl Store {
         let is_all = new.code.is_none() && new.rehashed_password.is_none() && !new.tell_if_new;
         let mut conn = self.conn().await?;
         if is_all {
-            return open(&new, checked_hash, now, &mut conn).await;
+            let opening =
+                async |conn: &mut AsyncPgConnection| open(&new, checked_hash, now, conn).await;
+            return conn.unless_cut_short(opening).await;
         }
         conn.transaction::<_, Error, _>(async |conn| {
             if let Some(code) = &new.code {
@@ -266,7 +275,6 @@ impl<'a> ReadLogin<'a> {
 
     fn walk<'b>(&'b self, by: &str, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         let LoginSubjects {
-            user,
             at_home,
             nobody,
             from,
@@ -276,11 +284,11 @@ impl<'a> ReadLogin<'a> {
         out.push_sql(", users.password_hash, ");
         self.state.walk_ast(out.reborrow())?;
         out.push_sql(" FROM (SELECT users.*, ARRAY[coalesce(");
-        out.push_bind_param::<Text, _>(user)?;
+        out.push_bind_param::<Text, _>(&LoginSubjects::USER)?;
         out.push_sql(" || users.id, ");
         out.push_bind_param::<Text, _>(nobody)?;
         out.push_sql("), ");
-        out.push_bind_param::<Text, _>(user)?;
+        out.push_bind_param::<Text, _>(&LoginSubjects::USER)?;
         out.push_sql(" || users.id || ");
         out.push_bind_param::<Nullable<Text>, _>(at_home)?;
         out.push_sql(", ");

@@ -18,7 +18,7 @@ use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 use wire::{Wire, frame};
 
-use crate::harness::{Raw, TestApp, TestUser, cluster, reason};
+use crate::harness::{Blocker, PASSWORD, Raw, TestApp, TestUser, reason};
 
 const JWKS: &str = "/tollkeeper.auth.v1.AuthService/GetJwks";
 const REGISTER: &str = "/tollkeeper.auth.v1.AuthService/Register";
@@ -130,7 +130,7 @@ async fn another_content_type_is_refused() {
 async fn a_call_past_the_clients_deadline_fails_with_details() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;
-    let _lock = RowLock::of(&app, &user).await;
+    let _lock = Blocker::lock_user(&app, &user).await;
     let mut wire = Wire::connect(app.address).await;
     let authorization = format!("Bearer {}", app.service_key);
     let body = frame(&disable(&user));
@@ -160,7 +160,7 @@ async fn calls_that_hang_end_at_the_servers_longest_deadline_and_give_their_conn
     })
     .await;
     let (stuck, other) = (app.user().create().await, app.user().create().await);
-    let lock = RowLock::of(&app, &stuck).await;
+    let lock = Blocker::lock_user(&app, &stuck).await;
     let key = Some(app.service_key.as_str());
     let started = Instant::now();
     let calls = (0..6).map(|_| Raw::call(&app.channel, DISABLE, disable(&stuck), key));
@@ -181,6 +181,39 @@ async fn calls_that_hang_end_at_the_servers_longest_deadline_and_give_their_conn
     eventually(|| async { app.admin(&app.service_key).get_user(get(&other)).await }).await;
     lock.release().await;
     eventually(|| async { Raw::call(&app.channel, DISABLE, disable(&stuck), key).await }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logins_that_are_given_up_while_they_hang_open_nothing_and_give_their_connections_back() {
+    let app = TestApp::spawn_with(|settings| {
+        settings.database.pool_size = 2;
+        // Nothing but the end of its call ends a statement.
+        settings.database.statement_timeout = Duration::from_mins(10);
+    })
+    .await;
+    let (stuck, other) = (app.user().create().await, app.user().create().await);
+    let lock = Blocker::lock_user(&app, &stuck).await;
+    let logins = (0..2).map(|_| app.login_as(&stuck.email, PASSWORD));
+    tokio::select! {
+        answers = join_all(logins) => panic!("nothing held them up: {answers:?}"),
+        () = lock.hold_up(&app, 2) => {}
+    }
+    lock.let_go(&app).await;
+    let get = || GetUserRequest {
+        user_id: other.id.clone(),
+    };
+    // New connections take their time on a busy machine.
+    eventually(|| async { app.admin(&app.service_key).get_user(get()).await }).await;
+    lock.release().await;
+    // Behind whatever might have waited for the row.
+    app.disable(&stuck.id).await;
+    for left in [
+        "SELECT count(*) FROM sessions",
+        "SELECT count(*) FROM audit_events WHERE action = 'session.opened'",
+        "SELECT count(*) FROM users WHERE last_login_at IS NOT NULL",
+    ] {
+        assert_eq!(app.count(left).await, 0, "{left}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -348,25 +381,6 @@ async fn eventually<T, F: Future<Output = Result<T, Status>>>(attempt: impl Fn()
             Ok(answer) => return answer,
             Err(status) => assert!(Instant::now() < deadline, "still {status:?}"),
         }
-    }
-}
-
-/// Holds a user's row, so that every change of it waits.
-struct RowLock(tokio_postgres::Client);
-
-impl RowLock {
-    async fn of(app: &TestApp, user: &TestUser) -> Self {
-        let client = cluster::connect(&app.database_url).await;
-        let lock = format!(
-            "BEGIN; SELECT 1 FROM users WHERE id = '{}' FOR UPDATE",
-            user.id
-        );
-        client.batch_execute(&lock).await.unwrap();
-        Self(client)
-    }
-
-    async fn release(self) {
-        self.0.batch_execute("ROLLBACK").await.unwrap();
     }
 }
 

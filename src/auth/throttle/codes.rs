@@ -5,7 +5,7 @@ use std::{net::IpAddr, slice::from_ref, time::Duration};
 use chrono::{DateTime, Utc};
 use tracing::Instrument as _;
 
-use super::{FIRST_DELAY, Throttle, Turn, from, networks};
+use super::{FIRST_DELAY, Throttle, Turn, account, at_home, from, networks};
 use crate::{
     auth::Auth,
     error::{Error, Result},
@@ -79,7 +79,7 @@ impl Auth {
             MfaCode::Recovery(_) => (format!("recovery {user}"), RECOVERY),
         };
         let turn = self.throttle.turn(&everywhere, address, &rule).await?;
-        let here = address.map(|address| format!("{everywhere} {}", from(address)));
+        let here = address.map(|address| at_home(&everywhere, address));
         let counts = match (code, here) {
             (MfaCode::Recovery(_), Some(here)) => vec![(here, rule)],
             (MfaCode::Totp(_), Some(here)) if self.is_home_of_codes(user, address).await? => {
@@ -162,8 +162,7 @@ impl Auth {
         let counting = async move {
             let by_address = attempt.address.map(from).zip(auth.throttle.address);
             if let Some(counted) = by_address {
-                let failing = auth.store.throttle_fail(from_ref(&counted), attempt.now);
-                failing.await?;
+                auth.fail(from_ref(&counted), attempt.now).await?;
             }
             auth.store.mfa_code_refused(user, &origin).await
         };
@@ -201,10 +200,8 @@ impl Auth {
         else {
             return Ok(None);
         };
-        let subject = format!("user {user}");
-        let home = origin
-            .address
-            .map(|address| format!("{subject} {}", from(address)));
+        let subject = account(user);
+        let home = origin.address.map(|address| at_home(&subject, address));
         let mut subjects = vec![subject.clone()];
         subjects.extend(home.clone());
         let states = self.store.throttle_states(&subjects).await?;

@@ -65,6 +65,7 @@ impl Drop for Turn {
 mod tests {
     use std::time::Duration;
 
+    use futures_util::FutureExt as _;
     use tokio::time::timeout;
 
     use super::*;
@@ -81,5 +82,17 @@ mod tests {
         assert_eq!(turns.lock().len(), 2);
         drop((two, three, other));
         assert_eq!(turns.lock().len(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_turn_that_was_waited_for_is_late() {
+        let turns = Arc::new(Turns::default());
+        let first = turns.take("a", 1).await;
+        assert!(!first.is_late);
+        let mut second = Box::pin(turns.take("a", 1));
+        assert!(second.as_mut().now_or_never().is_none());
+        drop(first);
+        assert!(second.await.is_late);
+        assert!(!turns.take("a", 1).await.is_late);
     }
 }

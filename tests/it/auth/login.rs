@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::{assert_invalid, assert_refused, visible};
-use crate::harness::{PASSWORD, TestApp};
+use crate::harness::{Blocker, PASSWORD, TestApp};
 
 async fn login(app: &TestApp, identifier: &str, password: &str) -> Result<LoginResponse, Status> {
     let request = LoginRequest {
@@ -104,6 +104,43 @@ async fn a_disabled_account_says_so_only_after_the_right_password() {
     let right = login(&app, &user.email, PASSWORD).await;
     assert_refused(right, Code::PermissionDenied, "ACCOUNT_DISABLED");
     assert_eq!(app.count("SELECT count(*) FROM sessions").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_while_the_password_is_checked_keeps_the_login_out() {
+    let app = TestApp::spawn().await;
+    for (change, code, reason) in [
+        (
+            "is_active = false",
+            Code::PermissionDenied,
+            "ACCOUNT_DISABLED",
+        ),
+        (
+            "password_hash = 'of another password'",
+            Code::Unauthenticated,
+            "INVALID_CREDENTIALS",
+        ),
+    ] {
+        let user = app.user().create().await;
+        let held = Blocker::lock_user(&app, &user).await;
+        let changing = async {
+            // The password was right, and the session is about to be opened.
+            held.hold_up(&app, 1).await;
+            let id = &user.id;
+            held.sql(&format!("UPDATE users SET {change} WHERE id = '{id}'"))
+                .await;
+            held.release().await;
+        };
+        let (answer, ()) = tokio::join!(login(&app, &user.email, PASSWORD), changing);
+        assert_refused(answer, code, reason);
+    }
+    for left in [
+        "SELECT count(*) FROM sessions",
+        "SELECT count(*) FROM audit_events WHERE action = 'session.opened'",
+        "SELECT count(*) FROM users WHERE last_login_at IS NOT NULL",
+    ] {
+        assert_eq!(app.count(left).await, 0, "{left}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
