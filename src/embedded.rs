@@ -170,6 +170,11 @@ pub fn running_url(data_dir: &Path) -> Option<String> {
     Some(url(&status.socket_dir, NAME))
 }
 
+/// Whether a private Postgres has been made in `data_dir`.
+pub fn has_cluster(data_dir: &Path) -> bool {
+    data_dir.join("postgres").exists()
+}
+
 /// Owns Postgres from its start to its end, on a thread of its own.
 fn look_after(options: &Options, ready: oneshot::Sender<Result<Embedded, EmbeddedError>>) {
     let (stop, stop_asked) = mpsc::channel();

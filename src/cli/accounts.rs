@@ -12,6 +12,7 @@ use super::{
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
+    embedded,
     model::{
         Identifier, KeyOverlap, Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName,
         TierName,
@@ -235,6 +236,14 @@ pub(super) async fn with_auth_on(
 ) -> anyhow::Result<()> {
     loaded.check_secrets()?;
     let settings: &Settings = &loaded.settings;
+    // One that was made now would be nobody's.
+    anyhow::ensure!(
+        preparation == Preparation::Up
+            || settings.database.url.is_set()
+            || embedded::has_cluster(&settings.data_dir),
+        "there is no database in {}: name the --data-dir or --database-url of the service",
+        settings.data_dir.display()
+    );
     let database = Database::open(settings).await?;
     let outcome = async {
         let mut migrator = migrator(&database.settings.url).await?;

@@ -15,6 +15,7 @@ use http::{
 };
 use tokio::sync::watch;
 use tonic::{Code, Status, body::Body};
+use tonic_types::StatusExt as _;
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
@@ -173,11 +174,11 @@ where
                 },
                 None => status::not_grpc(),
             };
-            let code = explain(&mut response, &request_id);
+            let (code, reason) = explain(&mut response, &request_id);
             response.headers_mut().insert(REQUEST_ID, id);
             let took = started.elapsed();
             metrics.record(code, took);
-            log(&method, code, took);
+            log(&method, code, &reason, took);
             Ok(response)
         };
         Box::pin(call.instrument(span))
@@ -239,34 +240,39 @@ pub(super) fn deadline(headers: &HeaderMap, max: Duration) -> Duration {
     asked.map_or(max, |asked| asked.saturating_sub(DEADLINE_MARGIN).min(max))
 }
 
-/// The code of an answer. An error of the transport is given its details, every error the id.
+/// The code of an answer, and the reason of an error. An error of the transport is given its details, every
+/// error the id.
 ///
 /// Sees answers that are errors from the start, which are all but those of streams under way.
-fn explain(response: &mut Response<Body>, request_id: &str) -> Code {
-    let Some(mut error) = Status::from_header_map(response.headers()) else {
-        return Code::Ok;
+fn explain(response: &mut Response<Body>, request_id: &str) -> (Code, String) {
+    let error = Status::from_header_map(response.headers());
+    let Some(mut error) = error.filter(|error| error.code() != Code::Ok) else {
+        return (Code::Ok, String::new());
     };
-    if error.code() == Code::Ok {
-        return Code::Ok;
-    }
     if error.details().is_empty() {
         error = status::explain(&error);
     }
     let http_status = response.status();
     *response = status::with_request_id(&error, request_id).into_http();
     *response.status_mut() = http_status;
-    error.code()
+    let info = error.get_details_error_info();
+    (
+        error.code(),
+        info.map(|info| info.reason).unwrap_or_default(),
+    )
 }
 
 /// One line a call. A client's mistake is the client's business; ours is an error where it arose.
-fn log(method: &str, code: Code, took: Duration) {
+fn log(method: &str, code: Code, reason: &str, took: Duration) {
     // Whole microseconds, for few digits.
     let duration_ms = took.as_micros() as f64 / 1000.0;
     let name = method.rsplit('/').next().unwrap_or_default();
     if code == Code::Ok && HOT_METHODS.contains(&name) {
         tracing::debug!(?code, duration_ms, "call finished");
-    } else {
+    } else if code == Code::Ok {
         tracing::info!(?code, duration_ms, "call finished");
+    } else {
+        tracing::info!(?code, reason, duration_ms, "call finished");
     }
 }
 

@@ -54,7 +54,15 @@ fn rows_of(document: &str) -> impl Iterator<Item = Vec<&str>> {
         let line = line.strip_prefix("| ")?.strip_suffix('|')?;
         Some(line.split('|').map(str::trim).collect::<Vec<_>>())
     });
-    rows.filter(|cells| cells[0] != "---" && cells.last() != Some(&"shown by"))
+    let mut width = None;
+    rows.filter(move |cells| {
+        let is_head = cells.last() == Some(&"shown by");
+        if is_head {
+            width = Some(cells.len());
+        }
+        assert!(width.is_none_or(|width| width == cells.len()), "{cells:?}");
+        cells[0] != "---" && !is_head
+    })
 }
 
 /// What is wrong with a row, whose last cells say how it stands and what shows it.

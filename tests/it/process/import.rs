@@ -267,6 +267,18 @@ pub(super) fn run(home: &Home, args: &[&str], input: &str) -> Outcome {
 }
 
 #[test]
+fn a_file_is_not_checked_against_a_database_that_is_nobodys() {
+    let home = Home::new();
+    fs::write(home.path().join("people.csv"), "email,username\n").unwrap();
+    let args = ["users", "import", "people.csv", "--dry-run"];
+    let refused = home.run(&args);
+    assert_eq!(refused.code, Some(1));
+    let why = "there is no database in";
+    assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    assert!(!home.data_dir().join("postgres").exists());
+}
+
+#[test]
 fn a_file_is_checked_without_writing_and_imported_from_standard_input() {
     let home = Home::with_database();
     let lines = [

@@ -172,7 +172,16 @@ async fn json_logs_tell_each_call_and_no_secret() {
         assert_eq!(line["span"]["method"], method);
         assert_eq!(line["code"], code);
         assert!(line["duration_ms"].is_number());
+        assert_eq!(line["reason"].is_string(), code != "Ok", "{line}");
     }
+
+    let reason_of = |id: &str| {
+        let of_call = |line: &&Value| line["span"]["request_id"] == id;
+        let mut lines = lines.iter().filter(of_call);
+        lines.find_map(|line| line["reason"].as_str())
+    };
+    assert_eq!(reason_of("call-2"), Some("ACCOUNT_EXISTS"));
+    assert_eq!(reason_of("call-3"), Some("INVALID_CREDENTIALS"));
 
     // An excerpt gives a secret away as well.
     let (password, wrong) = (&PASSWORD[..12], &WRONG_PASSWORD[..12]);
