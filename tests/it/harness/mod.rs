@@ -28,4 +28,4 @@ pub(crate) use mailbox::{Letter, Mailbox};
 pub(crate) use proxy::Proxy;
 pub(crate) use smtp::{Protection, SmtpServer};
 pub(crate) use user::{PASSWORD, TestUser};
-pub(crate) use wait::eventually;
+pub(crate) use wait::{eventually, hears_of_changes};

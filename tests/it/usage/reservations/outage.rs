@@ -10,7 +10,7 @@ use tonic::Code;
 
 use super::{Client, used, wish};
 use crate::{
-    harness::{Proxy, TestApp, eventually, reason},
+    harness::{Proxy, TestApp, eventually, hears_of_changes, reason},
     usage::quota::tiers_file,
 };
 
@@ -27,6 +27,7 @@ async fn behind_proxy() -> (TestApp, Proxy, tempfile::TempPath) {
         settings.auth.staleness_bound = Duration::from_millis(500);
     })
     .await;
+    hears_of_changes(app.running()).await;
     (app, proxy, tiers)
 }
 
@@ -185,8 +186,9 @@ async fn a_commit_that_meets_silence_is_accepted_in_an_open_tier() {
 async fn a_server_that_stops_in_an_outage_waits_for_what_it_has_accepted() {
     let (app, proxy, _tiers) = behind_proxy().await;
     let user = app.user().tier("large").create().await.id;
-    // It hears nothing of the user afterwards, so what it knows when the outage begins stays good.
     let replica = app.replica().await;
+    // What it learns from now on stays good when the outage begins.
+    hears_of_changes(&replica).await;
     let client = Client::of_replica(&app, &replica);
     let held = client.hold(&user, 60).await;
     proxy.cut();

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{Client, used, wish};
 use crate::{
-    harness::{TestApp, eventually, reason},
+    harness::{TestApp, eventually, hears_of_changes, reason},
     usage::{quota::with_tiers, tokens, use_up},
 };
 
@@ -23,6 +23,7 @@ const MOST: usize = 10_000;
 /// An error of every reason that only reservations have.
 pub(crate) async fn refused_reservations() -> Vec<Status> {
     let (app, _tiers) = with_tiers().await;
+    hears_of_changes(app.running()).await;
     let client = Client::of(&app);
     let small = app.user().tier("small").create().await.id;
     let mut errors = vec![client.reserve(wish(&small, 61)).await.unwrap_err()];
