@@ -16,8 +16,8 @@ type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
 /// Gives its place in the pool back only once Postgres does nothing for it any more.
 ///
 /// A call that is cut short leaves its transaction, or its one statement that writes, behind, and Postgres
-/// goes on with a statement that waits for a lock as long as the statement may run. Were the place free at once, clients
-/// that give up and try again would take far more sessions of Postgres than the pool may hold.
+/// goes on with a statement that waits for a lock as long as the statement may run. Were the place free at
+/// once, clients that give up and try again would take far more sessions of Postgres than the pool may hold.
 pub(super) struct Conn {
     /// Taken when dropped.
     pooled: Option<Object<AsyncPgConnection>>,

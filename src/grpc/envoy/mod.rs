@@ -13,6 +13,7 @@ mod limits;
 mod rate_limit;
 mod request;
 mod route;
+mod work;
 
 pub use afterwards::Afterwards;
 pub(super) use authorization::check_at_once;

@@ -10,10 +10,11 @@ use super::{
     Granted, Handler,
     afterwards::Begun,
     denial::Denial,
-    descriptor::{self, Ask, Descriptor, Hold, Of, Work},
+    descriptor::{self, Ask, Descriptor, Hold, Of},
     header,
     limits::{Limit, Unit, quota_facts},
     metadata,
+    work::Work,
 };
 use crate::{
     auth::{Auth, BootTime},
