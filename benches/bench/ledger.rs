@@ -92,6 +92,8 @@ fn settings_of_postgres() -> anyhow::Result<Vec<(String, String)>> {
     let settings = [
         ("shared_buffers", format!("{quarter}kB")),
         ("max_wal_size", "16GB".to_owned()),
+        // A service for each size that is compared.
+        ("max_connections", "300".to_owned()),
     ];
     Ok(settings
         .map(|(name, value)| (name.to_owned(), value))

@@ -38,8 +38,9 @@ pub struct Standing {
     pub left: Option<Tokens>,
     /// What other replicas may admit.
     pub elsewhere: Tokens,
-    /// What this replica may admit, and what it holds.
+    /// What this replica may admit, what it is giving back, and what it holds.
     pub free: Tokens,
+    pub leaving: Tokens,
     pub held: Tokens,
     /// What is booked and may not be counted in `committed` yet.
     pub spent: Tokens,
@@ -69,10 +70,11 @@ impl Standing {
         }
     }
 
-    /// What a request here may have for certain: what is free here and what Postgres has. `None`: any
-    /// number.
+    /// What a request here may have for certain: what is free here, what was and is on its way back,
+    /// and what Postgres has. `None`: any number.
     pub fn obtainable(&self) -> Option<Tokens> {
-        Some(self.free.saturating_add(self.left?))
+        let here = self.free + self.leaving;
+        Some(here.saturating_add(self.left?))
     }
 }
 
@@ -178,6 +180,7 @@ impl Shard {
             }),
             elsewhere: balance.leased - granted,
             free: sight.free,
+            leaving: sight.leaving,
             held: sight.held,
             spent: sight.spent,
         })

@@ -126,6 +126,8 @@ pub struct Sight {
     pub held: Tokens,
     /// Booked, and still counted as leased in Postgres.
     pub spent: Tokens,
+    /// Given back by the operation under way, and counted as leased until it is answered.
+    pub leaving: Tokens,
 }
 
 /// The operation under way.
@@ -172,6 +174,7 @@ impl Meter {
             free: self.free(),
             held: self.held,
             spent: self.spent,
+            leaving: self.leaving,
         }
     }
 

@@ -176,6 +176,37 @@ async fn many_clients_of_two_replicas_get_what_there_is_and_never_more() {
     assert_eq!(app.count(LEASED).await, 100);
 }
 
+/// On one thread: what was leased is on its way back before whoever waits for it looks again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn limits_that_are_put_in_doubt_while_a_lease_comes_deny_nobody() {
+    let (app, _tiers) = with_tiers().await;
+    let user = app.user().tier("small").create().await.id;
+    let replica = Arc::new(Replica::start(&app).await);
+    // Nothing else is under way.
+    let other = app.user().tier("large").create().await.id;
+    replica.hold(&other, "large", 10).await;
+    let first = Blocker::lock(&app, "quota_balances").await;
+    let asking = tokio::spawn({
+        let replica = replica.clone();
+        async move { replica.ask(&user, "small", 60).await }
+    });
+    first.hold_up(&app, 1).await;
+    // Waits behind the operation that brings the lease, and before the one that gives it back.
+    let second = Blocker::lock(&app, "quota_balances");
+    let doubt = async {
+        first.hold_up(&app, 2).await;
+        replica.keeper.all_limits_changed();
+        first.release().await;
+    };
+    let (second, ()) = tokio::join!(second, doubt);
+    second.hold_up(&app, 1).await;
+    // Heartbeats wake whoever waits.
+    tokio::time::sleep(3 * settings().heartbeat).await;
+    second.release().await;
+    let asked = asking.await.unwrap();
+    assert!(matches!(asked, Reservation::Held(_)), "{asked:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn best_effort_takes_what_is_left() {
     let (app, _tiers) = with_tiers().await;
