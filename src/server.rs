@@ -1,6 +1,7 @@
 //! The composition root: builds every part, serves, drains. The only room that sees them all.
 
 mod connection;
+mod serving;
 mod tls;
 mod workers;
 
@@ -15,9 +16,11 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tonic_health::server::{HealthReporter, HealthService};
+use tower::Layer as _;
 use tracing::{error, info, warn};
 
 pub use connection::Connection;
+pub use serving::serve;
 pub use tls::{Tls, TlsError};
 pub use workers::{Incoming, WorkerGone, Workers};
 
@@ -253,27 +256,16 @@ impl Server {
             let proxies = TrustedProxies::new(&settings.trusted_proxies.0);
             let access =
                 AccessLayer::new(auth.clone(), rules).trusting_loopback(gateway.trust_loopback);
+            let call = CallLayer::new(metrics, proxies, settings.max_deadline, cut_asked);
+            let service = call.layer(access.layer(routes.prepare()));
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
-                let afterwards = afterwards.clone();
-                let served = tonic::transport::Server::builder()
-                    .max_concurrent_streams(settings.max_streams)
-                    .http2_keepalive_interval(Some(Duration::from_secs(30)))
-                    .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-                    .layer(memory.clone())
-                    .layer(CallLayer::new(
-                        metrics.clone(),
-                        proxies.clone(),
-                        settings.max_deadline,
-                        cut_asked.clone(),
-                    ))
-                    .layer(access.clone())
-                    .add_routes(routes.clone())
-                    .serve_with_incoming_shutdown(incoming, asked_to(stop));
+                let (afterwards, service) = (afterwards.clone(), service.clone());
+                let memory = memory.clone();
+                let service_of = move |peer| memory.of(peer).layer(service.clone());
                 async move {
-                    let outcome = served.await;
+                    serve(incoming, settings.max_streams, stop, service_of).await;
                     // It runs on the threads that serve, and ends with them.
                     afterwards.finished().await;
-                    outcome
                 }
             }
         };
@@ -381,11 +373,6 @@ impl Server {
         info!("stopped");
         fault.map_or(Ok(()), Err)
     }
-}
-
-/// Waits for the signal, or for the end of whoever would give it.
-async fn asked_to(mut stop: watch::Receiver<bool>) {
-    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Listens for those who watch. In dev mode a second service on the machine does without.

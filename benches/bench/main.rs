@@ -348,7 +348,7 @@ fn main() -> anyhow::Result<()> {
             process::burn();
             Ok(())
         }
-        Command::Echo { shape } => serve_echo::serve(shape),
+        Command::Echo { shape } => serve_echo::run(shape),
     }
 }
 

@@ -2,7 +2,10 @@
 
 use clap::ValueEnum;
 use tokio::net::TcpListener;
-use tollkeeper::server::{Incoming, Workers};
+use tollkeeper::{
+    config::ServerSettings,
+    server::{Incoming, Workers, serve},
+};
 use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{cores, echo::Echo, process};
@@ -15,7 +18,7 @@ pub(crate) enum Shape {
     Workers,
 }
 
-pub(crate) fn serve(shape: Shape) -> anyhow::Result<()> {
+pub(crate) fn run(shape: Shape) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
@@ -30,11 +33,10 @@ pub(crate) fn serve(shape: Shape) -> anyhow::Result<()> {
                 server.serve_with_incoming(incoming).await?;
             }
             Shape::Workers => {
+                let streams = ServerSettings::default().max_streams;
                 let workers =
-                    Workers::start(cores(), 10_000, None, |incoming: Incoming, _stop| {
-                        Server::builder()
-                            .add_service(Echo)
-                            .serve_with_incoming(incoming)
+                    Workers::start(cores(), 10_000, None, move |incoming: Incoming, stop| {
+                        serve(incoming, streams, stop, |_| Echo)
                     })?;
                 workers.accept(&listener).await?;
             }

@@ -32,10 +32,6 @@ use crate::{
     model::{Actor, Origin},
 };
 
-/// How much sooner than the client asks a call ends. At the same instant, the transport's own timer
-/// would now and then be first, and answer CANCELLED without details.
-const DEADLINE_MARGIN: Duration = Duration::from_millis(1);
-
 /// When a call came, of one that another layer has looked at since.
 #[derive(Clone, Copy)]
 pub(super) struct Arrived(pub(super) Instant);
@@ -237,7 +233,7 @@ pub(super) fn deadline(headers: &HeaderMap, max: Duration) -> Duration {
         .get("grpc-timeout")
         .and_then(|value| value.to_str().ok())
         .and_then(parse);
-    asked.map_or(max, |asked| asked.saturating_sub(DEADLINE_MARGIN).min(max))
+    asked.map_or(max, |asked| asked.min(max))
 }
 
 /// The code of an answer, and the reason of an error. An error of the transport is given its details, every
@@ -290,12 +286,12 @@ mod tests {
     }
 
     #[test]
-    fn the_sooner_deadline_holds_by_a_margin() {
+    fn the_sooner_deadline_holds() {
         let max = Duration::from_secs(30);
         let with = |text| deadline(&headers("grpc-timeout", text), max);
-        assert_eq!(with("250m"), Duration::from_millis(249));
-        assert_eq!(with("5S"), Duration::from_millis(4999));
-        assert_eq!(with("1n"), Duration::ZERO);
+        assert_eq!(with("250m"), Duration::from_millis(250));
+        assert_eq!(with("5S"), Duration::from_secs(5));
+        assert_eq!(with("1n"), Duration::from_nanos(1));
         assert_eq!(with("1H"), max);
         for bad in ["", "S", "5", "5X", "-5S", "123456789S"] {
             assert_eq!(with(bad), max, "{bad}");

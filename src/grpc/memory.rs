@@ -58,6 +58,7 @@ pub struct MemoryLayer {
     auth: Auth,
     usage: Usage,
     ways: Arc<[Way]>,
+    peer: Peer,
 }
 
 /// An RPC that memory may answer.
@@ -107,6 +108,16 @@ impl MemoryLayer {
             auth,
             usage,
             ways: ways.into(),
+            peer: Peer::default(),
+        }
+    }
+
+    /// For the calls of one connection.
+    #[must_use]
+    pub fn of(&self, peer: Peer) -> Self {
+        Self {
+            peer,
+            ..self.clone()
         }
     }
 
@@ -118,6 +129,7 @@ impl MemoryLayer {
 
     fn reserve_quota(&self, call: &Bytes, Moment { clock, .. }: Moment) -> Option<Bytes> {
         let asked = reservation::Asked::read(message_of(call)?)?;
+        self.foresee(asked.user_id);
         let (user_id, wish) = only(|fields| reservation::request(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
         let reserved = self.usage.reserve_at_once(&user, &wish)?;
@@ -126,10 +138,19 @@ impl MemoryLayer {
 
     fn check_quota(&self, call: &Bytes, Moment { clock, .. }: Moment) -> Option<Bytes> {
         let asked = quota::Asked::read(message_of(call)?)?;
+        self.foresee(asked.user_id);
         let (user_id, wish) = only(|fields| quota::check(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
         let checked = self.usage.check_quota_at_once(&user, &wish)?;
         Some(framed(&CheckQuotaResponse::from(checked)))
+    }
+
+    /// One of many users is far away in memory: it is fetched while the rest of the request is read.
+    fn foresee(&self, user_id: &str) {
+        if let Ok(user_id) = user_id.parse() {
+            self.auth.foresee_user(user_id);
+            self.usage.foresee(user_id);
+        }
     }
 
     fn check(&self, call: &Bytes, Moment { now, clock }: Moment) -> Option<Bytes> {
@@ -212,7 +233,9 @@ where
             match shared.look(request, arrived, cx) {
                 ControlFlow::Break(response) => return Poll::Ready(Ok(response)),
                 ControlFlow::Continue(mut request) => {
-                    request.extensions_mut().insert(Arrived(arrived));
+                    let extensions = request.extensions_mut();
+                    extensions.insert(Arrived(arrived));
+                    extensions.insert(shared.layer.peer.clone());
                     let passed = shared.inner.clone().oneshot(request);
                     *self = Self::Passed(passed);
                 }
@@ -243,7 +266,7 @@ impl<S> Shared<S> {
             now: Utc::now(),
             clock: BootTime::now(),
         };
-        if !is_grpc(request.headers()) || !self.may_call(way, &request, moment) {
+        if !is_grpc(request.headers()) || !self.may_call(way, request.headers(), moment) {
             return ControlFlow::Continue(request);
         }
         let (head, mut body) = request.into_parts();
@@ -272,11 +295,9 @@ impl<S> Shared<S> {
 }
 
 impl<S> Shared<S> {
-    fn may_call(&self, way: &Way, request: &Request<Body>, moment: Moment) -> bool {
-        let headers = request.headers();
+    fn may_call(&self, way: &Way, headers: &HeaderMap, moment: Moment) -> bool {
         let Some(header) = headers.get(AUTHORIZATION) else {
-            let peer = request.extensions().get::<Peer>();
-            let scopes = peer.and_then(|peer| peer.scopes.as_ref());
+            let scopes = self.layer.peer.scopes.as_ref();
             return scopes
                 .zip(way.scope)
                 .is_some_and(|(scopes, scope)| scopes.contains(scope));
@@ -287,7 +308,7 @@ impl<S> Shared<S> {
             let scope = way.scope;
             scope.is_some_and(|scope| auth.still_admits(known, scope, now, clock))
         };
-        // A connection's calls are looked at by one thread: it is never locked for long.
+        // A connection's calls are looked at by one thread: it never waits.
         let mut caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((called_with, known)) = &*caller
             && called_with == header

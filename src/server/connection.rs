@@ -16,7 +16,6 @@ use tokio::{
     time::{Sleep, sleep, timeout},
 };
 use tokio_rustls::server::TlsStream;
-use tonic::transport::server::Connected;
 
 use super::tls::Tls;
 use crate::grpc::Peer;
@@ -143,6 +142,10 @@ impl Connection {
         }
     }
 
+    pub(super) fn peer(&self) -> Peer {
+        self.peer.clone()
+    }
+
     /// Notes how much a read brought; one of a silent client ends at the deadline.
     fn watch_opening(&mut self, cx: &mut Context<'_>, read: Option<usize>) -> io::Result<()> {
         let Some(opening) = &mut self.opening else {
@@ -157,14 +160,6 @@ impl Connection {
             return Err(io::ErrorKind::TimedOut.into());
         }
         Ok(())
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer.clone()
     }
 }
 

@@ -23,7 +23,7 @@ use tokio::{
     time::sleep,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::{
     connection::{Accepted, Connection, Share},
@@ -45,11 +45,9 @@ pub struct Workers {
     /// Tells the workers to drain; its end tells them to end.
     stop: watch::Sender<bool>,
     /// Ends when the last worker has.
-    ended: mpsc::UnboundedReceiver<Outcome>,
+    ended: mpsc::UnboundedReceiver<()>,
     places: Arc<Semaphore>,
 }
-
-type Outcome = Result<(), tonic::transport::Error>;
 
 struct Worker {
     connections: mpsc::Sender<Accepted>,
@@ -70,7 +68,7 @@ impl Workers {
     ) -> io::Result<Self>
     where
         F: Fn(Incoming, watch::Receiver<bool>) -> S + Clone + Send + 'static,
-        S: Future<Output = Result<(), tonic::transport::Error>>,
+        S: Future<Output = ()>,
     {
         let (stop, stopped) = watch::channel(false);
         let (end, ended) = mpsc::unbounded_channel();
@@ -129,13 +127,7 @@ impl Workers {
     /// to wait longer.
     pub async fn drain(&mut self, deadline: Duration) -> bool {
         self.stop.send_replace(true);
-        let all = async {
-            while let Some(outcome) = self.ended.recv().await {
-                if let Err(error) = outcome {
-                    warn!(%error, "a worker ended badly");
-                }
-            }
-        };
+        let all = async { while self.ended.recv().await.is_some() {} };
         tokio::time::timeout(deadline, all).await.is_ok()
     }
 
@@ -177,11 +169,11 @@ impl Worker {
         tls: Option<Tls>,
         serve: F,
         stop: watch::Receiver<bool>,
-        ended: mpsc::UnboundedSender<Outcome>,
+        ended: mpsc::UnboundedSender<()>,
     ) -> io::Result<Self>
     where
         F: FnOnce(Incoming, watch::Receiver<bool>) -> S + Send + 'static,
-        S: Future<Output = Outcome>,
+        S: Future<Output = ()>,
     {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -203,17 +195,17 @@ impl Worker {
                         }),
                 ),
             };
-            let outcome = runtime.block_on(async {
+            runtime.block_on(async {
                 tokio::select! {
-                    outcome = serve(incoming, stop) => outcome,
+                    () = serve(incoming, stop) => {}
                     // Never true: only the sender's end completes it.
-                    _ = abandoned.wait_for(|_| false) => Ok(()),
+                    _ = abandoned.wait_for(|_| false) => {}
                 }
             });
             // Not by dropping it: that would wait for hashes under way.
             runtime.shutdown_background();
             // An error means that nobody waits for the end.
-            let _ = ended.send(outcome);
+            let _ = ended.send(());
         };
         thread::Builder::new()
             .name(format!("serve-{index}"))
@@ -240,7 +232,6 @@ mod tests {
             // Takes none of them.
             let _ = stop.wait_for(|stop| *stop).await;
             drop(incoming);
-            Ok(())
         });
         let workers = workers.expect("started");
         let loads = || {

@@ -134,7 +134,7 @@ async fn a_call_past_the_clients_deadline_fails_with_details() {
     let mut wire = Wire::connect(app.address).await;
     let authorization = format!("Bearer {}", app.service_key);
     let body = frame(&disable(&user));
-    // The transport has a timer of its own: which of the two is first must not depend on luck.
+    // Some are past before the call is looked at.
     let mut calls = Vec::new();
     for micros in (0..30).map(|n| n * 1037) {
         let timeout = format!("{micros}u");

@@ -10,8 +10,9 @@ use bytes::{BufMut as _, Bytes};
 use prost::Message;
 use tokio::net::TcpListener;
 use tollkeeper::{
+    config::ServerSettings,
     proto::envoy::service::{auth::v3::CheckRequest, ratelimit::v3::RateLimitRequest},
-    server::{Incoming, Workers},
+    server::{self, Incoming, Workers},
 };
 use tonic::{
     Request, Response, Status,
@@ -19,7 +20,7 @@ use tonic::{
     codec::{BufferSettings, Codec, EncodeBuf, Encoder},
     codegen::{BoxFuture, Context, Poll, Service, http},
     server::{Grpc, NamedService, UnaryService},
-    transport::Server,
+    service::Routes,
 };
 use tonic_prost::ProstDecoder;
 
@@ -36,11 +37,11 @@ pub(crate) fn serve(check: &str, limit: &str) -> anyhow::Result<()> {
     runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);
-        let workers = Workers::start(cores(), 10_000, None, move |incoming: Incoming, _stop| {
-            Server::builder()
-                .add_service(check.clone())
-                .add_service(limit.clone())
-                .serve_with_incoming(incoming)
+        let streams = ServerSettings::default().max_streams;
+        let routes = Routes::new(check).add_service(limit).prepare();
+        let workers = Workers::start(cores(), 10_000, None, move |incoming: Incoming, stop| {
+            let routes = routes.clone();
+            server::serve(incoming, streams, stop, move |_| routes.clone())
         })?;
         workers.accept(&listener).await?;
         Ok(())
