@@ -4,11 +4,15 @@
 //! speaks HTTP/2 by hand: a request is a copy of prepared bytes, all that are due go out in one
 //! write, and of an answer only the status is looked at. What it measures is held against h2load.
 
+mod hpack;
+
 use std::{
     borrow::Cow,
     collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
     io::ErrorKind,
     net::SocketAddr,
+    ops::Range,
     sync::{
         Barrier,
         atomic::{AtomicUsize, Ordering},
@@ -290,6 +294,9 @@ pub(crate) fn run_at(
     })
 }
 
+/// Calls that a connection takes at a time.
+const CLAIM: usize = 16;
+
 /// What every connection of a slice knows.
 #[derive(Clone, Copy)]
 struct Run<'a> {
@@ -301,6 +308,16 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// The next calls, for one connection: each by itself would have the threads wait for one another.
+    fn claim(&self) -> Range<usize> {
+        let all = |left: usize| Some(left.saturating_sub(CLAIM));
+        let relaxed = Ordering::Relaxed;
+        let left = self.budget.fetch_update(relaxed, relaxed, all);
+        let count = left.unwrap_or_default().min(CLAIM);
+        let begin = self.calls.next.fetch_add(count, relaxed);
+        begin..begin + count
+    }
+
     fn thread(self, connections: usize, ready: &Barrier) -> anyhow::Result<Tally> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -412,8 +429,12 @@ struct Connection<'a> {
     window: i64,
     /// Calls that wait for room in the window.
     due: usize,
-    begun: HashMap<u32, Instant>,
+    /// The numbers of the next calls.
+    claimed: Range<usize>,
+    begun: HashMap<u32, Instant, BuildHasherDefault<Numbers>>,
     decoder: Decoder<'static>,
+    /// The header block that was decoded last, while it means the same, and its status.
+    decoded: (Vec<u8>, Option<String>),
     tally: Tally,
 }
 
@@ -433,8 +454,10 @@ impl<'a> Connection<'a> {
             next_stream: 1,
             window: DEFAULT_WINDOW,
             due: run.streams,
-            begun: HashMap::with_capacity(run.streams),
+            claimed: 0..0,
+            begun: HashMap::with_capacity_and_hasher(run.streams, BuildHasherDefault::default()),
             decoder: Decoder::default(),
+            decoded: Default::default(),
             tally: Tally::default(),
         }
     }
@@ -480,23 +503,20 @@ impl<'a> Connection<'a> {
 
     /// Begins one call that is due, or finds that it must not. False: the window is full.
     fn begin(&mut self, now: Instant) -> bool {
-        let Run { calls, budget, .. } = self.run;
-        let take = |left: usize| left.checked_sub(1);
-        if now >= self.stop
-            || budget
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
-                .is_err()
-        {
+        if now < self.stop && self.claimed.is_empty() {
+            self.claimed = self.run.claim();
+        }
+        if now >= self.stop || self.claimed.is_empty() {
             self.due = 0;
             return true;
         }
-        let next = calls.next.fetch_add(1, Ordering::Relaxed);
+        let (calls, next) = (self.run.calls, self.claimed.start);
         let body = calls.body(next);
         let bytes = i64::try_from(body.len()).expect("a small body");
         if self.window < bytes {
-            budget.fetch_add(1, Ordering::Relaxed);
             return false;
         }
+        self.claimed.start += 1;
         self.window -= bytes;
         self.due -= 1;
         let stream = self.next_stream;
@@ -560,8 +580,9 @@ impl<'a> Connection<'a> {
                         flags & END_HEADERS != 0 && flags & PADDED == 0,
                         "unexpected form of headers"
                     );
-                    let status = self.status(payload)?;
-                    if flags & END_STREAM != 0 {
+                    let is_last = flags & END_STREAM != 0;
+                    let status = self.status(payload, is_last)?;
+                    if is_last {
                         self.finish(stream, status, now)?;
                     }
                 }
@@ -585,16 +606,28 @@ impl<'a> Connection<'a> {
         Ok(used)
     }
 
-    /// Every block has to be decoded, because each may change the table.
-    fn status(&mut self, block: &[u8]) -> anyhow::Result<Option<String>> {
+    /// A block that changes the table has to be decoded, whatever it says.
+    fn status(&mut self, block: &[u8], is_last: bool) -> anyhow::Result<Option<String>> {
+        let leaves_table = hpack::leaves_table(block);
+        if leaves_table && !is_last {
+            return Ok(None);
+        }
+        if leaves_table && self.decoded.0 == block {
+            return Ok(self.decoded.1.clone());
+        }
         let mut fields = Vec::with_capacity(8);
         self.decoder
             .decode(&mut block.to_vec(), &mut fields)
             .map_err(|error| anyhow::anyhow!("headers cannot be decoded: {error:?}"))?;
-        Ok(fields
+        let status = fields
             .into_iter()
             .find(|(name, ..)| name == b"grpc-status")
-            .map(|(_, value, _)| String::from_utf8_lossy(&value).into_owned()))
+            .map(|(_, value, _)| String::from_utf8_lossy(&value).into_owned());
+        self.decoded = match leaves_table {
+            true => (block.to_vec(), status.clone()),
+            false => Default::default(),
+        };
+        Ok(status)
     }
 
     fn finish(&mut self, stream: u32, status: Option<String>, now: Instant) -> anyhow::Result<()> {
@@ -615,6 +648,24 @@ impl<'a> Connection<'a> {
             self.tally.first_wrong.get_or_insert_with(said);
         }
         Ok(())
+    }
+}
+
+/// Hashes numbers that are no secret.
+#[derive(Default)]
+struct Numbers(u64);
+
+impl Hasher for Numbers {
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("streams have numbers");
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        self.0 = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 
