@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     model::{
         CreditGrant, CreditId, MeterName, ModelName, MonthlyOverride, NewCredit, Origin, Page,
-        PageRequest, Period, QuotaStanding, QuotaState, Tokens, UserId, UserStanding,
+        PageRequest, Period, QuotaStanding, QuotaState, TierLimits, Tokens, UserId, UserStanding,
     },
 };
 
@@ -47,10 +47,10 @@ pub struct QuotaWish {
 }
 
 impl QuotaWish {
-    fn look<'a>(&'a self, user: &'a UserStanding, tokens: Tokens) -> Wish<'a> {
+    fn look<'a>(&'a self, user: UserId, limits: &'a TierLimits, tokens: Tokens) -> Wish<'a> {
         Wish {
-            user_id: user.id,
-            tier: &user.tier,
+            user_id: user,
+            limits,
             model: self.model.as_ref(),
             request: RequestKey(0),
             tokens: tokens.max(1),
@@ -103,7 +103,7 @@ impl Usage {
         let is_too_large = limits.exceeded_by(wish.tokens).is_some();
         // Of a request that is too large it is said all the same how the user stands.
         let tokens = if is_too_large { 1 } else { wish.tokens };
-        let wish = wish.look(user, tokens);
+        let wish = wish.look(user.id, limits, tokens);
         let (decision, quota) = match self.keeper.reserve(&wish).await {
             Reservation::Enough(total) => (Decision::Allowed, self.stands(user, total)),
             Reservation::Denied(meters) => {
@@ -134,7 +134,7 @@ impl Usage {
         let tiers = self.tiers.load();
         let limits = tiers.limits_of(&user.tier);
         may_ask(user, limits, wish.tokens).ok()?;
-        let look = wish.look(user, wish.tokens);
+        let look = wish.look(user.id, limits, wish.tokens);
         match self.keeper.reserve_at_once(&look)? {
             Reservation::Enough(total) => Some((Decision::Allowed, self.stands(user, total))),
             _ => None,
@@ -153,7 +153,11 @@ impl Usage {
         let tiers = self.tiers();
         let limits = tiers.limits_of(&user.tier);
         may_ask(user, limits, wish.tokens)?;
-        match self.keeper.reserve(&wish.look(user, wish.tokens)).await {
+        match self
+            .keeper
+            .reserve(&wish.look(user.id, limits, wish.tokens))
+            .await
+        {
             Reservation::Enough(total) => Ok(self.stands(user, total)),
             refused => Err(denial(user, limits, refused)),
         }

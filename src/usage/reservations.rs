@@ -91,14 +91,14 @@ impl Usage {
 
     fn wish<'a>(
         &self,
-        user: &'a UserStanding,
-        limits: &TierLimits,
+        user: &UserStanding,
+        limits: &'a TierLimits,
         request: &'a QuotaRequest,
     ) -> Result<Wish<'a>> {
         may_ask(user, limits, request.tokens)?;
         Ok(Wish {
             user_id: user.id,
-            tier: &user.tier,
+            limits,
             model: Some(&request.model),
             request: self
                 .request_keys
@@ -212,9 +212,11 @@ impl Usage {
         if is_booked.await? {
             return Err(Error::ReservationEnded);
         }
+        let tiers = self.tiers();
+        let limits = tiers.limits_of(&user.tier);
         let wish = Wish {
             user_id: user.id,
-            tier: &user.tier,
+            limits,
             model: Some(&handle.model),
             request: self
                 .request_keys
@@ -226,10 +228,7 @@ impl Usage {
         };
         let holding = match self.keeper.reserve(&wish).await {
             Reservation::Held(holding) => holding,
-            refused => {
-                let tiers = self.tiers();
-                return Err(denial(user, tiers.limits_of(&user.tier), refused));
-            }
+            refused => return Err(denial(user, limits, refused)),
         };
         let anew = HoldName {
             owner: holding.owner,

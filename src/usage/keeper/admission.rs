@@ -177,11 +177,9 @@ impl Inner {
         first: Option<&[(MeterKey, u64)]>,
     ) -> Tried {
         let index = self.index_of(wish.user_id);
-        let tiers = self.tiers.load();
-        let limits = tiers.limits_of(wish.tier);
         let model = wish
             .model
-            .filter(|model| limits.models.contains_key(*model))
+            .filter(|model| wish.limits.models.contains_key(*model))
             .map(|model| self.models.key(model));
         let now = boot();
         let mut shard = self.shards[index].lock();
@@ -203,7 +201,8 @@ impl Inner {
             mode,
             lasts_ms: millis(wish.lasts),
         };
-        let rate = limits.requests_per_minute.filter(|_| wish.is_request);
+        let rate = wish.limits.requests_per_minute;
+        let rate = rate.filter(|_| wish.is_request);
         let rate = match rate.map(|rate| shard.request(wish.user_id, rate, now)) {
             // A request that has been counted holds what it holds.
             Some(Err(wait)) if !shard.book.has(request, now) => {
@@ -213,6 +212,8 @@ impl Inner {
             None => None,
         };
         let standing = shard.admission(now);
+        // Before anything is written: what is copied from a time just made would wait for all of it.
+        let expires_at = shard.time_at(now.plus(ask.lasts_ms)).unwrap_or(time);
         // Written seldom: every thread looks at it.
         if !self.is_in_use.load(Ordering::Relaxed) {
             self.is_in_use.store(true, Ordering::Relaxed);
@@ -228,10 +229,14 @@ impl Inner {
                     shard.remember_request(wish.user_id, state);
                 }
                 held.id = outward(index, held.id);
+                let expires_at = match held.replay {
+                    true => shard.time_at(held.expires).unwrap_or(time),
+                    false => expires_at,
+                };
                 Tried::Done(Reservation::Held(Holding {
                     owner: shard.owner,
                     created_at: time,
-                    expires_at: shard.time_at(held.expires).unwrap_or(time),
+                    expires_at,
                     total: shard.standing(both[0]),
                     held,
                 }))
@@ -255,9 +260,7 @@ impl Inner {
     /// What the tier's policy admits while Postgres is silent.
     fn admit_open(&self, wish: &Wish<'_>) -> Reservation {
         let silence = Reservation::Refused(Refusal::Fenced);
-        let tiers = self.tiers.load();
-        let limits = tiers.limits_of(wish.tier);
-        let OnOutage::Open { open_tokens } = limits.on_outage else {
+        let OnOutage::Open { open_tokens } = wish.limits.on_outage else {
             return silence;
         };
         let index = self.index_of(wish.user_id);
@@ -280,8 +283,8 @@ impl Inner {
         match reserved {
             Reserved::Held(mut held) => {
                 // Whether there are too many was asked before; it counts as one of them.
-                let rate = limits.requests_per_minute.filter(|_| wish.is_request);
-                if let Some(rate) = rate.filter(|_| !held.replay)
+                let rate = wish.limits.requests_per_minute;
+                if let Some(rate) = rate.filter(|_| wish.is_request && !held.replay)
                     && let Ok(state) = shard.request(wish.user_id, rate, now)
                 {
                     shard.remember_request(wish.user_id, state);

@@ -9,6 +9,7 @@ mod work;
 
 use std::{
     collections::HashMap,
+    hint,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -31,7 +32,7 @@ use super::lease::{
 use crate::{
     config::QuotaSettings,
     error::{Error, Result},
-    model::{HoldName, MeterName, ModelName, ReplicaId, TierName, Tiers, UsageEvent, UserId},
+    model::{HoldName, MeterName, ModelName, ReplicaId, TierLimits, Tiers, UsageEvent, UserId},
     store::Store,
 };
 use models::Models;
@@ -73,7 +74,8 @@ impl From<&QuotaSettings> for KeeperSettings {
 #[derive(Clone, Copy, Debug)]
 pub struct Wish<'a> {
     pub user_id: UserId,
-    pub tier: &'a TierName,
+    /// Of the user's tier.
+    pub limits: &'a TierLimits,
     /// `None`: whatever is used, only the total limits it.
     pub model: Option<&'a ModelName>,
     pub request: RequestKey,
@@ -188,6 +190,11 @@ impl Keeper {
     /// Whether a hold is of a lease of this replica, under its present name.
     pub fn is_owner(&self, owner: ReplicaId) -> bool {
         self.0.shards[0].lock().owner == owner
+    }
+
+    /// Something about this user is decided next: the processor fetches what it reads first.
+    pub fn foresee(&self, user: UserId) {
+        hint::black_box(self.0.shard_of(user).0.is_poisoned());
     }
 
     /// What limits a user has changed: what is free of it goes back, and is asked for anew.

@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use tokio::{task::JoinHandle, time::Instant};
 use tollkeeper::{
     config::QuotaSettings,
-    model::{HoldName, MeterName, ModelName, Period, ReplicaId, TierName, UserId},
+    model::{HoldName, MeterName, ModelName, Period, ReplicaId, TierName, Tiers, UserId},
     store::Store,
     usage::{
         Holding, Keeper, KeeperSettings, Reservation, Wish,
@@ -27,6 +27,7 @@ const SETTLEMENTS: &str = "SELECT count(*) FROM quota_settlements";
 struct Replica {
     keeper: Keeper,
     run: JoinHandle<()>,
+    tiers: Arc<Tiers>,
     /// How long its holds are to last.
     lasts: Duration,
 }
@@ -67,11 +68,16 @@ impl Replica {
 
     async fn start_with(app: &TestApp, settings: KeeperSettings) -> Self {
         let store = Store::new(&app.settings().database).unwrap();
-        let tiers = Arc::new(ArcSwap::new(app.running().usage.tiers()));
-        let keeper = Keeper::new(store, tiers, settings);
+        let tiers = app.running().usage.tiers();
+        let keeper = Keeper::new(store, Arc::new(ArcSwap::new(tiers.clone())), settings);
         let run = tokio::spawn(keeper.clone().run());
         let lasts = settings.hold;
-        let replica = Self { keeper, run, lasts };
+        let replica = Self {
+            keeper,
+            run,
+            tiers,
+            lasts,
+        };
         // Heard of, it can be asked.
         eventually("it is heard of", async || {
             let user = UserId::new().to_string();
@@ -98,7 +104,7 @@ impl Replica {
         let model: ModelName = "gpt-x".parse().unwrap();
         let wish = Wish {
             user_id: user.parse().unwrap(),
-            tier: &tier,
+            limits: self.tiers.limits_of(&tier),
             model: Some(&model),
             request: RequestKey(Uuid::now_v7().as_u128()),
             tokens,
