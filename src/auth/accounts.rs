@@ -110,11 +110,6 @@ impl Auth {
         answer.value.clone().ok_or(Error::UserNotFound)
     }
 
-    /// [`Auth::recall_user`] of this one is asked next: the processor fetches what it reads.
-    pub fn foresee_user(&self, id: UserId) {
-        self.cache.foresee_user(id);
-    }
-
     /// What [`Auth::user_standing`] would answer, if memory alone can say so.
     pub fn recall_user(&self, id: UserId, clock: BootTime) -> Option<UserStanding> {
         self.cache.known_user(id, clock)

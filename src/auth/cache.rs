@@ -259,11 +259,6 @@ impl CredentialCache {
         self.answer(&self.standings, id, read, source, now).await
     }
 
-    /// [`Self::known_user`] of this one is asked next.
-    pub(super) fn foresee_user(&self, id: UserId) {
-        self.recent_users.foresee(id);
-    }
-
     /// As [`Self::user`] does, from memory that may be trusted.
     pub(super) fn known_user(&self, id: UserId, now: BootTime) -> Option<UserStanding> {
         let recent = self.recent_users.get(id);

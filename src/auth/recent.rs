@@ -3,7 +3,6 @@
 use std::{
     array,
     hash::{BuildHasher, Hash, RandomState},
-    hint,
     sync::{Mutex, OnceLock, PoisonError},
 };
 
@@ -53,14 +52,6 @@ impl<K: Copy + Eq + Hash, V: Clone> Recent<K, V> {
         found
             .find(|(of, _)| *of == key)
             .map(|(_, value)| value.clone())
-    }
-
-    /// Has the processor fetch what [`Recent::get`] will read, and goes on meanwhile.
-    pub(super) fn foresee(&self, key: K) {
-        let (chunk, set) = self.place_of(key);
-        if let Some(chunk) = chunk.get() {
-            hint::black_box(chunk[set].is_poisoned());
-        }
     }
 
     pub(super) fn insert(&self, key: K, value: V) {

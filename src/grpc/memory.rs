@@ -129,7 +129,6 @@ impl MemoryLayer {
 
     fn reserve_quota(&self, call: &Bytes, Moment { clock, .. }: Moment) -> Option<Bytes> {
         let asked = reservation::Asked::read(message_of(call)?)?;
-        self.foresee(asked.user_id);
         let (user_id, wish) = only(|fields| reservation::request(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
         let reserved = self.usage.reserve_at_once(&user, &wish)?;
@@ -138,19 +137,10 @@ impl MemoryLayer {
 
     fn check_quota(&self, call: &Bytes, Moment { clock, .. }: Moment) -> Option<Bytes> {
         let asked = quota::Asked::read(message_of(call)?)?;
-        self.foresee(asked.user_id);
         let (user_id, wish) = only(|fields| quota::check(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
         let checked = self.usage.check_quota_at_once(&user, &wish)?;
         Some(framed(&CheckQuotaResponse::from(checked)))
-    }
-
-    /// One of many users is far away in memory: it is fetched while the rest of the request is read.
-    fn foresee(&self, user_id: &str) {
-        if let Ok(user_id) = user_id.parse() {
-            self.auth.foresee_user(user_id);
-            self.usage.foresee(user_id);
-        }
     }
 
     fn check(&self, call: &Bytes, Moment { now, clock }: Moment) -> Option<Bytes> {

@@ -137,7 +137,7 @@ impl From<&QuotaStanding> for usage::Quota {
 /// A `CheckQuotaRequest`, where it lies in the message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Asked<'a> {
-    pub(super) user_id: &'a str,
+    user_id: &'a str,
     tokens: i64,
     model: &'a str,
 }

@@ -23,7 +23,7 @@ const MAX_LIFETIME: Duration = Duration::from_hours(1);
 /// A `ReserveQuotaRequest`, where it lies in the message.
 #[derive(Debug, PartialEq)]
 pub(super) struct Asked<'a> {
-    pub(super) user_id: &'a str,
+    user_id: &'a str,
     request_id: &'a str,
     model: &'a str,
     tokens: i64,

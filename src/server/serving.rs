@@ -10,7 +10,7 @@ use std::{
     mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -125,15 +125,15 @@ impl Fresh {
         let mut calls = mem::take(&mut *self.lock());
         let are_there = !calls.is_empty();
         for mut call in calls.drain(..) {
-            // A task that is given it looks at once, and waits for itself.
+            // Whoever waits is looked at once more, by a task that can be woken.
             let mut nobody = Context::from_waker(Waker::noop());
-            let begin = AssertUnwindSafe(|| call.as_mut().poll(&mut nobody));
+            let look = AssertUnwindSafe(|| call.as_mut().poll(&mut nobody));
             // One that panics ends itself only, as a task does.
-            if let Ok(Poll::Pending) = catch_unwind(begin) {
+            if let Ok(Poll::Pending) = catch_unwind(look) {
                 tokio::spawn(call);
             }
         }
-        // So that the next ones need no memory of their own.
+        // The next ones need no memory of their own.
         let mut fresh = self.lock();
         if fresh.is_empty() {
             *fresh = calls;
@@ -141,7 +141,7 @@ impl Fresh {
         are_there
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Call>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Call>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -162,5 +162,30 @@ where
         let ready = service.poll_ready(&mut Context::from_waker(Waker::noop()));
         debug_assert!(ready.is_ready());
         service.call(request.map(Body::new))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::resume_unwind;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_that_waits_gets_a_task_and_one_that_panics_harms_nobody() {
+        let fresh = Fresh::default();
+        let (question, asked) = oneshot::channel();
+        let (answer, answered) = oneshot::channel();
+        fresh.execute(async { resume_unwind(Box::new("on purpose")) });
+        fresh.execute(async move {
+            let word: &str = asked.await.expect("asked");
+            answer.send(word).expect("waited for");
+        });
+        assert!(fresh.begin());
+        assert!(!fresh.begin());
+        question.send("now").expect("it waits");
+        assert_eq!(answered.await, Ok("now"));
     }
 }

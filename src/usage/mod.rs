@@ -145,11 +145,6 @@ impl Usage {
         self.keeper.heard().await;
     }
 
-    /// Quota of this user is asked for next: the processor fetches what that reads.
-    pub fn foresee(&self, user_id: UserId) {
-        self.keeper.foresee(user_id);
-    }
-
     /// The time of the database, about: what is reserved is of its months.
     fn now(&self) -> DateTime<Utc> {
         self.keeper.now().unwrap_or_else(Utc::now)

@@ -160,8 +160,11 @@ fn reads(
     let caller = Some(fixture.service_key.as_str());
     let calls = Calls::new(GET_MONTHLY_USAGE, caller, messages, Code::Ok).drawn_at_random();
     let title = format!("GetMonthlyUsage, {READS_IN_FLIGHT} in flight");
-    let until = Until::time(plan.options.slice());
-    take_turns(title, plan, sizes, |size, _| {
+    let time = plan.options.slice();
+    take_turns(title, plan, sizes, |size, first| {
+        // What is read lies on the disk until it has been read.
+        let time = if first { time * FIRST_LONGER } else { time };
+        let until = Until::time(time);
         size.turn(&calls, READS_IN_FLIGHT, until, plan, postgres)
     })
 }

@@ -9,7 +9,6 @@ mod work;
 
 use std::{
     collections::HashMap,
-    hint,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -190,11 +189,6 @@ impl Keeper {
     /// Whether a hold is of a lease of this replica, under its present name.
     pub fn is_owner(&self, owner: ReplicaId) -> bool {
         self.0.shards[0].lock().owner == owner
-    }
-
-    /// Something about this user is decided next: the processor fetches what it reads first.
-    pub fn foresee(&self, user: UserId) {
-        hint::black_box(self.0.shard_of(user).0.is_poisoned());
     }
 
     /// What limits a user has changed: what is free of it goes back, and is asked for anew.
