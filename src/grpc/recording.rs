@@ -1,7 +1,7 @@
 //! Many events at once: what `BatchRecordUsage` and `StreamUsage` share, and the stream.
 
 use std::{
-    collections::HashMap,
+    collections::HashSet,
     mem,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -9,7 +9,7 @@ use std::{
 
 use chrono::Utc;
 use futures_util::{
-    FutureExt as _, Stream, StreamExt as _,
+    FutureExt as _, Stream, StreamExt as _, TryStreamExt as _,
     stream::{self, FuturesOrdered},
 };
 use tokio::{sync::watch, task::JoinHandle};
@@ -20,7 +20,7 @@ use super::{
     status,
 };
 use crate::{
-    auth::Auth,
+    auth::{Auth, BootTime},
     error::{Error, Result},
     model::{UserId, Violation},
     proto::tollkeeper::usage::v1::{
@@ -68,17 +68,17 @@ pub(super) async fn record(
     let read = |event| only(|fields| convert::usage_event(fields, "", event, now));
     let events: Vec<_> = events.into_iter().map(read).collect();
     let named = events.iter().flatten().map(|event| event.user_id);
-    let users = known_users(auth, named).await?;
+    let missing = missing_users(auth, named).await?;
     let mut accepted = Vec::new();
     // What is refused already, and gaps for what is not.
     let refused: Vec<Option<Error>> = events
         .into_iter()
         .map(|event| match event {
-            Ok(event) if users[&event.user_id] => {
+            Ok(event) if missing.contains(&event.user_id) => Some(Error::UserNotFound),
+            Ok(event) => {
                 accepted.push(event);
                 None
             }
-            Ok(_) => Some(Error::UserNotFound),
             Err(error) => Some(error),
         })
         .collect();
@@ -93,26 +93,26 @@ pub(super) async fn record(
         .collect())
 }
 
-/// Which of the users there are.
-async fn known_users(
+/// Which of the users there are not. Most are known from memory, which is asked first.
+async fn missing_users(
     auth: &Auth,
     named: impl Iterator<Item = UserId>,
-) -> Result<HashMap<UserId, bool>> {
-    let mut known: HashMap<UserId, bool> = named.map(|id| (id, false)).collect();
-    let ids: Vec<UserId> = known.keys().copied().collect();
-    let standings = ids.into_iter().map(|id| async move {
+) -> Result<HashSet<UserId>> {
+    let clock = BootTime::now();
+    let unsure = named.filter(|id| auth.recall_user(*id, clock).is_none());
+    let unsure: HashSet<UserId> = unsure.collect();
+    let standings = unsure.into_iter().map(|id| async move {
         match auth.user_standing(id).await {
-            Ok(_) => Ok((id, true)),
-            Err(Error::UserNotFound) => Ok((id, false)),
+            Ok(_) => Ok(None),
+            Err(Error::UserNotFound) => Ok(Some(id)),
             Err(error) => Err(error),
         }
     });
-    let mut standings = stream::iter(standings).buffer_unordered(BATCH_READS);
-    while let Some(standing) = standings.next().await {
-        let (id, is_known) = standing?;
-        known.insert(id, is_known);
-    }
-    Ok(known)
+    let standings = stream::iter(standings).buffer_unordered(BATCH_READS);
+    standings
+        .try_filter_map(async |id| Ok(id))
+        .try_collect()
+        .await
 }
 
 /// Books what a stream brings and acknowledges it, for the caller with `credential`.

@@ -294,12 +294,12 @@ impl InsertEvents<'_> {
     fn bind<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         out.push_bind_param::<Array<Text>, _>(&self.months)?;
         for ids in [&self.user_ids, &self.event_ids] {
-            out.push_sql(", ");
+            out.push_sql(NEXT_COLUMN);
             out.push_bind_param::<Array<SqlUuid>, _>(ids)?;
         }
-        out.push_sql(", ");
+        out.push_sql(NEXT_COLUMN);
         out.push_bind_param::<Array<Timestamptz>, _>(&self.occurred_at)?;
-        out.push_sql(", ");
+        out.push_sql(NEXT_COLUMN);
         out.push_bind_param::<Array<Text>, _>(&self.models)?;
         for counts in [
             &self.input,
@@ -308,12 +308,12 @@ impl InsertEvents<'_> {
             &self.cache_write,
             &self.reasoning,
         ] {
-            out.push_sql(", ");
+            out.push_sql(NEXT_COLUMN);
             out.push_bind_param::<Array<BigInt>, _>(counts)?;
         }
-        out.push_sql(", ");
+        out.push_sql(NEXT_COLUMN);
         out.push_bind_param::<Array<Text>, _>(&self.request_ids)?;
-        out.push_sql(", ");
+        out.push_sql(NEXT_COLUMN);
         out.push_bind_param::<Array<Jsonb>, _>(&self.labels)
     }
 }
@@ -412,7 +412,7 @@ const ONE: Shape = Shape {
 };
 
 const MANY: Shape = Shape {
-    values: "SELECT * FROM unnest(",
+    values: "SELECT unnest(",
     adding: [", sums AS (", ")"],
     sums: "sum_bigint(input_tokens), sum_bigint(output_tokens),
                     sum_bigint(cached_input_tokens), sum_bigint(cache_write_tokens),
@@ -424,6 +424,10 @@ const MANY: Shape = Shape {
                 AND NOT EXISTS (SELECT FROM new WHERE new.event_id = sent.event_id
                     AND new.user_id = sent.user_id AND new.usage_month = sent.usage_month)",
 };
+
+/// Of many: side by side in a list of columns arrays are read as they are, where `FROM` would copy
+/// each to a store of its own first.
+const NEXT_COLUMN: &str = "), unnest(";
 
 fn walk_insert<'b>(
     mut out: AstPass<'_, 'b, Pg>,

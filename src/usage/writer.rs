@@ -1,9 +1,9 @@
 //! Group commit: what arrives while others are written becomes the next batch.
 //!
 //! Handlers hand events over and wait. While few calls are being written a batch starts at once, so few
-//! callers never wait for each other, unless each brings a few dozen events, which cost less together.
-//! Beyond that few batches are written at a time, and those that wait grow. Nobody waits for a timer: a
-//! lonely event is a batch of one.
+//! callers never wait for each other, unless each brings a few dozen events: those cost less together, and
+//! each thread that serves writes those of its own callers. Beyond that few batches are written at a time,
+//! and those that wait grow. Nobody waits for a timer: a lonely event is a batch of one.
 //!
 //! A batch is a task of its own: a handler that is cut short leaves its events with it, and they are
 //! booked.
@@ -33,11 +33,13 @@ use crate::{
     store::{Store, UsageInsert},
 };
 use connections::Connections;
-use queue::{Places, Queue, Reply, Submission};
+use queue::{Load, Places, Queue, Reply, Submission};
 
 /// A batch of as many is written by the thread that has it: to wake another one costs more than to
 /// do it.
 const SMALL_EVENTS: usize = 128;
+/// And one of as many by the thread that all its callers wait on: nothing of it crosses to another then.
+const SMALL_HOME_EVENTS: usize = 300;
 
 /// Attempts at a batch: a connection may prove to be gone, a transaction may lose to another.
 const ATTEMPTS: u32 = 3;
@@ -107,7 +109,7 @@ impl Writers {
             marks,
             places: Arc::new(Semaphore::new(settings.queue_events)),
             patient_places: Arc::new(Semaphore::new((settings.queue_events / 2).max(MOST_EVENTS))),
-            queue: Mutex::new(Queue::new(settings)),
+            queue: Mutex::new(Queue::new(settings, threads)),
             idle: Notify::new(),
         })))
     }
@@ -133,7 +135,7 @@ impl Writers {
             if queue.is_closed {
                 return Err(closed());
             }
-            queue.waiting.push_back(Submission {
+            queue.push(Submission {
                 events,
                 reply,
                 runtime: here.clone(),
@@ -159,9 +161,7 @@ impl Writers {
 
     /// Events that wait, and events that are being written.
     pub(super) fn backlog(&self) -> (usize, usize) {
-        let queue = self.0.queue();
-        let waiting = queue.waiting.iter().map(|one| one.events.len()).sum();
-        (waiting, queue.writing)
+        self.0.queue().backlog()
     }
 }
 
@@ -206,16 +206,21 @@ struct Turn {
     shared: Arc<Shared>,
     /// Empty once it is written or has failed.
     batch: Vec<Submission>,
-    calls: usize,
-    events: usize,
+    load: Load,
     /// Written by a thread that serves.
     is_near: bool,
+    /// Until the callers have been told.
+    under_way: Option<UnderWay>,
 }
 
 impl Turn {
     async fn take(mut self) {
         let booked = commit(&self.shared, &self.batch).await;
-        tell(mem::take(&mut self.batch), booked);
+        let batch = mem::take(&mut self.batch);
+        let _under_way = self.under_way.take();
+        // What waits goes to Postgres, which is idle meanwhile, before the callers are told.
+        drop(self);
+        tell(batch, booked);
     }
 }
 
@@ -228,34 +233,49 @@ impl Drop for Turn {
         let is_cut = !batch.is_empty() && self.is_near && !thread::panicking();
         {
             let mut queue = self.shared.queue();
-            queue.end_batch(self.calls, self.events);
+            queue.end_batch(self.load);
             if is_cut {
                 queue.put_back(batch);
             }
         }
         let here = Handle::try_current().ok().filter(|_| !is_cut);
         start(&self.shared, here.as_ref());
-        if self.shared.queue().is_idle() {
-            self.shared.idle.notify_waiters();
+    }
+}
+
+/// A batch whose callers wait.
+struct UnderWay(Arc<Shared>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut queue = self.0.queue();
+        queue.settle_batch();
+        if queue.is_idle() {
+            self.0.idle.notify_waiters();
         }
     }
 }
 
-/// Starts as many batches as may start; small ones `here`.
+/// Starts as many batches as may start; small ones `here`, or where all their callers wait.
 fn start(shared: &Arc<Shared>, here: Option<&Handle>) {
     loop {
-        let Some(batch) = shared.queue().next_batch() else {
+        let Some((batch, load)) = shared.queue().next_batch() else {
             return;
         };
-        let events = batch.iter().map(|one| one.events.len()).sum();
-        let near = here.filter(|_| events <= SMALL_EVENTS);
-        let runtime = near.unwrap_or(&shared.runtime);
+        let near = here.and_then(|here| {
+            let (runtime, small) = match load.is_of_one_thread {
+                true => (&batch.first()?.runtime, SMALL_HOME_EVENTS),
+                false => (here, SMALL_EVENTS),
+            };
+            (load.events <= small).then(|| runtime.clone())
+        });
+        let runtime = near.as_ref().unwrap_or(&shared.runtime).clone();
         let turn = Turn {
             shared: shared.clone(),
-            calls: batch.len(),
-            events,
             batch,
+            load,
             is_near: near.is_some(),
+            under_way: Some(UnderWay(shared.clone())),
         };
         runtime.spawn(turn.take());
     }
