@@ -298,7 +298,7 @@ impl<S> Shared<S> {
             let scope = way.scope;
             scope.is_some_and(|scope| auth.still_admits(known, scope, now, clock))
         };
-        // A connection's calls are looked at by one thread: it never waits.
+        // One thread looks at a connection's calls, so nobody else has the lock.
         let mut caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((called_with, known)) = &*caller
             && called_with == header

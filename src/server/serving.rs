@@ -10,7 +10,7 @@ use std::{
     mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -30,6 +30,9 @@ use crate::grpc::Peer;
 /// A client that is silent is asked whether it is there, and has so long to answer.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// So often in a row what a connection has brought meanwhile is begun.
+const ROUNDS: usize = 4;
 
 /// Serves connections until none come any more, or `stop` turns true, and all calls have ended.
 ///
@@ -77,7 +80,7 @@ async fn drive<S>(
     S::Future: Send + 'static,
 {
     let fresh = Fresh::default();
-    let served = http2::Builder::new(fresh.clone())
+    let served = http2::Builder::new(fresh.queue())
         .timer(TokioTimer::new())
         .max_concurrent_streams(max_streams)
         .keep_alive_interval(KEEPALIVE_INTERVAL)
@@ -92,7 +95,7 @@ async fn drive<S>(
             is_stopping = true;
             served.as_mut().graceful_shutdown();
         }
-        loop {
+        for _ in 0..ROUNDS {
             if let Poll::Ready(ended) = served.as_mut().poll(cx) {
                 return Poll::Ready(ended);
             }
@@ -101,49 +104,65 @@ async fn drive<S>(
                 return Poll::Pending;
             }
         }
+        // A client that always has more lets others have their turn.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     });
     if let Err(error) = ended.await {
         debug!(%error, "a connection ended badly");
     }
 }
 
-/// Calls that came and were not begun.
-#[derive(Clone, Default)]
+/// Calls that came and were not begun. With the connection those end that never were.
+#[derive(Default)]
 struct Fresh(Arc<Mutex<Vec<Call>>>);
 
 type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Fresh {
+/// Where the connection puts its calls. Each call holds one as well: if that kept the queue alive, calls
+/// and queue would keep each other.
+#[derive(Clone)]
+struct Queue(Weak<Mutex<Vec<Call>>>);
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Queue {
     fn execute(&self, call: F) {
-        self.lock().push(Box::pin(call));
+        if let Some(calls) = self.0.upgrade() {
+            lock(&calls).push(Box::pin(call));
+        }
     }
 }
 
 impl Fresh {
+    fn queue(&self) -> Queue {
+        Queue(Arc::downgrade(&self.0))
+    }
+
     /// Begins all; answers whether there were any.
     fn begin(&self) -> bool {
-        let mut calls = mem::take(&mut *self.lock());
+        let mut calls = mem::take(&mut *lock(&self.0));
         let are_there = !calls.is_empty();
         for mut call in calls.drain(..) {
-            // Whoever waits is looked at once more, by a task that can be woken.
-            let mut nobody = Context::from_waker(Waker::noop());
-            let look = AssertUnwindSafe(|| call.as_mut().poll(&mut nobody));
+            let look = AssertUnwindSafe(move || {
+                // Whoever waits is looked at once more, by a task that can be woken.
+                let mut nobody = Context::from_waker(Waker::noop());
+                call.as_mut().poll(&mut nobody).is_pending().then_some(call)
+            });
             // One that panics ends itself only, as a task does.
-            if let Ok(Poll::Pending) = catch_unwind(look) {
+            if let Ok(Some(call)) = catch_unwind(look) {
                 tokio::spawn(call);
             }
         }
         // The next ones need no memory of their own.
-        let mut fresh = self.lock();
+        let mut fresh = lock(&self.0);
         if fresh.is_empty() {
             *fresh = calls;
         }
         are_there
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Call>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock(calls: &Mutex<Vec<Call>>) -> MutexGuard<'_, Vec<Call>> {
+    calls.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A service that is always ready, as the transport wants it.
@@ -167,19 +186,26 @@ where
 
 #[cfg(test)]
 mod tests {
-    use std::panic::resume_unwind;
+    use std::{future::pending, panic::resume_unwind, time::Instant};
 
-    use tokio::sync::oneshot;
+    use http::Method;
+    use tokio::{
+        net::{TcpListener, TcpStream},
+        sync::oneshot,
+    };
 
     use super::*;
+    use crate::server::Workers;
 
     #[tokio::test]
     async fn a_call_that_waits_gets_a_task_and_one_that_panics_harms_nobody() {
         let fresh = Fresh::default();
         let (question, asked) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
-        fresh.execute(async { resume_unwind(Box::new("on purpose")) });
-        fresh.execute(async move {
+        fresh
+            .queue()
+            .execute(async { resume_unwind(Box::new("on purpose")) });
+        fresh.queue().execute(async move {
             let word: &str = asked.await.expect("asked");
             answer.send(word).expect("waited for");
         });
@@ -187,5 +213,70 @@ mod tests {
         assert!(!fresh.begin());
         question.send("now").expect("it waits");
         assert_eq!(answered.await, Ok("now"));
+    }
+
+    /// Never answers, and shows how many wait.
+    #[derive(Clone)]
+    struct Silent(Arc<()>);
+
+    impl Service<Request<Body>> for Silent {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _request: Request<Body>) -> Self::Future {
+            let waits = self.0.clone();
+            Box::pin(async move {
+                let _waits = waits;
+                pending().await
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn of_calls_that_are_never_begun_nothing_stays() {
+        let count = Arc::new(());
+        let silent = Silent(count.clone());
+        let workers = Workers::start(1, 10, None, move |incoming, stop| {
+            let silent = silent.clone();
+            serve(incoming, 256, stop, move |_| silent.clone())
+        });
+        let workers = workers.expect("started");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let idle = Arc::strong_count(&count);
+        let client = async {
+            let stream = TcpStream::connect(address).await.expect("connected");
+            let (mut client, connection) =
+                h2::client::handshake(stream).await.expect("it is HTTP/2");
+            // All in one write: a tunnel with a body, which ends the connection, is met in the same look
+            // as the calls before it.
+            let mut streams = Vec::new();
+            for _ in 0..50 {
+                let request = Request::post("http://localhost/a.Service/Call");
+                let request = request.body(()).expect("a request");
+                streams.push(client.send_request(request, false).expect("sent"));
+            }
+            let tunnel = Request::builder()
+                .method(Method::CONNECT)
+                .uri("localhost:1")
+                .header("content-length", "1");
+            let tunnel = tunnel.body(()).expect("a request");
+            streams.push(client.send_request(tunnel, false).expect("sent"));
+            let _: Result<(), h2::Error> = connection.await;
+            let patience = Instant::now() + Duration::from_secs(10);
+            while Arc::strong_count(&count) > idle {
+                assert!(Instant::now() < patience, "calls are left");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            gone = workers.accept(&listener) => gone.expect("the workers run"),
+            () = client => {}
+        }
     }
 }

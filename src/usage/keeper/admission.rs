@@ -212,7 +212,8 @@ impl Inner {
             None => None,
         };
         let standing = shard.admission(now);
-        // Before anything is written: what is copied from a time just made would wait for all of it.
+        // Made before the hold is written: a copy of a time that was only just made waits until all that
+        // was written before it has reached the cache.
         let expires_at = shard.time_at(now.plus(ask.lasts_ms)).unwrap_or(time);
         // Written seldom: every thread looks at it.
         if !self.is_in_use.load(Ordering::Relaxed) {

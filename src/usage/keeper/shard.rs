@@ -70,8 +70,8 @@ impl Standing {
         }
     }
 
-    /// What a request here may have for certain: what is free here, what was and is on its way back,
-    /// and what Postgres has. `None`: any number.
+    /// What a request here may have if nobody else is quicker: what is free here, what was and is on its
+    /// way back, and what Postgres has. `None`: any number.
     pub fn obtainable(&self) -> Option<Tokens> {
         let here = self.free + self.leaving;
         Some(here.saturating_add(self.left?))

@@ -7,6 +7,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
+use super::queue::most_batches;
 use crate::{config::UsageSettings, error::Result, store::Store};
 
 /// Some for all, and some of each thread that serves: what a small batch brings and what Postgres
@@ -28,11 +29,11 @@ struct Near {
 }
 
 impl Connections {
-    /// `settings.writers` that live on the current runtime, and at most as many that `threads` that serve
-    /// share evenly.
+    /// Enough for all batches at a time that live on the current runtime, and at most `settings.writers`
+    /// that `threads` that serve share evenly.
     pub(super) fn new(store: &Store, settings: &UsageSettings, threads: usize) -> Result<Self> {
         Ok(Self {
-            store: store.with_ledger_connections(settings.writers)?,
+            store: store.with_ledger_connections(most_batches(settings.writers, threads))?,
             runtime: Handle::current().id(),
             near: Mutex::default(),
             near_connections: settings.writers / threads,

@@ -86,6 +86,12 @@ enum Place {
     Merged(usize),
 }
 
+/// Batches that may be written at a time: of calls that are alone, and of those that are merged.
+pub(super) fn most_batches(writers: usize, threads: usize) -> usize {
+    let lines = if threads <= writers { threads } else { 1 };
+    writers + lines.max(BUSY_BATCHES)
+}
+
 impl Queue {
     /// `threads` that serve share the settings' connections.
     pub(super) fn new(settings: &UsageSettings, threads: usize) -> Self {
@@ -110,13 +116,14 @@ impl Queue {
     /// Takes the next batch, if one may start now.
     pub(super) fn next_batch(&mut self) -> Option<(Vec<Submission>, Load)> {
         let place = self.next_line()?;
-        let is_of_one_thread = place != Place::Alone && self.has_threads;
-        if place != Place::Alone {
-            self.merges += 1;
-        }
+        let is_merged = place != Place::Alone;
+        let is_of_one_thread = is_merged && self.has_threads;
+        self.merges += u64::from(is_merged);
         let (batch_events, merges) = (self.batch_events, self.merges);
         let line = self.line(place);
-        line.last_merge = merges;
+        if is_merged {
+            line.last_merge = merges;
+        }
         let (mut batch, mut events) = (Vec::new(), 0);
         while events < batch_events
             && let Some(next) = line.waiting.pop_front()
