@@ -153,11 +153,8 @@ impl Usage {
         let tiers = self.tiers();
         let limits = tiers.limits_of(&user.tier);
         may_ask(user, limits, wish.tokens)?;
-        match self
-            .keeper
-            .reserve(&wish.look(user.id, limits, wish.tokens))
-            .await
-        {
+        let look = wish.look(user.id, limits, wish.tokens);
+        match self.keeper.reserve(&look).await {
             Reservation::Enough(total) => Ok(self.stands(user, total)),
             refused => Err(denial(user, limits, refused)),
         }

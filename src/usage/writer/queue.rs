@@ -88,8 +88,17 @@ enum Place {
 
 /// Batches that may be written at a time: of calls that are alone, and of those that are merged.
 pub(super) fn most_batches(writers: usize, threads: usize) -> usize {
-    let lines = if threads <= writers { threads } else { 1 };
+    let lines = if have_own(writers, threads) {
+        threads
+    } else {
+        1
+    };
     writers + lines.max(BUSY_BATCHES)
+}
+
+/// Whether threads that share `writers` connections evenly get any.
+fn have_own(writers: usize, threads: usize) -> bool {
+    threads <= writers
 }
 
 impl Queue {
@@ -98,7 +107,7 @@ impl Queue {
         Self {
             alone: Line::default(),
             merged: Vec::new(),
-            has_threads: threads <= settings.writers,
+            has_threads: have_own(settings.writers, threads),
             merges: 0,
             under_way: 0,
             writing: 0,
@@ -221,9 +230,12 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::{array, sync::Arc};
 
-    use tokio::{runtime, sync::Semaphore};
+    use tokio::{
+        runtime::{self, Runtime},
+        sync::Semaphore,
+    };
 
     use super::*;
     use crate::model::{EventId, Labels, TokenCounts, UsageEvent, UserId};
@@ -251,6 +263,13 @@ mod tests {
             tokens: TokenCounts::default(),
             request_id: String::new(),
             labels: Labels::new(),
+        })
+    }
+
+    fn threads<const N: usize>() -> [Runtime; N] {
+        array::from_fn(|_| {
+            let thread = runtime::Builder::new_current_thread().build();
+            thread.expect("a runtime")
         })
     }
 
@@ -329,8 +348,7 @@ mod tests {
 
     #[test]
     fn each_thread_merges_its_own_calls_and_waits_for_no_other() {
-        let threads = [(); 3].map(|()| runtime::Builder::new_current_thread().build());
-        let threads = threads.map(|thread| thread.expect("a runtime"));
+        let threads = threads::<3>();
         let [a, b, c] = threads.each_ref().map(|thread| thread.handle());
         let mut queue = queue();
         for thread in [a, b, a, b, a] {
@@ -350,8 +368,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_is_alone_with_its_calls_writes_two_batches() {
-        let threads = [(); 2].map(|()| runtime::Builder::new_current_thread().build());
-        let threads = threads.map(|thread| thread.expect("a runtime"));
+        let threads = threads::<2>();
         let [a, b] = threads.each_ref().map(|thread| thread.handle());
         let mut queue = queue();
         for _ in 0..RECENT_MERGES {
@@ -381,8 +398,7 @@ mod tests {
 
     #[test]
     fn threads_without_connections_merge_together() {
-        let threads = [(); 3].map(|()| runtime::Builder::new_current_thread().build());
-        let threads = threads.map(|thread| thread.expect("a runtime"));
+        let threads = threads::<3>();
         let mut queue = Queue {
             has_threads: false,
             ..queue()
