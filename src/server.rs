@@ -29,8 +29,8 @@ use crate::{
     config::{self, GatewaySettings, ServerSettings, Settings},
     error::Error,
     grpc::{
-        self, AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, RulesError,
-        TrustedProxies,
+        self, AccessLayer, Afterwards, CallEnd, CallLayer, CallMetrics, MemoryLayer, Rules,
+        RulesError, TrustedProxies,
         health::{self, Readiness},
     },
     mail::{MailError, Mailer},
@@ -252,11 +252,13 @@ impl Server {
         let metrics = CallMetrics::new(&rules);
         let serve = {
             let (settings, metrics) = (settings.clone(), metrics.clone());
-            let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
+            let end = CallEnd::new(settings.max_deadline, cut_asked);
+            let memory =
+                MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics, end.clone());
             let proxies = TrustedProxies::new(&settings.trusted_proxies.0);
             let access =
                 AccessLayer::new(auth.clone(), rules).trusting_loopback(gateway.trust_loopback);
-            let call = CallLayer::new(metrics, proxies, settings.max_deadline, cut_asked);
+            let call = CallLayer::new(metrics, proxies, end);
             let service = call.layer(access.layer(routes.prepare()));
             move |incoming: Incoming, stop: watch::Receiver<bool>| {
                 let (afterwards, service) = (afterwards.clone(), service.clone());

@@ -21,7 +21,8 @@ use tollkeeper::{
     auth::{BootTime, KeyRing, MasterKey, Trust},
     config::{DatabaseSettings, Secret, Settings, SigningAlgorithm},
     grpc::{
-        AccessLayer, Afterwards, CallLayer, CallMetrics, MemoryLayer, Rules, TrustedProxies, routes,
+        AccessLayer, Afterwards, CallEnd, CallLayer, CallMetrics, MemoryLayer, Rules,
+        TrustedProxies, routes,
     },
     proto::{DESCRIPTOR_SET, tollkeeper::auth::v1::ValidateTokenRequest},
     server::Server,
@@ -167,10 +168,11 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
     )?;
     let (_, cut) = watch::channel(false);
     let metrics = CallMetrics::new(&rules);
-    let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics);
+    let end = CallEnd::new(Duration::from_secs(30), cut);
+    let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics, end.clone());
     let access = AccessLayer::new(auth, rules).layer(routes.clone());
     let proxies = TrustedProxies::new(&[]);
-    let call = CallLayer::new(metrics, proxies, Duration::from_secs(30), cut).layer(access.clone());
+    let call = CallLayer::new(metrics, proxies, end).layer(access.clone());
     let row = |part, title, stack, logs| Row {
         part,
         title,

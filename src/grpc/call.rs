@@ -2,6 +2,7 @@
 //! of the others from its panic.
 
 use std::{
+    future::pending,
     net::IpAddr,
     panic::AssertUnwindSafe,
     task::{Context, Poll},
@@ -81,28 +82,49 @@ pub(super) fn origin_of<T>(request: &tonic::Request<T>) -> Origin {
     }
 }
 
+/// When a call is not waited for any longer.
+#[derive(Clone)]
+pub struct CallEnd {
+    max_deadline: Duration,
+    cut: watch::Receiver<bool>,
+}
+
+impl CallEnd {
+    /// By its deadline, and once `cut` turns true, on the way down.
+    pub fn new(max_deadline: Duration, cut: watch::Receiver<bool>) -> Self {
+        Self { max_deadline, cut }
+    }
+
+    /// Of a call with these headers. Counted from its arrival, as the transport does: a busy machine may
+    /// poll the call much later.
+    pub(super) fn deadline(&self, headers: &HeaderMap, arrived: Instant) -> Instant {
+        arrived + deadline(headers, self.max_deadline)
+    }
+
+    /// Waits until the server cuts calls short.
+    pub(super) async fn cut(&self) {
+        // An error means that nobody can any more.
+        if self.cut.clone().wait_for(|cut| *cut).await.is_err() {
+            pending().await
+        }
+    }
+}
+
 /// See the module.
 #[derive(Clone)]
 pub struct CallLayer {
     metrics: CallMetrics,
     proxies: TrustedProxies,
-    max_deadline: Duration,
-    cut: watch::Receiver<bool>,
+    end: CallEnd,
 }
 
 impl CallLayer {
-    /// Calls are answered `SHUTTING_DOWN` once `cut` turns true.
-    pub fn new(
-        metrics: CallMetrics,
-        proxies: TrustedProxies,
-        max_deadline: Duration,
-        cut: watch::Receiver<bool>,
-    ) -> Self {
+    /// Calls that are cut short are answered `SHUTTING_DOWN`.
+    pub fn new(metrics: CallMetrics, proxies: TrustedProxies, end: CallEnd) -> Self {
         Self {
             metrics,
             proxies,
-            max_deadline,
-            cut,
+            end,
         }
     }
 }
@@ -157,16 +179,14 @@ where
         let request_id = context.request_id.clone();
         let span = tracing::info_span!("call", method, request_id);
         request.extensions_mut().insert(context);
-        // Counted from its arrival, as the transport does: a busy machine may poll the call much later.
-        let deadline = started + deadline(request.headers(), self.layer.max_deadline);
-        let mut cut = self.layer.cut.clone();
+        let end = self.layer.end.clone();
+        let deadline = end.deadline(request.headers(), started);
         let handled = is_grpc(request.headers()).then(|| self.inner.call(request));
         let call = async move {
             let mut response = match handled {
                 Some(handled) => tokio::select! {
                     response = guard(handled, deadline) => response?,
-                    // An error means that nobody can cut any more.
-                    Ok(_) = cut.wait_for(|cut| *cut) => status::shutting_down().into_http(),
+                    () = end.cut() => status::shutting_down().into_http(),
                 },
                 None => status::not_grpc(),
             };

@@ -379,7 +379,15 @@ pub(super) fn usage_failure(error: Error) -> Result<usage::v1::UsageFailure> {
     })
 }
 
-pub(super) fn outcome(recorded: Recorded) -> usage::v1::record_usage_response::Outcome {
+impl From<Recorded> for usage::v1::RecordUsageResponse {
+    fn from(recorded: Recorded) -> Self {
+        Self {
+            outcome: outcome(recorded).into(),
+        }
+    }
+}
+
+fn outcome(recorded: Recorded) -> usage::v1::record_usage_response::Outcome {
     use usage::v1::record_usage_response::Outcome;
     match recorded {
         Recorded::Now => Outcome::Recorded,

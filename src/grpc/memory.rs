@@ -2,12 +2,14 @@
 //!
 //! Internal services ask `ValidateToken`, and gateways `ReserveQuota`, `CheckQuota` or what Envoy asks,
 //! for every request of their own, so those calls have a way of their own through the server: no task,
-//! no timer. It knows good news only. Whatever is not at once a known caller, a whole plain message
+//! no timer. `RecordUsage` comes as often; where memory knows who calls and for whom, it waits for the
+//! ledger and for nothing else. It knows good news only. Whatever is not at once a known caller, a whole plain message
 //! and something that memory says yes to goes on to the other layers as if it had not been looked at;
 //! they decide, refuse, explain and log.
 
+mod recording;
+
 use std::{
-    ops::ControlFlow,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -16,6 +18,7 @@ use std::{
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use chrono::{DateTime, Utc};
+use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderValue, Request, Response,
     header::{AUTHORIZATION, CONTENT_TYPE},
@@ -29,7 +32,7 @@ use tracing::Level;
 use super::{
     access::Rules,
     bearer::bearer,
-    call::{Arrived, is_grpc},
+    call::{Arrived, CallEnd, is_grpc},
     convert::only,
     envoy,
     metrics::{CallMetrics, RpcMetrics},
@@ -47,6 +50,8 @@ use crate::{
     },
     usage::Usage,
 };
+use recording::Recording;
+pub(super) use recording::refusal;
 
 /// What precedes a message: whether it is compressed, and its length (gRPC over HTTP/2,
 /// `Length-Prefixed-Message`).
@@ -58,6 +63,7 @@ pub struct MemoryLayer {
     auth: Auth,
     usage: Usage,
     ways: Arc<[Way]>,
+    end: CallEnd,
     peer: Peer,
 }
 
@@ -67,7 +73,14 @@ struct Way {
     /// By which services may call.
     scope: Option<Scope>,
     metrics: Arc<RpcMetrics>,
-    answer: fn(&MemoryLayer, &Bytes, Moment) -> Option<Bytes>,
+    answer: Answering,
+}
+
+#[derive(Clone, Copy)]
+enum Answering {
+    AtOnce(fn(&MemoryLayer, &Bytes, Moment) -> Option<Bytes>),
+    /// By the ledger, for the event that is in the call.
+    Recording,
 }
 
 /// When a call came.
@@ -78,36 +91,49 @@ struct Moment {
 }
 
 impl MemoryLayer {
-    pub fn new(auth: Auth, usage: Usage, rules: &Rules, metrics: &CallMetrics) -> Self {
-        let way = |path, answer| Way {
+    /// Calls that wait do so until `end`.
+    pub fn new(
+        auth: Auth,
+        usage: Usage,
+        rules: &Rules,
+        metrics: &CallMetrics,
+        end: CallEnd,
+    ) -> Self {
+        use Answering::{AtOnce, Recording};
+        let way = |(path, answer)| Way {
             path,
             scope: rules.service_scope(path),
             metrics: metrics.of(path).clone(),
             answer,
         };
         let ways = [
-            way(
+            (
                 "/tollkeeper.auth.v1.AuthService/ValidateToken",
-                Self::validate_token as fn(&Self, &Bytes, Moment) -> Option<Bytes>,
+                AtOnce(Self::validate_token),
             ),
-            way(
+            (
                 "/tollkeeper.usage.v1.UsageService/ReserveQuota",
-                Self::reserve_quota,
+                AtOnce(Self::reserve_quota),
             ),
-            way(
+            (
                 "/tollkeeper.usage.v1.UsageService/CheckQuota",
-                Self::check_quota,
+                AtOnce(Self::check_quota),
             ),
-            way("/envoy.service.auth.v3.Authorization/Check", Self::check),
-            way(
+            (
+                "/envoy.service.auth.v3.Authorization/Check",
+                AtOnce(Self::check),
+            ),
+            (
                 "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit",
-                Self::should_rate_limit,
+                AtOnce(Self::should_rate_limit),
             ),
+            ("/tollkeeper.usage.v1.UsageService/RecordUsage", Recording),
         ];
         Self {
             auth,
             usage,
-            ways: ways.into(),
+            ways: ways.map(way).into(),
+            end,
             peer: Peer::default(),
         }
     }
@@ -187,8 +213,8 @@ impl<S> Clone for MemoryService<S> {
 
 impl<S> Service<Request<Body>> for MemoryService<S>
 where
-    S: Service<Request<Body>, Response = Response<Body>> + Clone,
-    S::Future: Unpin,
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + Sync + 'static,
+    S::Future: Send + Unpin,
 {
     type Response = Response<Body>;
     type Error = S::Error;
@@ -207,13 +233,14 @@ where
 /// A call under way.
 pub enum MemoryFuture<S: Service<Request<Body>>> {
     Asked(Arc<Shared<S>>, Option<(Request<Body>, Instant)>),
+    Recording(BoxFuture<'static, Result<Response<Body>, S::Error>>),
     Passed(Oneshot<S, Request<Body>>),
 }
 
 impl<S> Future for MemoryFuture<S>
 where
-    S: Service<Request<Body>, Response = Response<Body>> + Clone,
-    S::Future: Unpin,
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + Sync + 'static,
+    S::Future: Send + Unpin,
 {
     type Output = Result<Response<Body>, S::Error>;
 
@@ -221,58 +248,85 @@ where
         if let Self::Asked(shared, request) = &mut *self {
             let (request, arrived) = request.take().expect("polled once in this state");
             match shared.look(request, arrived, cx) {
-                ControlFlow::Break(response) => return Poll::Ready(Ok(response)),
-                ControlFlow::Continue(mut request) => {
-                    let extensions = request.extensions_mut();
-                    extensions.insert(Arrived(arrived));
-                    extensions.insert(shared.layer.peer.clone());
-                    let passed = shared.inner.clone().oneshot(request);
-                    *self = Self::Passed(passed);
+                Look::Answered(response) => return Poll::Ready(Ok(response)),
+                Look::Waits(recording) => {
+                    let recorded = recording.recorded(shared.clone());
+                    *self = Self::Recording(Box::pin(recorded));
                 }
+                Look::Passes(request) => *self = Self::Passed(shared.pass(request, arrived)),
             }
         }
-        let Self::Passed(passed) = &mut *self else {
-            unreachable!("passed on above");
-        };
-        Pin::new(passed).poll(cx)
+        match &mut *self {
+            Self::Asked(..) => unreachable!("looked at above"),
+            Self::Recording(recorded) => recorded.as_mut().poll(cx),
+            Self::Passed(passed) => Pin::new(passed).poll(cx),
+        }
+    }
+}
+
+/// What memory makes of a call.
+enum Look {
+    Answered(Response<Body>),
+    Waits(Recording),
+    /// As it came.
+    Passes(Request<Body>),
+}
+
+impl<S> Shared<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone,
+{
+    /// The long way.
+    fn pass(&self, mut request: Request<Body>, arrived: Instant) -> Oneshot<S, Request<Body>> {
+        let extensions = request.extensions_mut();
+        extensions.insert(Arrived(arrived));
+        extensions.insert(self.layer.peer.clone());
+        self.inner.clone().oneshot(request)
     }
 }
 
 impl<S> Shared<S> {
-    /// The answer, or the request as it came.
-    fn look(
-        &self,
-        request: Request<Body>,
-        arrived: Instant,
-        cx: &mut Context<'_>,
-    ) -> ControlFlow<Response<Body>, Request<Body>> {
+    fn look(&self, request: Request<Body>, arrived: Instant, cx: &mut Context<'_>) -> Look {
         // Where successes are logged, they take the way that logs.
         let path = request.uri().path();
         let way = self.layer.ways.iter().find(|way| way.path == path);
         let Some(way) = way.filter(|_| !tracing::enabled!(Level::DEBUG)) else {
-            return ControlFlow::Continue(request);
+            return Look::Passes(request);
         };
         let moment = Moment {
             now: Utc::now(),
             clock: BootTime::now(),
         };
         if !is_grpc(request.headers()) || !self.may_call(way, request.headers(), moment) {
-            return ControlFlow::Continue(request);
+            return Look::Passes(request);
         }
         let (head, mut body) = request.into_parts();
         // The message came with the headers or it does not matter here: nothing waits for it.
         let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut body).poll_frame(cx) else {
-            return ControlFlow::Continue(Request::from_parts(head, body));
+            return Look::Passes(Request::from_parts(head, body));
         };
         let frame = match frame.into_data() {
-            Ok(data) if body.is_end_stream() => {
-                if let Some(answer) = (way.answer)(&self.layer, &data, moment) {
-                    let response = respond(&head.headers, answer);
-                    way.metrics.record(Code::Ok, arrived.elapsed());
-                    return ControlFlow::Break(response);
+            Ok(data) if body.is_end_stream() => match way.answer {
+                Answering::AtOnce(answer) => {
+                    if let Some(answer) = answer(&self.layer, &data, moment) {
+                        let response = respond(&head.headers, answer);
+                        way.metrics.record(Code::Ok, arrived.elapsed());
+                        return Look::Answered(response);
+                    }
+                    Frame::data(data)
                 }
-                Frame::data(data)
-            }
+                Answering::Recording => {
+                    if let Some(event) = self.layer.event(&data, moment) {
+                        return Look::Waits(Recording {
+                            event,
+                            request: Request::from_parts(head, data),
+                            arrived,
+                            metrics: way.metrics.clone(),
+                        });
+                    }
+                    Frame::data(data)
+                }
+            },
             Ok(data) => Frame::data(data),
             Err(frame) => frame,
         };
@@ -280,11 +334,9 @@ impl<S> Shared<S> {
             frame: Some(frame),
             rest: body,
         });
-        ControlFlow::Continue(Request::from_parts(head, body))
+        Look::Passes(Request::from_parts(head, body))
     }
-}
 
-impl<S> Shared<S> {
     fn may_call(&self, way: &Way, headers: &HeaderMap, moment: Moment) -> bool {
         let Some(header) = headers.get(AUTHORIZATION) else {
             let scopes = self.layer.peer.scopes.as_ref();

@@ -35,7 +35,7 @@ mod wire;
 use tonic::service::{Routes, RoutesBuilder};
 
 pub use access::{AccessLayer, Rules, RulesError};
-pub use call::CallLayer;
+pub use call::{CallEnd, CallLayer};
 pub use envoy::Afterwards;
 pub use memory::MemoryLayer;
 pub use metrics::CallMetrics;

@@ -5,7 +5,7 @@ use super::{
     access::Caller,
     bearer::bearer,
     convert::{self, Fields, only},
-    quota, reading, recording, reservation,
+    memory, quota, reading, recording, reservation,
 };
 use crate::{
     auth::Auth,
@@ -34,8 +34,11 @@ pub(super) struct Handler {
 impl UsageService for Handler {
     async fn record_usage(
         &self,
-        request: Request<RecordUsageRequest>,
+        mut request: Request<RecordUsageRequest>,
     ) -> Result<Response<RecordUsageResponse>, Status> {
+        if let Some(error) = memory::refusal(&mut request) {
+            return Err(error.into());
+        }
         let event = only(|fields| {
             let event = fields.take(
                 "event",
@@ -44,10 +47,7 @@ impl UsageService for Handler {
             convert::usage_event(fields, "event.", event?, Utc::now())
         })?;
         self.auth.user_standing(event.user_id).await?;
-        let outcome = convert::outcome(self.usage.record(event).await?);
-        Ok(Response::new(RecordUsageResponse {
-            outcome: outcome.into(),
-        }))
+        Ok(Response::new(self.usage.record(event).await?.into()))
     }
 
     async fn batch_record_usage(

@@ -1,13 +1,14 @@
 //! What memory alone answers to a gateway, before the machinery for calls that wait.
 
-use std::{convert::Infallible, future::ready};
+use std::{convert::Infallible, future::ready, time::Duration};
 
 use bytes::{BufMut as _, Bytes};
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, Full};
 use prost::Message;
+use tokio::sync::watch;
 use tollkeeper::{
-    grpc::{CallMetrics, MemoryLayer, Rules},
+    grpc::{CallEnd, CallMetrics, MemoryLayer, Rules},
     proto::{
         DESCRIPTOR_SET,
         envoy::service::{auth::v3::CheckResponse, ratelimit::v3::RateLimitResponse},
@@ -43,7 +44,9 @@ async fn at_once<M: Message + Default>(
     let rules = Rules::from_descriptor_set(DESCRIPTOR_SET).unwrap();
     let metrics = CallMetrics::new(&rules);
     let server = app.running();
-    let memory = MemoryLayer::new(server.auth.clone(), server.usage.clone(), &rules, &metrics);
+    let end = CallEnd::new(Duration::from_secs(30), watch::channel(false).1);
+    let (auth, usage) = (server.auth.clone(), server.usage.clone());
+    let memory = MemoryLayer::new(auth, usage, &rules, &metrics, end);
     let long = |_| {
         ready(Ok::<Response<Body>, Infallible>(
             Status::aborted("the long way").into_http(),

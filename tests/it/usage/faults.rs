@@ -144,26 +144,35 @@ async fn a_real_deadlock_costs_a_retry_at_most() {
     for user in &users {
         app.record(&event(user)).await.unwrap();
     }
-    let client = cluster::connect(&app.database_url).await;
-    let lock = |user: &str| {
+    let [first, second] = users.each_ref().map(|user| {
         format!("UPDATE monthly_model_usage SET month = month WHERE user_id = '{user}'")
-    };
-    // Patient itself, so that the service is the one to give in.
+    });
+    let waiting = "SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    // Postgres looks for a deadlock once in each wait, a second after it began: the one that closes the
+    // circle has to be that of the service. Two are in its way; the other one is patient itself.
+    let gate = cluster::connect(&app.database_url).await;
+    let hold = "BEGIN; SELECT FROM monthly_model_usage ORDER BY user_id LIMIT 1 FOR UPDATE";
+    gate.batch_execute(hold).await.unwrap();
+    let client = cluster::connect(&app.database_url).await;
     client
-        .batch_execute("SET deadlock_timeout = '60s'; BEGIN")
+        .batch_execute(&format!("SET deadlock_timeout = '60s'; BEGIN; {second}"))
         .await
         .unwrap();
-    client.batch_execute(&lock(&users[1])).await.unwrap();
     let both: Vec<_> = users.iter().map(|user| event(user)).collect();
     let (channel, key, events) = (app.channel.clone(), app.service_key.clone(), both.clone());
     let call = tokio::spawn(async move { record_batch(&channel, &key, events).await });
-    let hung = "SELECT count(*) FROM pg_stat_activity
-         WHERE datname = current_database() AND wait_event_type = 'Lock'
-         AND query LIKE '%INTO usage_records%'";
-    eventually("the batch hangs", async || app.count(hung).await == 1).await;
-    // The service holds the first user's row and waits for the second's.
-    client.batch_execute(&lock(&users[0])).await.unwrap();
-    client.batch_execute("COMMIT").await.unwrap();
+    eventually("the batch waits", async || app.count(waiting).await == 1).await;
+    let client = tokio::spawn(async move {
+        client
+            .batch_execute(&format!("{first}; COMMIT"))
+            .await
+            .unwrap();
+    });
+    eventually("so do both", async || app.count(waiting).await == 2).await;
+    // The service gets the first user's row, and then waits for the second's.
+    gate.batch_execute("COMMIT").await.unwrap();
+    client.await.unwrap();
     // Two single events before.
     let batches = match call.await.unwrap() {
         Ok(results) => {
