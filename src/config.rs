@@ -406,7 +406,7 @@ impl Default for UsageSettings {
     fn default() -> Self {
         Self {
             tiers_file: PathBuf::new(),
-            writers: 12,
+            writers: 16,
             batch_events: 1000,
             queue_events: 20_000,
             retention_months: 0,

@@ -267,7 +267,7 @@ where
 /// What memory makes of a call.
 enum Look {
     Answered(Response<Body>),
-    Waits(Recording),
+    Waits(Box<Recording>),
     /// As it came.
     Passes(Request<Body>),
 }
@@ -317,12 +317,12 @@ impl<S> Shared<S> {
                 }
                 Answering::Recording => {
                     if let Some(event) = self.layer.event(&data, moment) {
-                        return Look::Waits(Recording {
+                        return Look::Waits(Box::new(Recording {
                             event,
                             request: Request::from_parts(head, data),
                             arrived,
                             metrics: way.metrics.clone(),
-                        });
+                        }));
                     }
                     Frame::data(data)
                 }

@@ -13,7 +13,8 @@ use tollkeeper::{
         DESCRIPTOR_SET,
         envoy::service::{auth::v3::CheckResponse, ratelimit::v3::RateLimitResponse},
         tollkeeper::usage::v1::{
-            CheckQuotaRequest, CheckQuotaResponse, ReserveQuotaRequest, ReserveQuotaResponse,
+            CheckQuotaRequest, CheckQuotaResponse, RecordUsageRequest, RecordUsageResponse,
+            ReserveQuotaRequest, ReserveQuotaResponse, UsageEvent, record_usage_response::Outcome,
         },
     },
 };
@@ -25,10 +26,14 @@ use super::{
     limits::{about, asking_for, limit, limit_through},
     metadata, passed,
 };
-use crate::{harness::TestApp, usage::quota::with_tiers};
+use crate::{
+    harness::TestApp,
+    usage::{event, quota::with_tiers},
+};
 
 const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
 const CHECK_QUOTA: &str = "/tollkeeper.usage.v1.UsageService/CheckQuota";
+const RECORD_USAGE: &str = "/tollkeeper.usage.v1.UsageService/RecordUsage";
 const RESERVE_QUOTA: &str = "/tollkeeper.usage.v1.UsageService/ReserveQuota";
 const LIMIT: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
 
@@ -176,4 +181,31 @@ async fn services_are_told_at_once_what_a_known_user_may_use() {
     // The same hold; its handle is written anew.
     assert_eq!((short.tokens, short.quota), (long.tokens, long.quota));
     assert!(at(0).await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_is_booked_is_told_the_short_way_and_all_else_the_long_way() {
+    let app = TestApp::spawn().await;
+    let (known, unknown) = (app.user().create().await, app.user().create().await);
+    let (_, key) = app.service("edge", &["gateway", "usage.write"]).await;
+    let (_, unfit) = app.service("unfit", &["gateway"]).await;
+    let at = async |key: &str, event: &UsageEvent| {
+        let request = RecordUsageRequest {
+            event: Some(event.clone()),
+        };
+        let told = at_once::<RecordUsageResponse>(&app, key, RECORD_USAGE, &request).await;
+        told.map(|told| told.outcome())
+    };
+    let first = event(&known.id);
+    app.record(&first).await.unwrap();
+    assert_eq!(at(&key, &first).await, Some(Outcome::Duplicate));
+    assert_eq!(at(&key, &event(&known.id)).await, Some(Outcome::Recorded));
+    let mut others = vec![event(&unknown.id), event(&known.id), first];
+    others[1].model = String::new();
+    others[2].model = "another".to_owned();
+    for event in &others {
+        assert_eq!(at(&key, event).await, None, "{event:?}");
+    }
+    assert_eq!(at(&unfit, &event(&known.id)).await, None);
+    app.assert_books_balance(2).await;
 }

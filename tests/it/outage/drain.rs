@@ -65,19 +65,22 @@ async fn a_call_that_never_ends_is_cut_at_the_drain_deadline() {
         settings.server.max_deadline = Duration::from_secs(60);
     })
     .await;
-    let user = app.user().create().await;
+    let (known, user) = (app.user().create().await, app.user().create().await);
+    app.record(&event(&known.id)).await.unwrap();
     let blocker = Blocker::lock(&app, "usage_records").await;
-    let call = start_recording(&app, event(&user.id));
-    blocker.hold_up(&app, 1).await;
+    let calls = [&known, &user].map(|user| start_recording(&app, event(&user.id)));
+    blocker.hold_up(&app, 2).await;
     let started = Instant::now();
     app.stop().await.unwrap();
     assert!(started.elapsed() >= deadline);
     assert!(started.elapsed() < deadline + SLACK);
-    let cut = timeout(SLACK, call).await.expect("the call is cut");
-    let cut = cut.unwrap().unwrap_err();
-    assert_eq!(cut.code(), Code::Unavailable);
-    assert_eq!(reason(&cut), "SHUTTING_DOWN");
-    assert!(cut.get_details_retry_info().is_some());
+    for call in calls {
+        let cut = timeout(SLACK, call).await.expect("the call is cut");
+        let cut = cut.unwrap().unwrap_err();
+        assert_eq!(cut.code(), Code::Unavailable);
+        assert_eq!(reason(&cut), "SHUTTING_DOWN");
+        assert!(cut.get_details_retry_info().is_some());
+    }
     blocker.release().await;
 }
 

@@ -137,6 +137,26 @@ async fn failures_that_do_not_end_are_told_and_the_next_call_is_taken_afresh() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_call_past_its_deadline_is_told_and_its_event_is_booked() {
+    let app = TestApp::spawn_with(|settings| {
+        settings.server.max_deadline = Duration::from_millis(300);
+    })
+    .await;
+    let events = events(&app, 2).await;
+    let blocker = Blocker::lock(&app, "usage_records").await;
+    // Of the first one the user has to be looked up; both wait for the ledger then.
+    for event in &events {
+        let status = app.record(event).await.unwrap_err();
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+        assert_eq!(reason(&status), "DEADLINE_EXCEEDED");
+    }
+    blocker.release().await;
+    let booked = "SELECT count(*) FROM usage_records";
+    eventually("both are booked", async || app.count(booked).await == 2).await;
+    app.assert_books_balance(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_real_deadlock_costs_a_retry_at_most() {
     let app = TestApp::spawn().await;
     let mut users = [app.user().create().await.id, app.user().create().await.id];
