@@ -34,7 +34,7 @@ pub use audit::{
     Origin,
 };
 pub use change::Change;
-pub use count::Count;
+pub use count::{Count, PerThread};
 pub use erasure::ErasureStep;
 pub use ids::{
     ApiKeyId, CreditId, EventId, FactorId, GrantRequestId, OneTimeTokenId, ReplicaId,
