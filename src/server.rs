@@ -253,8 +253,14 @@ impl Server {
         let serve = {
             let (settings, metrics) = (settings.clone(), metrics.clone());
             let end = CallEnd::new(settings.max_deadline, cut_asked);
-            let memory =
-                MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics, end.clone());
+            let memory = MemoryLayer::new(
+                auth.clone(),
+                usage.clone(),
+                &rules,
+                &metrics,
+                settings.max_request_bytes,
+                end.clone(),
+            );
             let proxies = TrustedProxies::new(&settings.trusted_proxies.0);
             let access =
                 AccessLayer::new(auth.clone(), rules).trusting_loopback(gateway.trust_loopback);

@@ -169,7 +169,14 @@ async fn rows(fixture: &Fixture) -> anyhow::Result<(Vec<Row>, tokio::task::JoinH
     let (_, cut) = watch::channel(false);
     let metrics = CallMetrics::new(&rules);
     let end = CallEnd::new(Duration::from_secs(30), cut);
-    let memory = MemoryLayer::new(auth.clone(), usage.clone(), &rules, &metrics, end.clone());
+    let memory = MemoryLayer::new(
+        auth.clone(),
+        usage,
+        &rules,
+        &metrics,
+        max_bytes,
+        end.clone(),
+    );
     let access = AccessLayer::new(auth, rules).layer(routes.clone());
     let proxies = TrustedProxies::new(&[]);
     let call = CallLayer::new(metrics, proxies, end).layer(access.clone());

@@ -2,9 +2,9 @@
 //! of the others from its panic.
 
 use std::{
-    future::pending,
     net::IpAddr,
     panic::AssertUnwindSafe,
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use http::{
     HeaderMap, Request, Response,
     header::{CONTENT_TYPE, USER_AGENT},
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep_until};
 use tonic::{Code, Status, body::Body};
 use tonic_types::StatusExt as _;
 use tower::{Layer, Service};
@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     auth::Principal,
+    error::Error,
     model::{Actor, Origin},
 };
 
@@ -101,11 +102,59 @@ impl CallEnd {
         arrived + deadline(headers, self.max_deadline)
     }
 
-    /// Waits until the server cuts calls short.
-    pub(super) async fn cut(&self) {
-        // An error means that nobody can any more.
-        if self.cut.clone().wait_for(|cut| *cut).await.is_err() {
-            pending().await
+    /// Waits for `work`, but not past `deadline`.
+    ///
+    /// # Errors
+    /// How the call ended instead. What `work` has begun may go on.
+    pub(super) async fn wait_for<T>(
+        &self,
+        work: impl Future<Output = T>,
+        deadline: Instant,
+    ) -> Result<T, Ended> {
+        // A timer needs a tick, even for a time that has passed.
+        if deadline <= Instant::now() {
+            return Err(Ended::DeadlineExceeded);
+        }
+        let mut cut = self.cut.clone();
+        tokio::select! {
+            biased;
+            done = AssertUnwindSafe(work).catch_unwind() => done.map_err(|_| Ended::Panicked),
+            () = sleep_until(deadline.into()) => Err(Ended::DeadlineExceeded),
+            // An error means that nobody can cut any more.
+            Ok(_) = cut.wait_for(|cut| *cut) => Err(Ended::Cut),
+        }
+    }
+}
+
+/// How a call ended without an answer. In the extensions of a request that another layer has waited for,
+/// to be told.
+#[derive(Clone, Debug)]
+pub(super) enum Ended {
+    DeadlineExceeded,
+    Cut,
+    Panicked,
+    /// In a place of its own, since extensions want to be copied; nobody copies them.
+    Failed(Arc<Error>),
+}
+
+impl Ended {
+    pub(super) fn failed(error: Error) -> Self {
+        Self::Failed(Arc::new(error))
+    }
+}
+
+impl From<Ended> for Status {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::DeadlineExceeded => status::deadline_exceeded(),
+            Ended::Cut => status::shutting_down(),
+            Ended::Panicked => {
+                tracing::error!("the handler panicked");
+                status::panicked()
+            }
+            Ended::Failed(error) => Arc::into_inner(error)
+                .unwrap_or_else(|| Error::internal("an error is told twice"))
+                .into(),
         }
     }
 }
@@ -181,14 +230,18 @@ where
         request.extensions_mut().insert(context);
         let end = self.layer.end.clone();
         let deadline = end.deadline(request.headers(), started);
-        let handled = is_grpc(request.headers()).then(|| self.inner.call(request));
+        let ended = request.extensions_mut().remove::<Ended>();
+        let is_new = ended.is_none() && is_grpc(request.headers());
+        let handled = is_new.then(|| self.inner.call(request));
         let call = async move {
+            let handled = match (handled, ended) {
+                (Some(handled), _) => end.wait_for(handled, deadline).await,
+                (None, Some(ended)) => Err(ended),
+                (None, None) => Ok(Ok(status::not_grpc())),
+            };
             let mut response = match handled {
-                Some(handled) => tokio::select! {
-                    response = guard(handled, deadline) => response?,
-                    () = end.cut() => status::shutting_down().into_http(),
-                },
-                None => status::not_grpc(),
+                Ok(response) => response?,
+                Err(ended) => Status::from(ended).into_http(),
             };
             let (code, reason) = explain(&mut response, &request_id);
             response.headers_mut().insert(REQUEST_ID, id);
@@ -198,26 +251,6 @@ where
             Ok(response)
         };
         Box::pin(call.instrument(span))
-    }
-}
-
-/// Waits for an answer, but not past `deadline`, and makes one of a panic.
-async fn guard<E>(
-    handled: impl Future<Output = Result<Response<Body>, E>>,
-    deadline: Instant,
-) -> Result<Response<Body>, E> {
-    // A timer needs a tick, even for a time that has passed.
-    if deadline <= Instant::now() {
-        return Ok(status::deadline_exceeded().into_http());
-    }
-    let guarded = AssertUnwindSafe(handled).catch_unwind();
-    match tokio::time::timeout_at(deadline.into(), guarded).await {
-        Ok(Ok(handled)) => handled,
-        Ok(Err(_panic)) => {
-            tracing::error!("the handler panicked");
-            Ok(status::panicked().into_http())
-        }
-        Err(_) => Ok(status::deadline_exceeded().into_http()),
     }
 }
 

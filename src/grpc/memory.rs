@@ -2,12 +2,12 @@
 //!
 //! Internal services ask `ValidateToken`, and gateways `ReserveQuota`, `CheckQuota` or what Envoy asks,
 //! for every request of their own, so those calls have a way of their own through the server: no task,
-//! no timer. `RecordUsage` comes as often; where memory knows who calls and for whom, it waits for the
-//! ledger and for nothing else. It knows good news only. Whatever is not at once a known caller, a whole plain message
+//! no timer. `RecordUsage` comes as often: of a user whom memory knows it waits for the ledger, and for
+//! nothing else. This way knows good news only. Whatever is not at once a known caller, a whole plain message
 //! and something that memory says yes to goes on to the other layers as if it had not been looked at;
 //! they decide, refuse, explain and log.
 
-mod recording;
+mod event;
 
 use std::{
     pin::Pin,
@@ -50,8 +50,7 @@ use crate::{
     },
     usage::Usage,
 };
-use recording::Recording;
-pub(super) use recording::refusal;
+use event::EventCall;
 
 /// What precedes a message: whether it is compressed, and its length (gRPC over HTTP/2,
 /// `Length-Prefixed-Message`).
@@ -63,6 +62,7 @@ pub struct MemoryLayer {
     auth: Auth,
     usage: Usage,
     ways: Arc<[Way]>,
+    max_request_bytes: usize,
     end: CallEnd,
     peer: Peer,
 }
@@ -79,8 +79,8 @@ struct Way {
 #[derive(Clone, Copy)]
 enum Answering {
     AtOnce(fn(&MemoryLayer, &Bytes, Moment) -> Option<Bytes>),
-    /// By the ledger, for the event that is in the call.
-    Recording,
+    /// Once the event that is in the call is booked.
+    Booked,
 }
 
 /// When a call came.
@@ -91,15 +91,16 @@ struct Moment {
 }
 
 impl MemoryLayer {
-    /// Calls that wait do so until `end`.
+    /// Larger requests go the long way. Calls that wait do so until `end`.
     pub fn new(
         auth: Auth,
         usage: Usage,
         rules: &Rules,
         metrics: &CallMetrics,
+        max_request_bytes: usize,
         end: CallEnd,
     ) -> Self {
-        use Answering::{AtOnce, Recording};
+        use Answering::{AtOnce, Booked};
         let way = |(path, answer)| Way {
             path,
             scope: rules.service_scope(path),
@@ -127,15 +128,21 @@ impl MemoryLayer {
                 "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit",
                 AtOnce(Self::should_rate_limit),
             ),
-            ("/tollkeeper.usage.v1.UsageService/RecordUsage", Recording),
+            ("/tollkeeper.usage.v1.UsageService/RecordUsage", Booked),
         ];
         Self {
             auth,
             usage,
             ways: ways.map(way).into(),
+            max_request_bytes,
             end,
             peer: Peer::default(),
         }
+    }
+
+    /// Whether a message is within the bounds of the long way.
+    fn admits(&self, call: &[u8]) -> bool {
+        call.len() <= PREFIX_BYTES + self.max_request_bytes
     }
 
     /// For the calls of one connection.
@@ -233,7 +240,7 @@ where
 /// A call under way.
 pub enum MemoryFuture<S: Service<Request<Body>>> {
     Asked(Arc<Shared<S>>, Option<(Request<Body>, Instant)>),
-    Recording(BoxFuture<'static, Result<Response<Body>, S::Error>>),
+    Waiting(BoxFuture<'static, Result<Response<Body>, S::Error>>),
     Passed(Oneshot<S, Request<Body>>),
 }
 
@@ -249,16 +256,13 @@ where
             let (request, arrived) = request.take().expect("polled once in this state");
             match shared.look(request, arrived, cx) {
                 Look::Answered(response) => return Poll::Ready(Ok(response)),
-                Look::Waits(recording) => {
-                    let recorded = recording.recorded(shared.clone());
-                    *self = Self::Recording(Box::pin(recorded));
-                }
+                Look::Waits(call) => *self = Self::Waiting(Box::pin(call.booked(shared.clone()))),
                 Look::Passes(request) => *self = Self::Passed(shared.pass(request, arrived)),
             }
         }
         match &mut *self {
             Self::Asked(..) => unreachable!("looked at above"),
-            Self::Recording(recorded) => recorded.as_mut().poll(cx),
+            Self::Waiting(booked) => booked.as_mut().poll(cx),
             Self::Passed(passed) => Pin::new(passed).poll(cx),
         }
     }
@@ -267,7 +271,7 @@ where
 /// What memory makes of a call.
 enum Look {
     Answered(Response<Body>),
-    Waits(Box<Recording>),
+    Waits(Box<EventCall>),
     /// As it came.
     Passes(Request<Body>),
 }
@@ -306,7 +310,7 @@ impl<S> Shared<S> {
             return Look::Passes(Request::from_parts(head, body));
         };
         let frame = match frame.into_data() {
-            Ok(data) if body.is_end_stream() => match way.answer {
+            Ok(data) if body.is_end_stream() && self.layer.admits(&data) => match way.answer {
                 Answering::AtOnce(answer) => {
                     if let Some(answer) = answer(&self.layer, &data, moment) {
                         let response = respond(&head.headers, answer);
@@ -315,11 +319,11 @@ impl<S> Shared<S> {
                     }
                     Frame::data(data)
                 }
-                Answering::Recording => {
+                Answering::Booked => {
                     if let Some(event) = self.layer.event(&data, moment) {
-                        return Look::Waits(Box::new(Recording {
+                        return Look::Waits(Box::new(EventCall {
                             event,
-                            request: Request::from_parts(head, data),
+                            head,
                             arrived,
                             metrics: way.metrics.clone(),
                         }));

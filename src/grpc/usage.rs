@@ -5,7 +5,7 @@ use super::{
     access::Caller,
     bearer::bearer,
     convert::{self, Fields, only},
-    memory, quota, reading, recording, reservation,
+    quota, reading, recording, reservation,
 };
 use crate::{
     auth::Auth,
@@ -34,11 +34,8 @@ pub(super) struct Handler {
 impl UsageService for Handler {
     async fn record_usage(
         &self,
-        mut request: Request<RecordUsageRequest>,
+        request: Request<RecordUsageRequest>,
     ) -> Result<Response<RecordUsageResponse>, Status> {
-        if let Some(error) = memory::refusal(&mut request) {
-            return Err(error.into());
-        }
         let event = only(|fields| {
             let event = fields.take(
                 "event",

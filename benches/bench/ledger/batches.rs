@@ -27,8 +27,7 @@ use super::{
     raw, watch_postgres,
 };
 
-/// Who works at once, each for itself: connections to Postgres, callers, streams. As many as the
-/// service has writers.
+/// Who works at once, each for itself: connections to Postgres, callers, streams.
 const WRITERS: usize = 8;
 /// As many as the service writes large batches at once.
 const FEW_WRITERS: usize = 2;

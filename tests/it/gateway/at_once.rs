@@ -51,7 +51,7 @@ async fn at_once<M: Message + Default>(
     let server = app.running();
     let end = CallEnd::new(Duration::from_secs(30), watch::channel(false).1);
     let (auth, usage) = (server.auth.clone(), server.usage.clone());
-    let memory = MemoryLayer::new(auth, usage, &rules, &metrics, end);
+    let memory = MemoryLayer::new(auth, usage, &rules, &metrics, 10_000, end);
     let long = |_| {
         ready(Ok::<Response<Body>, Infallible>(
             Status::aborted("the long way").into_http(),
