@@ -164,7 +164,7 @@ impl MemoryLayer {
         let asked = reservation::Asked::read(message_of(call)?)?;
         let (user_id, wish) = only(|fields| reservation::request(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
-        let reserved = self.usage.reserve_at_once(&user, &wish)?;
+        let reserved = self.usage.reserve_at_once(&user, wish)?;
         Some(framed(&ReserveQuotaResponse::from(reserved)))
     }
 
@@ -205,7 +205,7 @@ impl<S> Layer<S> for MemoryLayer {
 /// See [`MemoryLayer`]. Cloned for every call, so one pointer.
 pub struct MemoryService<S>(Arc<Shared<S>>);
 
-pub struct Shared<S> {
+struct Shared<S> {
     layer: MemoryLayer,
     /// Who called last, by the header that said so: seldom another one calls next.
     caller: Mutex<Option<(HeaderValue, KnownService)>>,
@@ -233,15 +233,18 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        MemoryFuture::Asked(self.0.clone(), Some((request, Instant::now())))
+        MemoryFuture {
+            asked: Some((self.0.clone(), request, Instant::now())),
+            waiting: None,
+        }
     }
 }
 
 /// A call under way.
-pub enum MemoryFuture<S: Service<Request<Body>>> {
-    Asked(Arc<Shared<S>>, Option<(Request<Body>, Instant)>),
-    Waiting(BoxFuture<'static, Result<Response<Body>, S::Error>>),
-    Passed(Oneshot<S, Request<Body>>),
+pub struct MemoryFuture<S: Service<Request<Body>>> {
+    asked: Option<(Arc<Shared<S>>, Request<Body>, Instant)>,
+    /// What is not answered at once, apart from it: most calls are moved about, and end.
+    waiting: Option<BoxFuture<'static, Result<Response<Body>, S::Error>>>,
 }
 
 impl<S> Future for MemoryFuture<S>
@@ -252,19 +255,15 @@ where
     type Output = Result<Response<Body>, S::Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Self::Asked(shared, request) = &mut *self {
-            let (request, arrived) = request.take().expect("polled once in this state");
-            match shared.look(request, arrived, cx) {
+        if let Some((shared, request, arrived)) = self.asked.take() {
+            self.waiting = Some(match shared.look(request, arrived, cx) {
                 Look::Answered(response) => return Poll::Ready(Ok(response)),
-                Look::Waits(call) => *self = Self::Waiting(Box::pin(call.booked(shared.clone()))),
-                Look::Passes(request) => *self = Self::Passed(shared.pass(request, arrived)),
-            }
+                Look::Waits(call) => Box::pin(call.booked(shared)),
+                Look::Passes(request) => Box::pin(shared.pass(request, arrived)),
+            });
         }
-        match &mut *self {
-            Self::Asked(..) => unreachable!("looked at above"),
-            Self::Waiting(booked) => booked.as_mut().poll(cx),
-            Self::Passed(passed) => Pin::new(passed).poll(cx),
-        }
+        let waiting = self.waiting.as_mut().expect("polled until it is answered");
+        waiting.as_mut().poll(cx)
     }
 }
 

@@ -91,7 +91,7 @@ impl UsageService for Handler {
         let (user_id, wish) =
             only(|fields| reservation::request(fields, &request.get_ref().into()))?;
         let user = self.auth.user_standing(user_id).await?;
-        let reserved = self.usage.reserve(&user, &wish).await?;
+        let reserved = self.usage.reserve(&user, wish).await?;
         Ok(Response::new(reserved.into()))
     }
 

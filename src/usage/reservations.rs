@@ -61,25 +61,25 @@ impl Usage {
     /// # Errors
     /// `AccountDisabled` · `RequestTooLarge` · `RateLimited` · `QuotaExceeded` ·
     /// `TooManyReservations` · `Unavailable`
-    pub async fn reserve(&self, user: &UserStanding, request: &QuotaRequest) -> Result<Reserved> {
+    pub async fn reserve(&self, user: &UserStanding, request: QuotaRequest) -> Result<Reserved> {
         let reserved = self.try_reserve(user, request).await;
         self.counters.count_reserved(&reserved);
         reserved
     }
 
-    async fn try_reserve(&self, user: &UserStanding, request: &QuotaRequest) -> Result<Reserved> {
+    async fn try_reserve(&self, user: &UserStanding, request: QuotaRequest) -> Result<Reserved> {
         let tiers = self.tiers();
         let limits = tiers.limits_of(&user.tier);
-        let wish = self.wish(user, limits, request)?;
+        let wish = self.wish(user, limits, &request)?;
         let reservation = self.keeper.reserve(&wish).await;
         self.reserved(user, limits, request, reservation)
     }
 
     /// [`Usage::reserve`], if memory says yes; `None`: it may say so yet.
-    pub fn reserve_at_once(&self, user: &UserStanding, request: &QuotaRequest) -> Option<Reserved> {
+    pub fn reserve_at_once(&self, user: &UserStanding, request: QuotaRequest) -> Option<Reserved> {
         let tiers = self.tiers.load();
         let limits = tiers.limits_of(&user.tier);
-        let wish = self.wish(user, limits, request).ok()?;
+        let wish = self.wish(user, limits, &request).ok()?;
         let reservation = self.keeper.reserve_at_once(&wish)?;
         let reserved = self.reserved(user, limits, request, reservation);
         // What is refused here is asked, and counted, again.
@@ -114,7 +114,7 @@ impl Usage {
         &self,
         user: &UserStanding,
         limits: &TierLimits,
-        request: &QuotaRequest,
+        request: QuotaRequest,
         reservation: Reservation,
     ) -> Result<Reserved> {
         match reservation {
@@ -132,8 +132,8 @@ impl Usage {
                         hold: held.id,
                     },
                     user_id: user.id,
-                    model: request.model.clone(),
-                    request_id: request.request_id.clone(),
+                    model: request.model,
+                    request_id: request.request_id,
                     tokens: held.tokens,
                     created_at,
                     expires_at,

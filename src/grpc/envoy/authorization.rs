@@ -56,7 +56,7 @@ impl Handler {
                 quota: self.usage.require_quota(&user, &wish).await?,
                 reservation: None,
             },
-            Wanted::Hold(request) => self.usage.reserve(&user, &request).await?.into(),
+            Wanted::Hold(request) => self.usage.reserve(&user, request).await?.into(),
         };
         Ok(admitted(route, Identity::from(&validated), held, sent, now))
     }
@@ -82,7 +82,7 @@ pub(in crate::grpc) fn check_at_once(
             quota: usage.check_quota_at_once(&user, &wish)?.1,
             reservation: None,
         },
-        Wanted::Hold(request) => usage.reserve_at_once(&user, &request)?.into(),
+        Wanted::Hold(request) => usage.reserve_at_once(&user, request)?.into(),
     };
     let identity = Identity::from(&validated);
     Some(admitted(&route, identity, held, &sent, now))

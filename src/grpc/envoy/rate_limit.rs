@@ -93,7 +93,7 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
         }
         Ask::Reserve(user, wish) => {
             let user = auth.recall_user(user, clock)?;
-            usage.reserve_at_once(&user, &wish)?.into()
+            usage.reserve_at_once(&user, wish)?.into()
         }
         Ask::Book(..) | Ask::Settle(..) | Ask::Release(_) => return None,
     };
@@ -155,7 +155,7 @@ impl Handler {
             }
             Ask::Reserve(user, request) => {
                 let user = self.auth.user_standing(user).await?;
-                let reserved = self.usage.reserve(&user, &request).await?;
+                let reserved = self.usage.reserve(&user, request).await?;
                 Ok(reserved.into())
             }
             Ask::Book(of, tokens) | Ask::Settle(of, tokens) if tokens.total() > 0 => {
