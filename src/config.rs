@@ -210,7 +210,8 @@ pub struct UsageSettings {
     pub tiers_file: PathBuf,
     /// Connections that usage is written over, beside `database.pool_size`: small batches at a time.
     pub writers: usize,
-    /// Events of a batch, about: the events of one call stay together.
+    /// Events of a batch, about: the events of one call stay together. Two are written at a time when many
+    /// wait, and one that takes them all leaves nothing for the other.
     pub batch_events: usize,
     /// Events that may wait to be written; more are refused at once.
     pub queue_events: usize,
@@ -407,7 +408,7 @@ impl Default for UsageSettings {
         Self {
             tiers_file: PathBuf::new(),
             writers: 16,
-            batch_events: 1000,
+            batch_events: 500,
             queue_events: 20_000,
             retention_months: 0,
         }

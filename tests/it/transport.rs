@@ -16,9 +16,13 @@ use tollkeeper::proto::tollkeeper::{
 };
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
+use uuid::Uuid;
 use wire::{Wire, frame};
 
-use crate::harness::{Blocker, PASSWORD, Raw, TestApp, TestUser, reason};
+use crate::{
+    harness::{Blocker, PASSWORD, Raw, TestApp, TestUser, reason},
+    usage::event,
+};
 
 const JWKS: &str = "/tollkeeper.auth.v1.AuthService/GetJwks";
 const REGISTER: &str = "/tollkeeper.auth.v1.AuthService/Register";
@@ -52,6 +56,14 @@ async fn a_request_over_the_size_limit_is_refused_and_one_at_it_is_read() {
             "{length}"
         );
     }
+    // Nor is one read that is known well enough for the short way.
+    let mut event = event(&app.user().create().await.id);
+    app.record(&event).await.unwrap();
+    let labels = (0..10).map(|number| (format!("label_{number}"), "x".repeat(100)));
+    event.labels = labels.collect();
+    event.event_id = Uuid::now_v7().to_string();
+    let status = app.record(&event).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
