@@ -108,7 +108,7 @@ enum Command {
         #[arg(long)]
         users: Option<usize>,
         /// Events that are there already, to see what they slow down; up to four ledgers
-        /// [default: 10000,1000000,20000000, which take 15 GB of disk; quick 1000,20000]
+        /// [default: 10000,1000000,20000000, which take 23 GB of disk; quick 1000,20000]
         #[arg(long, value_delimiter = ',', value_name = "N,…")]
         existing: Vec<u64>,
     },

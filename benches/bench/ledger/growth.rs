@@ -51,7 +51,7 @@ const CHUNK: u64 = 1_000_000;
 
 /// On the disk, of an event with its indexes; and of what else Postgres writes meanwhile.
 const EVENT_BYTES: u64 = 500;
-const OTHER_BYTES: u64 = 4 << 30;
+const OTHER_BYTES: u64 = 12 << 30;
 
 pub(super) fn compare(
     plan: &Plan,
