@@ -7,6 +7,7 @@
 //! and something that memory says yes to goes on to the other layers as if it had not been looked at;
 //! they decide, refuse, explain and log.
 
+mod body;
 mod event;
 
 use std::{
@@ -25,7 +26,7 @@ use http::{
 };
 use http_body::{Body as _, Frame};
 use prost::Message;
-use tonic::{Code, Status, body::Body};
+use tonic::{Code, body::Body};
 use tower::{Layer, Service, ServiceExt as _, util::Oneshot};
 use tracing::Level;
 
@@ -50,6 +51,7 @@ use crate::{
     },
     usage::Usage,
 };
+use body::{Answer, Unread};
 use event::EventCall;
 
 /// What precedes a message: whether it is compressed, and its length (gRPC over HTTP/2,
@@ -309,27 +311,28 @@ impl<S> Shared<S> {
             return Look::Passes(Request::from_parts(head, body));
         };
         let frame = match frame.into_data() {
-            Ok(data) if body.is_end_stream() && self.layer.admits(&data) => match way.answer {
-                Answering::AtOnce(answer) => {
-                    if let Some(answer) = answer(&self.layer, &data, moment) {
-                        let response = respond(&head.headers, answer);
-                        way.metrics.record(Code::Ok, arrived.elapsed());
-                        return Look::Answered(response);
+            Ok(data) if body.is_end_stream() && self.layer.admits(&data) => {
+                match way.answer {
+                    Answering::AtOnce(answer) => {
+                        if let Some(answer) = answer(&self.layer, &data, moment) {
+                            let response = respond(&head.headers, answer);
+                            way.metrics.record(Code::Ok, arrived.elapsed());
+                            return Look::Answered(response);
+                        }
                     }
-                    Frame::data(data)
-                }
-                Answering::Booked => {
-                    if let Some(event) = self.layer.event(&data, moment) {
-                        return Look::Waits(Box::new(EventCall {
-                            event,
-                            head,
-                            arrived,
-                            metrics: way.metrics.clone(),
-                        }));
+                    Answering::Booked => {
+                        if let Some(event) = self.layer.event(&data, moment) {
+                            return Look::Waits(Box::new(EventCall {
+                                event,
+                                head,
+                                arrived,
+                                metrics: way.metrics.clone(),
+                            }));
+                        }
                     }
-                    Frame::data(data)
                 }
-            },
+                Frame::data(data)
+            }
             Ok(data) => Frame::data(data),
             Err(frame) => frame,
         };
@@ -405,68 +408,6 @@ fn framed(message: &impl Message) -> Bytes {
     bytes.put_u32(u32::try_from(len).expect("a short message"));
     message.encode(&mut bytes).expect("it has room");
     bytes.freeze()
-}
-
-/// A body of one message, with the trailers of a success.
-enum Answer {
-    Message(Bytes),
-    Trailers,
-    Ended,
-}
-
-impl http_body::Body for Answer {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = match &mut *self {
-            Self::Message(message) => {
-                let message = std::mem::take(message);
-                *self = Self::Trailers;
-                Frame::data(message)
-            }
-            Self::Trailers => {
-                *self = Self::Ended;
-                let mut trailers = HeaderMap::with_capacity(1);
-                trailers.insert("grpc-status", HeaderValue::from_static("0"));
-                Frame::trailers(trailers)
-            }
-            Self::Ended => return Poll::Ready(None),
-        };
-        Poll::Ready(Some(Ok(frame)))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Ended)
-    }
-}
-
-/// A body whose first frame was looked at.
-struct Unread {
-    frame: Option<Frame<Bytes>>,
-    rest: Body,
-}
-
-impl http_body::Body for Unread {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        match self.frame.take() {
-            Some(frame) => Poll::Ready(Some(Ok(frame))),
-            None => Pin::new(&mut self.rest).poll_frame(cx),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.frame.is_none() && self.rest.is_end_stream()
-    }
 }
 
 #[cfg(test)]
