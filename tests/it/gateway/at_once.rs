@@ -1,4 +1,4 @@
-//! What memory alone answers to a gateway, before the machinery for calls that wait.
+//! What memory alone answers, or the ledger alone, before the machinery for calls that wait.
 
 use std::{convert::Infallible, future::ready, time::Duration};
 

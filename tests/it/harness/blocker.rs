@@ -27,7 +27,8 @@ impl Blocker {
         Self::begin(app, &format!("LOCK TABLE {table} IN {mode} MODE")).await
     }
 
-    async fn begin(app: &TestApp, lock: &str) -> Self {
+    /// Holds what this statement locks.
+    pub(crate) async fn begin(app: &TestApp, lock: &str) -> Self {
         let connected = tokio_postgres::connect(&app.database_url, NoTls).await;
         let (client, connection) = connected.unwrap();
         tokio::spawn(connection);

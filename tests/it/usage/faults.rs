@@ -167,13 +167,10 @@ async fn a_real_deadlock_costs_attempts_and_nothing_else() {
     let [first, second] = users.each_ref().map(|user| {
         format!("UPDATE monthly_model_usage SET month = month WHERE user_id = '{user}'")
     });
-    let waiting = "SELECT count(*) FROM pg_stat_activity
-         WHERE datname = current_database() AND wait_event_type = 'Lock'";
     // Postgres looks for a deadlock once in each wait, a second after it began: the one that closes the
     // circle has to be that of the service. Two are in its way; the other one is patient itself.
-    let gate = cluster::connect(&app.database_url).await;
-    let hold = "BEGIN; SELECT FROM monthly_model_usage ORDER BY user_id LIMIT 1 FOR UPDATE";
-    gate.batch_execute(hold).await.unwrap();
+    let hold = "SELECT FROM monthly_model_usage ORDER BY user_id LIMIT 1 FOR UPDATE";
+    let gate = Blocker::begin(&app, hold).await;
     let client = cluster::connect(&app.database_url).await;
     client
         .batch_execute(&format!("SET deadlock_timeout = '60s'; BEGIN; {second}"))
@@ -182,16 +179,16 @@ async fn a_real_deadlock_costs_attempts_and_nothing_else() {
     let both: Vec<_> = users.iter().map(|user| event(user)).collect();
     let (channel, key, events) = (app.channel.clone(), app.service_key.clone(), both.clone());
     let call = tokio::spawn(async move { record_batch(&channel, &key, events).await });
-    eventually("the batch waits", async || app.count(waiting).await == 1).await;
+    gate.hold_up(&app, 1).await;
     let client = tokio::spawn(async move {
         client
             .batch_execute(&format!("{first}; COMMIT"))
             .await
             .unwrap();
     });
-    eventually("so do both", async || app.count(waiting).await == 2).await;
+    gate.hold_up(&app, 2).await;
     // The service gets the first user's row, and then waits for the second's.
-    gate.batch_execute("COMMIT").await.unwrap();
+    gate.release().await;
     client.await.unwrap();
     // Two single events before.
     let batches = match call.await.unwrap() {
