@@ -11,6 +11,7 @@ mod body;
 mod event;
 
 use std::{
+    cell::RefCell,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -40,15 +41,13 @@ use super::{
     peer::Peer,
     quota,
     request_id::{self, REQUEST_ID},
-    reservation, wire,
+    reservation,
+    wire::{self, Writer},
 };
 use crate::{
     auth::{Auth, BootTime, KnownService, Validated},
     model::Scope,
-    proto::tollkeeper::{
-        auth::v1::ValidateTokenResponse,
-        usage::v1::{CheckQuotaResponse, ReserveQuotaResponse},
-    },
+    proto::tollkeeper::auth::v1::ValidateTokenResponse,
     usage::Usage,
 };
 use body::{Answer, Unread};
@@ -167,15 +166,17 @@ impl MemoryLayer {
         let (user_id, wish) = only(|fields| reservation::request(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
         let reserved = self.usage.reserve_at_once(&user, wish)?;
-        Some(framed(&ReserveQuotaResponse::from(reserved)))
+        Some(written(|out| reservation::write(&reserved, out)))
     }
 
     fn check_quota(&self, call: &Bytes, Moment { clock, .. }: Moment) -> Option<Bytes> {
         let asked = quota::Asked::read(message_of(call)?)?;
         let (user_id, wish) = only(|fields| quota::check(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
-        let checked = self.usage.check_quota_at_once(&user, &wish)?;
-        Some(framed(&CheckQuotaResponse::from(checked)))
+        let (decision, quota) = self.usage.check_quota_at_once(&user, &wish)?;
+        Some(written(|out| {
+            quota::write_checked(decision, quota.as_ref(), out);
+        }))
     }
 
     fn check(&self, call: &Bytes, Moment { now, clock }: Moment) -> Option<Bytes> {
@@ -408,6 +409,22 @@ fn framed(message: &impl Message) -> Bytes {
     bytes.put_u32(u32::try_from(len).expect("a short message"));
     message.encode(&mut bytes).expect("it has room");
     bytes.freeze()
+}
+
+/// As [`framed`], of a message that is written in place.
+fn written(write: impl FnOnce(&mut Writer<'_>)) -> Bytes {
+    thread_local! {
+        /// Room that is used again.
+        static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    ROOM.with_borrow_mut(|room| {
+        room.clear();
+        room.extend([0; PREFIX_BYTES]);
+        write(&mut Writer::new(room));
+        let len = u32::try_from(room.len() - PREFIX_BYTES).expect("a short message");
+        room[1..PREFIX_BYTES].copy_from_slice(&len.to_be_bytes());
+        Bytes::copy_from_slice(room)
+    })
 }
 
 #[cfg(test)]

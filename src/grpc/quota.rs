@@ -5,7 +5,7 @@ use prost_types::Timestamp;
 
 use super::{
     convert::{Fields, time, timestamp, token_count},
-    wire,
+    wire::{self, Writer},
 };
 use crate::{
     model::{
@@ -128,6 +128,18 @@ impl From<QuotaState> for usage::Quota {
     }
 }
 
+/// Writes a [`usage::Quota`].
+pub(super) fn write(state: &QuotaState, out: &mut Writer<'_>) {
+    out.shown(1, state.period);
+    out.number(2, state.limit.unwrap_or_default());
+    out.number(3, state.limit.is_none());
+    out.number(4, state.used);
+    out.number(5, state.remaining.unwrap_or_default());
+    out.time(6, state.period.end());
+    out.text(7, state.tier.as_str());
+    out.number(8, state.held);
+}
+
 impl From<&QuotaStanding> for usage::Quota {
     fn from(standing: &QuotaStanding) -> Self {
         standing.state().into()
@@ -182,18 +194,31 @@ pub(super) fn check(fields: &mut Fields, asked: &Asked<'_>) -> Option<(UserId, Q
     Some((user_id?, wish))
 }
 
+impl From<Decision> for check_quota_response::Decision {
+    fn from(decision: Decision) -> Self {
+        match decision {
+            Decision::Allowed => Self::Allowed,
+            Decision::MonthlyLimit => Self::MonthlyLimit,
+            Decision::ModelLimit => Self::ModelLimit,
+            Decision::RequestTooLarge => Self::RequestTooLarge,
+        }
+    }
+}
+
 impl From<(Decision, Option<QuotaState>)> for usage::CheckQuotaResponse {
     fn from((decision, quota): (Decision, Option<QuotaState>)) -> Self {
-        let decision = match decision {
-            Decision::Allowed => check_quota_response::Decision::Allowed,
-            Decision::MonthlyLimit => check_quota_response::Decision::MonthlyLimit,
-            Decision::ModelLimit => check_quota_response::Decision::ModelLimit,
-            Decision::RequestTooLarge => check_quota_response::Decision::RequestTooLarge,
-        };
         Self {
-            decision: decision.into(),
+            decision: check_quota_response::Decision::from(decision).into(),
             quota: quota.map(Into::into),
         }
+    }
+}
+
+/// Writes a [`usage::CheckQuotaResponse`].
+pub(super) fn write_checked(decision: Decision, quota: Option<&QuotaState>, out: &mut Writer<'_>) {
+    out.number(1, i32::from(check_quota_response::Decision::from(decision)));
+    if let Some(state) = quota {
+        out.message(2, |out| write(state, out));
     }
 }
 
@@ -259,6 +284,26 @@ mod tests {
     use prost::Message as _;
 
     use super::*;
+
+    #[test]
+    fn what_is_written_is_what_the_generated_code_writes() {
+        let state = QuotaState {
+            period: "2026-11".parse().expect("valid"),
+            tier: "free".parse().expect("valid"),
+            limit: Some(1000),
+            used: 10,
+            held: 20,
+            remaining: Some(990),
+        };
+        for quota in [None, Some(state)] {
+            for decision in [Decision::Allowed, Decision::RequestTooLarge] {
+                let mut written = Vec::new();
+                write_checked(decision, quota.as_ref(), &mut Writer::new(&mut written));
+                let generated = usage::CheckQuotaResponse::from((decision, quota.clone()));
+                assert_eq!(written, generated.encode_to_vec());
+            }
+        }
+    }
 
     #[test]
     fn what_is_read_where_it_lies_is_what_the_generated_code_reads() {

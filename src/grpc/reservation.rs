@@ -6,7 +6,8 @@ use prost::Message as _;
 
 use super::{
     convert::{Fields, labels, time, token_counts},
-    wire,
+    quota,
+    wire::{self, Writer},
 };
 use crate::{
     model::{Labels, TokenCounts, UserId, Violation},
@@ -139,6 +140,19 @@ impl From<Reserved> for ReserveQuotaResponse {
     }
 }
 
+/// Writes a [`ReserveQuotaResponse`].
+pub(super) fn write(reserved: &Reserved, out: &mut Writer<'_>) {
+    out.text(1, reserved.handle.as_deref().unwrap_or_default());
+    out.number(2, reserved.tokens);
+    if let Some(expires_at) = reserved.expires_at {
+        out.time(3, expires_at);
+    }
+    if let Some(state) = &reserved.quota {
+        out.message(4, |out| quota::write(state, out));
+    }
+    out.number(5, reserved.quota.is_none());
+}
+
 pub(super) fn committed(committed: Committed, event_id: String) -> CommitReservationResponse {
     let outcome = match committed {
         Committed::Booked(Recorded::Now) => Outcome::Recorded,
@@ -153,7 +167,11 @@ pub(super) fn committed(committed: Committed, event_id: String) -> CommitReserva
 
 #[cfg(test)]
 mod tests {
+    use chrono::DateTime;
+    use proptest::{option, prelude::*};
+
     use super::*;
+    use crate::model::{Period, QuotaState};
 
     #[test]
     fn what_is_read_where_it_lies_is_what_the_generated_code_reads() {
@@ -175,6 +193,37 @@ mod tests {
         }
         let twice = [whole.encode_to_vec(), whole.encode_to_vec()].concat();
         assert_eq!(Asked::read(&twice), None);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_what_the_generated_code_writes(
+            handle in option::of("[A-Za-z0-9_-]{0,300}"),
+            (tokens, used, held) in any::<(i64, i64, i64)>(),
+            expires_at in option::of(0..4_000_000_000_000_000_i64),
+            limit in option::of(any::<i64>()),
+            tier in "[a-z]{1,32}",
+            is_known in any::<bool>(),
+        ) {
+            let time = |micros| DateTime::from_timestamp_micros(micros).expect("in range");
+            let reserved = Reserved {
+                handle,
+                tokens,
+                expires_at: expires_at.map(time),
+                quota: is_known.then(|| QuotaState {
+                    period: Period::containing(time(expires_at.unwrap_or_default())),
+                    tier: tier.parse().expect("valid"),
+                    limit,
+                    used,
+                    held,
+                    remaining: limit.map(|limit| limit.saturating_sub(used).max(0)),
+                }),
+            };
+            let mut written = Vec::new();
+            write(&reserved, &mut Writer::new(&mut written));
+            let generated = ReserveQuotaResponse::from(reserved).encode_to_vec();
+            prop_assert_eq!(written, generated);
+        }
     }
 
     #[test]

@@ -1,10 +1,16 @@
-//! Messages read where they lie. Of what comes with each request of somebody else's traffic no field is
-//! copied, and what nobody asks for is passed over.
+//! Messages read where they lie, and written where they leave. Of what comes with each request of somebody
+//! else's traffic no field is copied, and what nobody asks for is passed over.
 //!
 //! It reads what encoders write. Whatever else may be valid, such as a single value that is sent twice, it
 //! leaves to the generated code, and so to the long way.
 
-use prost::encoding::{WireType, decode_key, decode_varint};
+use std::{fmt, io::Write as _};
+
+use chrono::{DateTime, Utc};
+use prost::encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint};
+use prost_types::Timestamp;
+
+use super::convert::time;
 
 /// The value of a field.
 #[derive(Clone, Copy)]
@@ -88,6 +94,65 @@ pub(super) fn pair(message: &[u8]) -> Option<(&str, &str)> {
     Some((key.unwrap_or_default(), value.unwrap_or_default()))
 }
 
+/// Writes a message behind what is there. Its fields are to come in the order of their numbers; then it
+/// reads as that of the generated code, byte by byte: what has its default is left out.
+pub(super) struct Writer<'a>(&'a mut Vec<u8>);
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(bytes: &'a mut Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    /// Of an integer, or a truth.
+    pub(super) fn number(&mut self, number: u32, value: impl Into<i64>) {
+        let value = value.into();
+        if value != 0 {
+            encode_key(number, WireType::Varint, self.0);
+            encode_varint(value.cast_unsigned(), self.0);
+        }
+    }
+
+    pub(super) fn text(&mut self, number: u32, value: &str) {
+        if !value.is_empty() {
+            encode_key(number, WireType::LengthDelimited, self.0);
+            encode_varint(value.len() as u64, self.0);
+            self.0.extend_from_slice(value.as_bytes());
+        }
+    }
+
+    /// Of what is never empty.
+    pub(super) fn shown(&mut self, number: u32, value: impl fmt::Display) {
+        self.message(number, |out| {
+            write!(out.0, "{value}").expect("memory takes all");
+        });
+    }
+
+    pub(super) fn message(&mut self, number: u32, write: impl FnOnce(&mut Writer<'_>)) {
+        encode_key(number, WireType::LengthDelimited, self.0);
+        let place = self.0.len();
+        // Its length, which is seldom longer.
+        self.0.push(0);
+        write(&mut Writer(self.0));
+        let len = self.0.len() - place - 1;
+        match u8::try_from(len) {
+            Ok(short @ ..0x80) => self.0[place] = short,
+            _ => {
+                let mut long = Vec::new();
+                encode_varint(len as u64, &mut long);
+                self.0.splice(place..=place, long);
+            }
+        }
+    }
+
+    pub(super) fn time(&mut self, number: u32, instant: DateTime<Utc>) {
+        let Timestamp { seconds, nanos } = time(instant);
+        self.message(number, |out| {
+            out.number(1, seconds);
+            out.number(2, nanos);
+        });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use prost::Message as _;
@@ -109,6 +174,28 @@ mod tests {
         });
         assert_eq!(read, Some(()));
         assert_eq!(numbers, [(1, -5), (2, 7)]);
+    }
+
+    #[test]
+    fn a_message_of_any_length_is_written_within_another() {
+        for len in [0, 1, 127, 128, 20_000] {
+            let inner = Any {
+                type_url: "x".repeat(len),
+                value: Vec::new(),
+            };
+            let mut bytes = b"before".to_vec();
+            Writer::new(&mut bytes).message(2, |out| out.text(1, &inner.type_url));
+            let outer = Any {
+                type_url: String::new(),
+                value: inner.encode_to_vec(),
+            };
+            // Bytes that are empty are left out, and a message is not.
+            let whole = match len {
+                0 => vec![0x12, 0],
+                _ => outer.encode_to_vec(),
+            };
+            assert_eq!(bytes, [b"before", &whole[..]].concat());
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 
 use aws_lc_rs::digest;
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
+use bytes::BufMut as _;
 use chrono::{DateTime, Utc};
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
@@ -34,8 +35,8 @@ const VERSION: u8 = 1;
 /// Enough that none is ever guessed (RFC 2104 §5: at least half of the hash).
 const TAG_BYTES: usize = 16;
 
-/// Without the names.
-const FIXED_BYTES: usize = 2 + 16 + 8 + 16 + 8 + 2 * 8 + 2 + TAG_BYTES;
+/// Of one with the longest names.
+const MAX_BYTES: usize = 2 + 16 + 8 + 16 + 8 + 2 * 8 + 2 * (1 + 128) + TAG_BYTES;
 
 /// Longer text is no handle.
 const MAX_CHARS: usize = 1024;
@@ -59,24 +60,25 @@ impl HandleKey {
 impl Handle {
     /// Writes it down, as ASCII.
     pub(super) fn sign(&self, key: &HandleKey) -> String {
-        let names = self.model.as_str().len() + self.request_id.as_str().len();
-        let mut bytes = Vec::with_capacity(FIXED_BYTES + names);
-        bytes.extend([VERSION, u8::from(self.may_wait)]);
-        bytes.extend(self.hold.owner.0.as_bytes());
-        bytes.extend(self.hold.hold.0.to_be_bytes());
-        bytes.extend(self.user_id.0.as_bytes());
-        bytes.extend(self.tokens.to_be_bytes());
+        let mut bytes = [0; MAX_BYTES];
+        let mut rest = &mut bytes[..];
+        rest.put_slice(&[VERSION, u8::from(self.may_wait)]);
+        rest.put_slice(self.hold.owner.0.as_bytes());
+        rest.put_u64(self.hold.hold.0);
+        rest.put_slice(self.user_id.0.as_bytes());
+        rest.put_i64(self.tokens);
         for time in [self.created_at, self.expires_at] {
-            bytes.extend(time.timestamp_micros().to_be_bytes());
+            rest.put_i64(time.timestamp_micros());
         }
         // Names are short: their types see to it.
         for text in [self.model.as_str(), self.request_id.as_str()] {
-            bytes.push(u8::try_from(text.len()).expect("a name is shorter"));
-            bytes.extend(text.as_bytes());
+            rest.put_u8(u8::try_from(text.len()).expect("a name is shorter"));
+            rest.put_slice(text.as_bytes());
         }
-        let tag = key.tag(&bytes).finalize().into_bytes();
-        bytes.extend(&tag[..TAG_BYTES]);
-        BASE64_URL_SAFE_NO_PAD.encode(bytes)
+        let said = MAX_BYTES - rest.len();
+        let (whole, tag) = (said + TAG_BYTES, key.tag(&bytes[..said]).finalize());
+        bytes[said..whole].copy_from_slice(&tag.into_bytes()[..TAG_BYTES]);
+        BASE64_URL_SAFE_NO_PAD.encode(&bytes[..whole])
     }
 
     /// Reads what [`Handle::sign`] wrote with the same key; `None` for all else.
