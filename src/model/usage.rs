@@ -117,6 +117,12 @@ impl TokenCounts {
 
     /// All dimensions together; saturates.
     pub fn total(self) -> i64 {
+        let dimensions = self.dimensions().into_iter();
+        dimensions.fold(0, i64::saturating_add)
+    }
+
+    /// In the order of their columns.
+    pub fn dimensions(self) -> [i64; 5] {
         [
             self.input,
             self.output,
@@ -124,8 +130,6 @@ impl TokenCounts {
             self.cache_write,
             self.reasoning,
         ]
-        .into_iter()
-        .fold(0, i64::saturating_add)
     }
 }
 

@@ -61,6 +61,7 @@ use tokio::{
 };
 
 use conn::Conn;
+use ledger::Replays;
 
 pub use api_keys::NewApiKey;
 pub use changes::{ChangeListener, Notification};
@@ -102,6 +103,7 @@ pub struct Store {
     /// Reads of many rows take a part of the pool only, so that they do not hold up the calls that
     /// read one.
     bulk_reads: Arc<Semaphore>,
+    replays: Arc<Replays>,
 }
 
 impl Store {
@@ -130,6 +132,7 @@ impl Store {
             statement_timeout: settings.statement_timeout,
             key_lookups: Arc::new(Semaphore::new(settings.pool_size.div_ceil(4))),
             bulk_reads: Arc::new(Semaphore::new(settings.pool_size.div_ceil(4))),
+            replays: Arc::default(),
         })
     }
 

@@ -78,6 +78,7 @@ diesel::table! {
         cache_write_tokens -> Int8,
         reasoning_tokens -> Int8,
         request_count -> Int8,
+        room -> Bytea,
     }
 }
 
