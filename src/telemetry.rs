@@ -22,6 +22,9 @@ pub fn init(settings: &LogSettings, dev: bool) -> Result<(), String> {
     }
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would tell of a line that cannot be written on standard error too, and panic when that fails:
+        // a log on a full disk must not cost calls.
+        .log_internal_errors(false)
         .with_writer(stderr)
         .with_ansi(stderr().is_terminal());
     let human = match settings.format {

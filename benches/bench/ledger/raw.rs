@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::events::{Event, LABEL};
 
-/// The statement of `src/store/ledger.rs`, as one would write it first.
+/// The statement of `src/store/ledger/statements.rs`, as one would write it first.
 const BOOK: &str = "
     WITH new AS (
         INSERT INTO usage_records (usage_month, user_id, event_id, occurred_at, model,

@@ -1,18 +1,26 @@
-use std::time::SystemTime;
+use std::{
+    fs::File,
+    net::TcpListener,
+    process::Stdio,
+    time::{Duration, Instant, SystemTime},
+};
 
 use serde_json::Value;
-use tollkeeper::proto::tollkeeper::{
-    auth::v1::{
-        CompleteMfaRequest, EnrollTotpRequest, LoginRequest, RefreshTokensRequest, RegisterRequest,
-        ValidateTokenRequest, auth_service_client::AuthServiceClient,
-    },
-    usage::v1::{
-        RecordUsageRequest, TokenCounts, UsageEvent, usage_service_client::UsageServiceClient,
+use tollkeeper::{
+    grpc::health,
+    proto::tollkeeper::{
+        auth::v1::{
+            CompleteMfaRequest, EnrollTotpRequest, LoginRequest, RefreshTokensRequest,
+            RegisterRequest, ValidateTokenRequest, auth_service_client::AuthServiceClient,
+        },
+        usage::v1::{
+            RecordUsageRequest, TokenCounts, UsageEvent, usage_service_client::UsageServiceClient,
+        },
     },
 };
-use tonic::Request;
+use tonic::{Code, Request, transport::Endpoint};
 
-use super::home::Home;
+use super::{DEADLINE, Service, home::Home};
 use crate::{
     auth::mfa,
     harness::{login_through, with_bearer},
@@ -275,5 +283,46 @@ async fn logs_tell_nothing_of_second_factors() {
     for secret in secrets {
         let told = log.lines().find(|line| line.contains(secret));
         assert_eq!(told, None, "{secret} is in the log");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_cannot_be_written_costs_no_call() {
+    let home = Home::with_database();
+    // Nobody can read there where it listens: a port that was free a moment ago.
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    drop(listener);
+    let mut serve = home.production(&["serve", "--log-format", "json"]);
+    let full = File::options().write(true).open("/dev/full");
+    serve
+        .env("TOLLKEEPER_SERVER_LISTEN", &address)
+        .stdout(Stdio::null())
+        .stderr(full.expect("a disk without room"));
+    let mut service = Service {
+        child: serve.spawn().expect("the program starts"),
+        stdout: "/dev/null".into(),
+        stderr: "/dev/null".into(),
+    };
+    let url = format!("http://{address}");
+    let deadline = Instant::now() + DEADLINE;
+    while let Err(error) = health::probe(&url, "", Duration::from_secs(5)).await {
+        assert!(Instant::now() < deadline, "{error}");
+        let ended = service.child.try_wait().expect("a child");
+        assert!(ended.is_none(), "{ended:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let channel = Endpoint::from_shared(url)
+        .expect("an address")
+        .connect_lazy();
+    let mut auth = AuthServiceClient::new(channel);
+    for _ in 0..3 {
+        let credentials = LoginRequest {
+            identifier: EMAIL.to_owned(),
+            password: PASSWORD.to_owned(),
+        };
+        // Each is logged.
+        let refused = auth.login(credentials).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unauthenticated, "{refused}");
     }
 }
