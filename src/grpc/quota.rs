@@ -296,7 +296,12 @@ mod tests {
             remaining: Some(990),
         };
         for quota in [None, Some(state)] {
-            for decision in [Decision::Allowed, Decision::RequestTooLarge] {
+            for decision in [
+                Decision::Allowed,
+                Decision::MonthlyLimit,
+                Decision::ModelLimit,
+                Decision::RequestTooLarge,
+            ] {
                 let mut written = Vec::new();
                 write_checked(decision, quota.as_ref(), &mut Writer::new(&mut written));
                 let generated = usage::CheckQuotaResponse::from((decision, quota.clone()));

@@ -1,6 +1,6 @@
 //! Postgres: the only room with SQL. One file per aggregate; rows never leave it.
 //!
-//! Every public operation is one statement or one transaction, so a dropped future leaves all of it
+//! Every public operation writes by one statement or one transaction, so a dropped future leaves all of it
 //! or nothing: the pool discards a connection whose transaction was cut short.
 
 mod administrators;
@@ -103,6 +103,7 @@ pub struct Store {
     /// Reads of many rows take a part of the pool only, so that they do not hold up the calls that
     /// read one.
     bulk_reads: Arc<Semaphore>,
+    /// Shared by all pools of a process.
     replays: Arc<Replays>,
 }
 

@@ -424,6 +424,6 @@ fn add_to_sums() -> String {
                   )
          INSERT INTO monthly_model_usage AS m (user_id, month, model, {names})
          SELECT * FROM by_model
-         ON CONFLICT (user_id, month, model) DO UPDATE SET {added}"
+         ON CONFLICT (user_id, month, model) DO UPDATE SET {added}, room = ''"
     )
 }

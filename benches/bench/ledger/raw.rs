@@ -37,7 +37,8 @@ const BOOK: &str = "
             cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
             cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
             reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
-            request_count = m.request_count + EXCLUDED.request_count
+            request_count = m.request_count + EXCLUDED.request_count,
+            room = ''
     )
     SELECT usage_month, user_id, event_id FROM new";
 
@@ -63,7 +64,8 @@ const BOOK_ONE: &str = "
         cached_input_tokens = m.cached_input_tokens + EXCLUDED.cached_input_tokens,
         cache_write_tokens = m.cache_write_tokens + EXCLUDED.cache_write_tokens,
         reasoning_tokens = m.reasoning_tokens + EXCLUDED.reasoning_tokens,
-        request_count = m.request_count + EXCLUDED.request_count";
+        request_count = m.request_count + EXCLUDED.request_count,
+        room = ''";
 
 const BOOK_TYPES: [Type; 12] = [
     Type::TEXT_ARRAY,

@@ -18,14 +18,14 @@ use super::{
 use crate::model::{Period, UsageEvent};
 
 /// Inserts events, and fails if one of them is there.
-pub(super) struct InsertFresh<'a> {
+pub(super) struct InsertNew<'a> {
     events: InsertEvents<'a>,
     sums: Sums<'a>,
 }
 
-impl<'a> InsertFresh<'a> {
+impl<'a> InsertNew<'a> {
     /// Of events in the order of their keys. `None`: what they add to a sum is more than it can hold.
-    pub(super) fn new(events: &[&'a UsageEvent]) -> Option<Self> {
+    pub(super) fn of(events: &[&'a UsageEvent]) -> Option<Self> {
         Some(Self {
             sums: Sums::of(events)?,
             events: InsertEvents::new(events),
@@ -74,7 +74,7 @@ fn sum_of(event: &UsageEvent) -> (Uuid, Period, &str) {
     (event.user_id.0, event.period(), event.model.as_str())
 }
 
-impl QueryFragment<Pg> for InsertFresh<'_> {
+impl QueryFragment<Pg> for InsertNew<'_> {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         let sums = &self.sums;
         out.push_sql(NEW_RECORDS);
@@ -92,7 +92,8 @@ impl QueryFragment<Pg> for InsertFresh<'_> {
             out.push_sql(NEXT_COLUMN);
             out.push_bind_param::<Array<BigInt>, _>(column)?;
         }
-        // Always true, and not to be known before the events are in: all lock those first.
+        // Always true, and not to be known before the events are in: all lock those first. No trigger may
+        // leave one out.
         out.push_sql(") WHERE (SELECT count(*) FROM new) >= 0");
         out.push_sql(ADDED);
         Ok(())
@@ -100,7 +101,7 @@ impl QueryFragment<Pg> for InsertFresh<'_> {
 }
 
 prepared! {
-    InsertFresh<'a> => () = InsertFresh<'static>;
+    InsertNew<'a> => () = InsertNew<'static>;
 }
 
 #[cfg(test)]
