@@ -67,8 +67,8 @@ impl Store {
         })
     }
 
-    /// Takes the events of a batch for new ones, and if that was wrong looks each of them up. Either
-    /// statement books all of them or none, and is waited for by itself.
+    /// Takes the events of a batch for new ones, and if that was wrong, of which nothing is left, looks
+    /// each of them up. Either statement is waited for by itself.
     async fn insert(
         &self,
         batch: &Batch<'_>,
@@ -136,6 +136,7 @@ impl<'a> Batch<'a> {
         (are_many && !settle()).then(|| InsertNew::of(&self.firsts()))?
     }
 
+    /// Books those that are not there yet, and compares the others with what is.
     async fn insert(&self, conn: &mut AsyncPgConnection) -> Result<Vec<UsageInsert>> {
         let Self {
             bookings,
