@@ -158,6 +158,7 @@ impl<'a> Stage<'a> {
              SELECT id, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), model, 0, 0, 0, 0, 0, 0
              FROM users, (VALUES {models}) AS models (model)"
         ))?;
+        stage.sql(raw::SUMS_IN_USE)?;
         // The service reads every user once.
         let calls = stage.calls(Users::InTurn);
         let until = Until {
