@@ -1,26 +1,18 @@
-use std::{
-    fs::File,
-    net::TcpListener,
-    process::Stdio,
-    time::{Duration, Instant, SystemTime},
-};
+use std::{fs::File, net::TcpListener, process::Stdio, time::SystemTime};
 
 use serde_json::Value;
-use tollkeeper::{
-    grpc::health,
-    proto::tollkeeper::{
-        auth::v1::{
-            CompleteMfaRequest, EnrollTotpRequest, LoginRequest, RefreshTokensRequest,
-            RegisterRequest, ValidateTokenRequest, auth_service_client::AuthServiceClient,
-        },
-        usage::v1::{
-            RecordUsageRequest, TokenCounts, UsageEvent, usage_service_client::UsageServiceClient,
-        },
+use tollkeeper::proto::tollkeeper::{
+    auth::v1::{
+        CompleteMfaRequest, EnrollTotpRequest, LoginRequest, RefreshTokensRequest, RegisterRequest,
+        ValidateTokenRequest, auth_service_client::AuthServiceClient,
+    },
+    usage::v1::{
+        RecordUsageRequest, TokenCounts, UsageEvent, usage_service_client::UsageServiceClient,
     },
 };
-use tonic::{Code, Request, transport::Endpoint};
+use tonic::{Code, Request};
 
-use super::{DEADLINE, Service, home::Home};
+use super::{Service, home::Home};
 use crate::{
     auth::mfa,
     harness::{login_through, with_bearer},
@@ -304,17 +296,7 @@ async fn a_log_that_cannot_be_written_costs_no_call() {
         stdout: "/dev/null".into(),
         stderr: "/dev/null".into(),
     };
-    let url = format!("http://{address}");
-    let deadline = Instant::now() + DEADLINE;
-    while let Err(error) = health::probe(&url, "", Duration::from_secs(5)).await {
-        assert!(Instant::now() < deadline, "{error}");
-        let ended = service.child.try_wait().expect("a child");
-        assert!(ended.is_none(), "{ended:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let channel = Endpoint::from_shared(url)
-        .expect("an address")
-        .connect_lazy();
+    let channel = service.serving_at(&address).await;
     let mut auth = AuthServiceClient::new(channel);
     for _ in 0..3 {
         let credentials = LoginRequest {

@@ -65,9 +65,17 @@ impl Service {
 
     /// Waits until health says SERVING.
     async fn serving(&mut self) -> Channel {
-        let url = format!("http://{}", self.address());
+        let address = self.address();
+        self.serving_at(&address).await
+    }
+
+    /// [`Service::serving`] of one whose log is not to be read.
+    async fn serving_at(&mut self, address: &str) -> Channel {
+        let url = format!("http://{address}");
         let deadline = Instant::now() + DEADLINE;
         while let Err(error) = health::probe(&url, "", Duration::from_secs(5)).await {
+            let ended = self.child.try_wait().expect("a child");
+            assert!(ended.is_none(), "{ended:?}: {}", self.log());
             assert!(Instant::now() < deadline, "{error}: {}", self.log());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
