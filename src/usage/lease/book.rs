@@ -1,15 +1,21 @@
-//! What one replica knows of the leases and holds of one shard of users.
+//! What one replica knows of the leases and holds of one shard of users, and what it admits.
+
+mod leasing;
+mod settling;
 
 use std::collections::VecDeque;
 
 use super::{
     hash::Map,
     hold::{Held, Hold, Holds, NONE, RequestKey, State},
-    meter::{Boot, Flight, Meter, MeterKey, Pace, Sight, Told},
+    meter::{Boot, Meter, MeterKey, Pace, Sight, Told},
     meters::Meters,
     registration::Standing,
 };
-use crate::model::{Answer, Ending, HoldId, Kind, Operation, Tokens, UserId};
+use crate::model::{Ending, HoldId, Tokens, UserId};
+
+pub use leasing::Answered;
+pub use settling::{Begun, Ended, Outcome};
 
 /// How much a book may hold; past it reserving is refused.
 #[derive(Clone, Copy, Debug)]
@@ -75,41 +81,6 @@ pub enum Refusal {
     Full,
     /// More than the allowance of this outage.
     Allowance,
-}
-
-/// What became of a commit, for certain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The record is there; `new` when this commit made it.
-    Booked { actual: Tokens, new: bool },
-    /// It is not there, or another is, and will not be there of this commit.
-    Refused,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Begun {
-    /// [`Book::end_commit`] must follow once the outcome is certain.
-    Commit,
-    Unknown,
-}
-
-/// How a commit, release or settlement met its hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// The hold is over.
-    Now,
-    /// There is no such hold any more; if this charged something, it was late.
-    Unknown,
-    /// A commit is under way here: look again when it has ended.
-    Later,
-}
-
-/// What an answer to an operation brought.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Answered {
-    pub gained: Tokens,
-    /// It was not what somebody here needs: time to recall what others have, or to deny.
-    pub short: bool,
 }
 
 /// One shard's state. Whoever has it decides; nothing here waits.
@@ -321,215 +292,6 @@ impl Book {
         Ok(expires)
     }
 
-    /// A commit of the hold is going to be booked: nothing else ends the hold until its outcome is
-    /// certain.
-    pub fn begin_commit(&mut self, id: HoldId) -> Begun {
-        match self.holds.get_mut(id) {
-            Some(hold) => {
-                hold.commits += 1;
-                Begun::Commit
-            }
-            None => Begun::Unknown,
-        }
-    }
-
-    /// The outcome of a commit that [`Book::begin_commit`] knew or did not know.
-    ///
-    /// `meters` are the handle's: what is charged without a hold is taken from what is free here, so
-    /// that it overshoots by less.
-    pub fn end_commit(&mut self, id: HoldId, meters: &[MeterKey], outcome: Outcome) -> Ended {
-        let Some(hold) = self.holds.get_mut(id) else {
-            if let Outcome::Booked { actual, new: true } = outcome {
-                self.charge_free(meters, actual);
-            }
-            return Ended::Unknown;
-        };
-        debug_assert!(hold.commits > 0);
-        hold.commits -= 1;
-        if hold.state == State::Over {
-            if hold.commits == 0 {
-                self.holds.remove(id);
-            }
-            return Ended::Now;
-        }
-        match outcome {
-            Outcome::Booked { actual, .. } => {
-                self.end(id, actual);
-                Ended::Now
-            }
-            Outcome::Refused if hold.state == State::Buried && hold.commits == 0 => {
-                self.end(id, 0);
-                Ended::Now
-            }
-            Outcome::Refused => {
-                // A tombstone may have met the settlement of a commit while this one was under way.
-                if hold.commits == 0 && matches!(hold.state, State::Limbo(_)) {
-                    self.limbo.push_back(id);
-                }
-                Ended::Later
-            }
-        }
-    }
-
-    /// Releases a hold: its tokens are free once the tombstone is in Postgres, because a commit may
-    /// have landed on another replica.
-    pub fn release(&mut self, id: HoldId) -> Ended {
-        let Some(hold) = self.holds.get_mut(id) else {
-            return Ended::Unknown;
-        };
-        if hold.state == State::Over {
-            return Ended::Unknown;
-        }
-        if hold.commits > 0 {
-            return Ended::Later;
-        }
-        if hold.state == State::Live {
-            hold.state = State::Limbo(Ending::Released);
-            self.limbo.push_back(id);
-        }
-        Ended::Now
-    }
-
-    /// Tombstones to insert. Each must come back by [`Book::settled`], with the kind that Postgres
-    /// has, or by [`Book::tombstone_lost`].
-    pub fn tombstones(&mut self, max: usize) -> Vec<(HoldId, Ending)> {
-        let mut all = Vec::new();
-        while all.len() < max
-            && let Some(id) = self.limbo.pop_front()
-        {
-            if let Some(hold) = self.holds.get_mut(id)
-                && let State::Limbo(ending) = hold.state
-            {
-                all.push((id, ending));
-            }
-        }
-        all
-    }
-
-    /// Nobody knows whether the tombstone is there: it is to be inserted again.
-    pub fn tombstone_lost(&mut self, id: HoldId) {
-        self.limbo.push_back(id);
-    }
-
-    /// How a hold ended, read from Postgres in a statement that saw it committed. After
-    /// [`Ended::Now`] and [`Ended::Unknown`] the row is of no more use.
-    pub fn settled(&mut self, id: HoldId, kind: Kind) -> Ended {
-        let Some(hold) = self.holds.get_mut(id) else {
-            return Ended::Unknown;
-        };
-        match kind {
-            _ if hold.state == State::Over => return Ended::Unknown,
-            // The commit under way here, or one before it whose answer was lost, may be what made the
-            // record; it will say for certain how much.
-            Kind::Committed(_) if hold.commits > 0 => return Ended::Later,
-            Kind::Committed(actual) => self.end(id, actual),
-            // Expired is what this replica said itself, of a hold in limbo.
-            Kind::Ended(Ending::Expired) if hold.state == State::Live => return Ended::Unknown,
-            Kind::Ended(_) if hold.commits > 0 => hold.state = State::Buried,
-            Kind::Ended(_) => self.end(id, 0),
-        }
-        Ended::Now
-    }
-
-    /// Somebody else needs what is free here.
-    pub fn recall(&mut self, key: MeterKey, now: Boot) {
-        self.with_lease(key, |meter, pace| meter.recall(pace, now));
-    }
-
-    /// The limit has changed: what is free goes back, and is asked for anew.
-    pub fn outdate(&mut self, key: MeterKey, now: Boot) {
-        self.with_lease(key, |meter, pace| meter.outdate(pace, now));
-    }
-
-    fn with_lease(&mut self, key: MeterKey, change: impl FnOnce(&mut Meter, &Pace)) {
-        if let Some((index, meter)) = self.meters.get_mut(key) {
-            change(meter, &self.pace);
-            self.make_due(index);
-        }
-    }
-
-    /// Whether there may be operations or tombstones to send.
-    pub fn is_due(&self) -> bool {
-        !self.due.is_empty() || !self.limbo.is_empty()
-    }
-
-    /// Whether Postgres knows of everything: no operation, tombstone or commit is to be sent, or on
-    /// its way. Looks at all there is.
-    pub fn is_told(&mut self) -> bool {
-        let is_flying = |meter: &Meter| meter.flight.is_some();
-        if self.is_due() || self.meters.iter().any(is_flying) {
-            return false;
-        }
-        (0..self.holds.slots()).all(|slot| {
-            let hold = self.holds.at(slot);
-            hold.is_none_or(|(_, hold)| hold.commits == 0 && !matches!(hold.state, State::Limbo(_)))
-        })
-    }
-
-    /// Operations to send, each the only one of its meter under way.
-    ///
-    /// Each must come back by [`Book::answered`] or [`Book::operation_lost`].
-    pub fn operations(&mut self, now: Boot, max: usize) -> Vec<(MeterKey, Operation)> {
-        let mut all = Vec::new();
-        let mut left = self.due.len();
-        while all.len() < max && left > 0 {
-            left -= 1;
-            let Some(index) = self.due.pop_front() else {
-                break;
-            };
-            let Some(meter) = self.meters.at_mut(index) else {
-                continue;
-            };
-            meter.due = false;
-            if let Some(flight) = &mut meter.flight {
-                if std::mem::take(&mut flight.unsent) {
-                    all.push((meter.key, flight.operation));
-                }
-                // What else there is goes with the next one, when this one is answered.
-                continue;
-            }
-            if let Some(operation) = meter.next(self.number + 1, &self.pace, now) {
-                self.number += 1;
-                meter.flight.as_mut().expect("just begun").unsent = false;
-                all.push((meter.key, operation));
-            }
-        }
-        all
-    }
-
-    /// Nobody knows whether the operation was carried out: it is sent again under its number.
-    pub fn operation_lost(&mut self, key: MeterKey, number: u64) {
-        if let Some((index, meter)) = self.meters.get_mut(key)
-            && let Some(flight) = &mut meter.flight
-            && flight.operation.number == number
-        {
-            flight.unsent = true;
-            self.make_due(index);
-        }
-    }
-
-    /// An operation was carried out. An answer that comes twice, or for a meter that is gone, changes
-    /// nothing.
-    pub fn answered(
-        &mut self,
-        key: MeterKey,
-        number: u64,
-        answer: &Answer,
-        now: Boot,
-    ) -> Option<Answered> {
-        let (index, meter) = self.meters.get_mut(key)?;
-        meter
-            .flight
-            .filter(|Flight { operation, .. }| operation.number == number)?;
-        let (operation, gained) = meter.answered(answer.granted, &self.pace, now)?;
-        // Whatever came up meanwhile.
-        self.make_due(index);
-        Some(Answered {
-            gained,
-            short: gained < operation.need,
-        })
-    }
-
     /// Looks at `budget` holds and meters, and goes on from there the next time: expires holds, and
     /// makes due what is spent, idle or empty.
     pub fn sweep(&mut self, now: Boot, budget: u32) {
@@ -618,42 +380,6 @@ impl Book {
         })
     }
 
-    /// A hold is over; `actual` of it is booked.
-    ///
-    /// Kept while more of its commits are under way: the one that made the record may be answered
-    /// after one that found it, and must not count as late.
-    fn end(&mut self, id: HoldId, actual: Tokens) {
-        let Some(hold) = self.holds.get_mut(id) else {
-            return;
-        };
-        let (tokens, request) = (hold.tokens, hold.request);
-        let meters = std::mem::replace(&mut hold.meters, [NONE; 2]);
-        if std::mem::take(&mut hold.is_open) {
-            self.open_holds -= 1;
-        }
-        if hold.commits > 0 {
-            hold.state = State::Over;
-            self.holds.forget_request(id, request);
-        } else {
-            self.holds.remove(id);
-        }
-        for index in meters.into_iter().filter(|index| *index != NONE) {
-            let meter = self.meters.at_mut(index);
-            meter
-                .expect("a meter with holds is kept")
-                .end_hold(tokens, actual);
-        }
-    }
-
-    /// Takes what was used without a hold from what is free.
-    pub fn charge_free(&mut self, meters: &[MeterKey], actual: Tokens) {
-        for key in meters {
-            if let Some((_, meter)) = self.meters.get_mut(*key) {
-                meter.spend(actual);
-            }
-        }
-    }
-
     fn meter_or_new(&mut self, key: MeterKey, now: Boot) -> Option<u32> {
         let found = self.meters.find(key);
         if found.is_some() || self.meters.len() >= self.bounds.meters {
@@ -696,5 +422,4 @@ impl Book {
 }
 
 #[cfg(test)]
-#[path = "book_tests.rs"]
 mod tests;

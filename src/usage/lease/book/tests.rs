@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
-    model::{Balance, Carried, LeaseRow, Period, operate},
+    model::{Answer, Balance, Carried, Kind, LeaseRow, Period, operate},
     usage::lease::ModelKey,
 };
 
