@@ -5,7 +5,7 @@
 //! out. Here, too, wait the commits that a tier's policy accepts while the database is away.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -34,6 +34,10 @@ const BATCH: usize = 500;
 /// After some could not be booked.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// Different commits of one hold whose outcome is found out. Of more nothing is known, and the hold stays:
+/// better that its tokens are lost until this replica ends than that they are used twice.
+const MAX_OF_A_HOLD: usize = 8;
+
 /// What Postgres refuses so often without a reason that is known will be refused for ever.
 const MAX_ATTEMPTS: u32 = 20;
 
@@ -52,7 +56,7 @@ struct Shared {
 struct Waiting {
     commits: VecDeque<Commit>,
     /// Whose outcome is being found out.
-    holds: HashSet<HoldName>,
+    holds: HashMap<HoldName, Vec<Booking>>,
     /// Being booked.
     taken: usize,
     accepted: usize,
@@ -100,7 +104,7 @@ impl Spool {
             match booked {
                 Ok(booked) => {
                     for (commit, booked) in batch.into_iter().zip(booked) {
-                        let hold = commit.hold;
+                        let found = (commit.hold, commit.booking.clone());
                         // What failed with others says nothing about this one.
                         let tried = match settled(booked) {
                             Ok(booked) => commit.end(&keeper, &booked),
@@ -108,7 +112,7 @@ impl Spool {
                         };
                         match tried {
                             Some(commit) => again.push(commit),
-                            None => ended.push(hold),
+                            None => ended.push(found),
                         }
                     }
                 }
@@ -118,8 +122,8 @@ impl Spool {
             {
                 let mut waiting = self.waiting();
                 waiting.taken -= taken;
-                for hold in ended {
-                    waiting.holds.remove(&hold);
+                for (hold, booking) in ended {
+                    waiting.forget(hold, &booking);
                 }
                 let accepted = |commits: &VecDeque<Commit>| {
                     commits.iter().filter(|commit| commit.is_accepted).count()
@@ -136,14 +140,15 @@ impl Spool {
         }
     }
 
-    /// Whether the outcome of a commit of the hold is being found out.
-    fn knows(&self, hold: HoldName) -> bool {
-        self.waiting().holds.contains(&hold)
+    /// The commits of the hold whose outcome is being found out.
+    fn of(&self, hold: HoldName) -> Vec<Booking> {
+        self.waiting().holds.get(&hold).cloned().unwrap_or_default()
     }
 
     fn push(&self, commit: Commit) {
         let mut waiting = self.waiting();
-        waiting.holds.insert(commit.hold);
+        let of_hold = waiting.holds.entry(commit.hold).or_default();
+        of_hold.push(commit.booking.clone());
         waiting.accepted += usize::from(commit.is_accepted);
         waiting.commits.push_back(commit);
         drop(waiting);
@@ -161,6 +166,18 @@ impl Waiting {
         let some = self.commits.len().min(BATCH);
         self.taken = some;
         self.commits.drain(..some).collect()
+    }
+
+    fn forget(&mut self, hold: HoldName, booking: &Booking) {
+        let Entry::Occupied(mut of_hold) = self.holds.entry(hold) else {
+            return;
+        };
+        if let Some(place) = of_hold.get().iter().position(|one| one == booking) {
+            of_hold.get_mut().swap_remove(place);
+        }
+        if of_hold.get().is_empty() {
+            of_hold.remove();
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -264,11 +281,16 @@ impl Drop for Unsettled<'_> {
         let Some(commit) = self.commit.take().filter(|commit| commit.is_begun) else {
             return;
         };
-        if self.spool.knows(commit.hold) {
-            // It finds out for both.
+        let known = self.spool.of(commit.hold);
+        let is_same = |one: &Booking| one.is_booked_as(&commit.booking.event);
+        if known.iter().any(is_same) {
+            // It finds out for both. Not so of another payload: the one that is booked is charged.
             self.keeper.end_commit(commit.hold, &[], Outcome::Refused);
-        } else {
+        } else if known.len() < MAX_OF_A_HOLD {
             self.spool.push(commit);
+        } else {
+            let event_id = commit.booking.event.event_id;
+            error!(%event_id, "a reservation has too many different commits: its tokens stay held");
         }
     }
 }
