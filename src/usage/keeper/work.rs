@@ -200,7 +200,36 @@ impl Inner {
         Some(operated.and(buried))
     }
 
+    /// What cannot be carried out, of a user whose rows cannot be read, is parted from the others.
     async fn operate(&self, id: ReplicaId, all: &[(MeterKey, Operation)]) -> Result<()> {
+        let (mut parts, mut outcome) = (vec![all], Ok(()));
+        while let Some(part) = parts.pop() {
+            match self.operate_together(id, part).await {
+                Ok(()) => {}
+                Err(Error::Internal(_)) if part.len() > 1 => {
+                    let (first, second) = part.split_at(part.len() / 2);
+                    parts.extend([second, first]);
+                }
+                Err(error) => {
+                    self.lost(part);
+                    outcome = Err(error);
+                }
+            }
+        }
+        outcome
+    }
+
+    fn lost(&self, all: &[(MeterKey, Operation)]) {
+        for (key, operation) in all {
+            let mut shard = self.shard_of(key.user).lock();
+            shard.book.operation_lost(*key, operation.number);
+        }
+        // A heartbeat tells whether it is dead or only late.
+        self.beat.notify_one();
+    }
+
+    /// All of them or none.
+    async fn operate_together(&self, id: ReplicaId, all: &[(MeterKey, Operation)]) -> Result<()> {
         if all.is_empty() {
             return Ok(());
         }
@@ -209,22 +238,14 @@ impl Inner {
             .map(|(key, operation)| (self.models.name_of(*key), *operation))
             .collect();
         let tiers = self.tiers.load_full();
-        let operated = self.store.lease_operations(id, &named, &tiers).await;
+        let operated = self.store.lease_operations(id, &named, &tiers).await?;
+        let not_alive = || Error::Unavailable("this replica is not alive".into());
         let now = boot();
-        if let Ok(Some(operated)) = &operated {
-            for ((key, operation), operated) in all.iter().zip(operated) {
-                let mut shard = self.shard_of(key.user).lock();
-                shard.answered(*key, operation, operated, now);
-            }
-            return Ok(());
-        }
-        for (key, operation) in all {
+        for ((key, operation), operated) in all.iter().zip(operated.ok_or_else(not_alive)?) {
             let mut shard = self.shard_of(key.user).lock();
-            shard.book.operation_lost(*key, operation.number);
+            shard.answered(*key, operation, &operated, now);
         }
-        // A heartbeat tells whether it is dead or only late.
-        self.beat.notify_one();
-        operated.and(Err(Error::Unavailable("this replica is not alive".into())))
+        Ok(())
     }
 
     async fn bury(&self, id: ReplicaId, all: &[(HoldId, Ending)]) -> Result<()> {
