@@ -91,6 +91,12 @@ impl Keeper {
                         // Postgres has no more, and nobody else has any, or did not give it back.
                         _ if is_last && was_told || elsewhere.is_some_and(|tokens| tokens <= 0) => {
                             let standings = inner.standings(keys());
+                            if standings.len() < short.len() {
+                                // One lay idle, and was forgotten meanwhile. A new one is not, for long.
+                                until = now + SILENCE.max(recall_bound);
+                                (was_told, first) = (false, None);
+                                continue;
+                            }
                             match left(&standings, tokens) {
                                 Left::Enough if is_last => return inner.admit_open(wish),
                                 Left::Enough => {
@@ -147,7 +153,6 @@ fn left(standings: &[(MeterName, Standing)], tokens: Tokens) -> Left {
     let obtainable = standings.iter().map(|(_, standing)| standing.obtainable());
     // `None` is without a limit.
     match obtainable.flatten().min() {
-        None if standings.is_empty() => Left::Nothing,
         None => Left::Enough,
         Some(least) if least >= tokens => Left::Enough,
         Some(least) if least > 0 => Left::Less(least),
