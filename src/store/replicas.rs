@@ -11,7 +11,7 @@ use diesel::{
     sql_types::{BigInt, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
-use tokio::time::timeout;
+use tokio::time::{error::Elapsed, timeout};
 use uuid::Uuid;
 
 use super::{Store, leases::Meters, prepared::prepared};
@@ -44,8 +44,12 @@ impl Store {
             id: id.0,
             ttl_ms: millis(ttl),
         };
-        register.execute(&mut conn).await?;
-        Ok(())
+        let registered = timeout(self.patience(), async {
+            register.execute(&mut conn).await?;
+            Ok(())
+        });
+        let registered = registered.await;
+        self.answered(conn, registered)
     }
 
     /// The replica lives for `ttl` more, and none of its holds ends later than in `holds`. Takes nothing
@@ -83,22 +87,8 @@ impl Store {
     /// `Unavailable`: what was done stays, the next call goes on
     pub async fn replica_reap(&self, margin: Duration, batch: i64) -> Result<usize> {
         let mut conn = self.conn().await?;
-        let margin_ms = millis(margin);
-        let dead: Vec<Uuid> = conn
-            .transaction::<_, Error, _>(async |conn| {
-                Condemn { margin_ms }.execute(conn).await?;
-                Ok(Dead.load(conn).await?)
-            })
-            .await?;
-        // First what others wait for, of all of them: one that cannot be buried keeps nobody else's.
-        for replica in &dead {
-            while reap_batch(*replica, batch, &mut conn).await? > 0 {}
-        }
-        for replica in &dead {
-            forget_settlements(*replica, batch, &mut conn).await?;
-            Bury(*replica).execute(&mut conn).await?;
-        }
-        Ok(dead.len())
+        let reaped = reap(margin, batch, self.patience(), &mut conn).await;
+        self.answered(conn, reaped)
     }
 
     /// Forgets leases that have been empty for long, and settlements of replicas that are gone, at most
@@ -108,15 +98,67 @@ impl Store {
     /// `Unavailable`
     pub async fn lease_sweep(&self, batch: i64) -> Result<()> {
         let mut conn = self.conn().await?;
-        let before_ms = millis(FORGET_AFTER);
-        ForgetLeases { before_ms }.execute(&mut conn).await?;
-        // What came after its owner had been buried.
-        let orphaned: Vec<Uuid> = Orphaned.load(&mut conn).await?;
-        for replica in orphaned {
-            forget_settlements(replica, batch, &mut conn).await?;
-        }
-        Ok(())
+        let swept = sweep(batch, self.patience(), &mut conn).await;
+        self.answered(conn, swept)
     }
+}
+
+/// See [`Store::replica_reap`]. Each step is waited for by itself.
+async fn reap(
+    margin: Duration,
+    batch: i64,
+    patience: Duration,
+    conn: &mut AsyncPgConnection,
+) -> Result<Result<usize>, Elapsed> {
+    let margin_ms = millis(margin);
+    let condemned = conn.transaction::<_, Error, _>(async |conn| {
+        Condemn { margin_ms }.execute(conn).await?;
+        Ok(Dead.load(conn).await?)
+    });
+    let dead: Vec<Uuid> = match timeout(patience, condemned).await? {
+        Ok(dead) => dead,
+        Err(error) => return Ok(Err(error)),
+    };
+    // First what others wait for, of all of them: one that cannot be buried keeps nobody else's.
+    for replica in &dead {
+        while match timeout(patience, reap_batch(*replica, batch, conn)).await? {
+            Ok(taken) => taken > 0,
+            Err(error) => return Ok(Err(error)),
+        } {}
+    }
+    for replica in &dead {
+        if let Err(error) = forget_settlements(*replica, batch, patience, conn).await? {
+            return Ok(Err(error));
+        }
+        if let Err(error) = timeout(patience, Bury(*replica).execute(conn)).await? {
+            return Ok(Err(error.into()));
+        }
+    }
+    Ok(Ok(dead.len()))
+}
+
+/// See [`Store::lease_sweep`].
+async fn sweep(
+    batch: i64,
+    patience: Duration,
+    conn: &mut AsyncPgConnection,
+) -> Result<Result<()>, Elapsed> {
+    let before_ms = millis(FORGET_AFTER);
+    let orphaned = timeout(patience, async {
+        ForgetLeases { before_ms }.execute(conn).await?;
+        // What came after its owner had been buried.
+        Orphaned.load(conn).await
+    });
+    let orphaned: Vec<Uuid> = match orphaned.await? {
+        Ok(orphaned) => orphaned,
+        Err(error) => return Ok(Err(error.into())),
+    };
+    for replica in orphaned {
+        if let Err(error) = forget_settlements(replica, batch, patience, conn).await? {
+            return Ok(Err(error));
+        }
+    }
+    Ok(Ok(()))
 }
 
 /// Takes some of a dead replica's leases away; answers how many there were.
@@ -132,9 +174,20 @@ async fn reap_batch(replica: Uuid, batch: i64, conn: &mut AsyncPgConnection) -> 
     .await
 }
 
-async fn forget_settlements(replica: Uuid, batch: i64, conn: &mut AsyncPgConnection) -> Result<()> {
-    while (ForgetSettlements { replica, batch }).execute(conn).await? > 0 {}
-    Ok(())
+async fn forget_settlements(
+    replica: Uuid,
+    batch: i64,
+    patience: Duration,
+    conn: &mut AsyncPgConnection,
+) -> Result<Result<()>, Elapsed> {
+    loop {
+        let forget = ForgetSettlements { replica, batch };
+        match timeout(patience, forget.execute(conn)).await? {
+            Ok(0) => return Ok(Ok(())),
+            Ok(_) => {}
+            Err(error) => return Ok(Err(error.into())),
+        }
+    }
 }
 
 fn millis(duration: Duration) -> i64 {
