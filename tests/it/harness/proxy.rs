@@ -1,6 +1,7 @@
 //! A stand-in for the network between a server and Postgres, which a test can break.
 
 use std::{
+    future::pending,
     io,
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
@@ -47,8 +48,10 @@ impl Link {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Open,
-    /// Nothing gets through and nobody is told.
+    /// Nothing gets through and nobody is told; later it does.
     Silent,
+    /// What is sent now is lost with its connection, and nobody is ever told.
+    Losing,
     /// New connections are closed at once.
     Refusing,
 }
@@ -106,6 +109,11 @@ impl Proxy {
             link.mode = Mode::Refusing;
             link.cuts += 1;
         });
+    }
+
+    /// Loses what is sent, and whatever comes after it on its connections, like a host that vanished.
+    pub(crate) fn lose(&self) {
+        self.link.send_modify(|link| link.mode = Mode::Losing);
     }
 
     /// Lets nothing through and tells nobody, like a network that swallows packets.
@@ -193,6 +201,9 @@ async fn pump(
         // A connection says in its first message what it is for.
         if buffer[..read].windows(FEED.len()).any(|name| name == FEED) {
             is_feed.store(true, Ordering::Relaxed);
+        }
+        if link.borrow().mode == Mode::Losing {
+            pending::<()>().await;
         }
         let _ = link.wait_for(|link| link.lets_through(is_feed)).await;
         to.write_all(&buffer[..read]).await?;

@@ -204,3 +204,29 @@ async fn a_database_that_falls_silent_does_not_keep_the_ledger_waiting() {
     }
     app.assert_books_balance(21).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_dead_are_reaped_again_after_what_was_asked_of_the_database_got_lost() {
+    let second = Duration::from_secs(1);
+    let (app, proxy) = TestApp::spawn_behind_proxy(|settings| {
+        settings.quota.replica_ttl = second;
+        settings.quota.hold_horizon = second;
+        settings.database.statement_timeout = second;
+    })
+    .await;
+    let reaped = async || {
+        app.sql(
+            "INSERT INTO replicas (id, expires_at, holds_until)
+             VALUES (gen_random_uuid(), now() - interval '1 hour', now() - interval '1 hour')",
+        )
+        .await;
+        let dead = "SELECT count(*) FROM replicas WHERE expires_at < now() - interval '30 minutes'";
+        eventually("it is reaped", async || app.count(dead).await == 0).await;
+    };
+    reaped().await;
+    // Many a reaping begins meanwhile.
+    proxy.lose();
+    sleep(3 * second).await;
+    proxy.resume();
+    reaped().await;
+}

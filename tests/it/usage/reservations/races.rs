@@ -1,11 +1,15 @@
 //! Calls at the same time, and calls that are cut short.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::future::join_all;
-use tollkeeper::proto::tollkeeper::usage::v1::commit_reservation_response::Outcome;
+use tokio::time::sleep;
+use tollkeeper::proto::tollkeeper::usage::v1::{
+    ReserveQuotaRequest, commit_reservation_response::Outcome,
+};
+use tonic::Code;
 
-use super::{Client, used, wish};
+use super::{Client, lasting, used, wish};
 use crate::{
     harness::{Blocker, eventually, reason},
     usage::quota::with_tiers,
@@ -91,4 +95,66 @@ async fn a_commit_whose_caller_went_away_is_booked_once_and_ends_its_reservation
         assert_eq!(used(&app, &user).await, 25);
     }
     app.assert_books_balance(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_commits_whose_outcome_nobody_heard_the_one_that_is_booked_is_charged() {
+    let (app, _tiers) = with_tiers().await;
+    let client = Client::of(&app);
+    let user = app.user().tier("small").create().await.id;
+    let shortly = ReserveQuotaRequest {
+        lifetime: lasting(2),
+        ..wish(&user, 60)
+    };
+    let held = client.reserve(shortly).await.unwrap().reservation;
+    for statement in [
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             IF NEW.output_tokens = 25 THEN
+                 RAISE EXCEPTION USING ERRCODE = '40P01', MESSAGE = 'deadlock detected';
+             END IF;
+             PERFORM pg_sleep(1);
+             RETURN NEW;
+         END $$",
+        "CREATE TRIGGER slow BEFORE INSERT ON usage_records
+             FOR EACH ROW EXECUTE FUNCTION slow()",
+    ] {
+        app.sql(statement).await;
+    }
+    let first = client.commit(&held, 25).await.unwrap_err();
+    assert_eq!(first.code(), Code::Unavailable);
+    let second = {
+        let (client, held) = (client.clone(), held.clone());
+        tokio::spawn(async move { client.commit(&held, 60).await })
+    };
+    sleep(Duration::from_millis(400)).await;
+    second.abort();
+    assert!(second.await.unwrap_err().is_cancelled());
+    eventually("it is booked", async || used(&app, &user).await == 60).await;
+    app.sql("DROP TRIGGER slow ON usage_records").await;
+    // The first one is a conflict now, and the hold is over by its time too.
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(used(&app, &user).await, 60);
+    let refused = client.reserve(wish(&user, 41)).await.unwrap_err();
+    assert_eq!(reason(&refused), "QUOTA_EXCEEDED");
+    client.hold(&user, 40).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_whose_rows_cannot_be_read_keeps_nobody_else_from_quota() {
+    let (app, _tiers) = with_tiers().await;
+    let client = Client::of(&app);
+    let broken = app.user().tier("small").create().await.id;
+    client.hold(&broken, 10).await;
+    // Written by hand.
+    app.sql(&format!(
+        "INSERT INTO quota_overrides (user_id, monthly_tokens, expires_at, reason, actor_kind)
+         VALUES ('{broken}', 1000, 'infinity', 'by hand', 'operator')"
+    ))
+    .await;
+    for _ in 0..5 {
+        // Each wants a lease, beside the one that is asked for in vain again and again.
+        let other = app.user().tier("small").create().await.id;
+        client.hold(&other, 60).await;
+        sleep(Duration::from_millis(200)).await;
+    }
 }
