@@ -117,7 +117,24 @@ pub enum Error {
 /// An underlying error, for the log only: driver text and SQL never leave the process.
 pub type Cause = Box<dyn StdError + Send + Sync>;
 
+/// An error and all that caused it.
+pub fn in_one_line(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
 impl Error {
+    /// As it is written to the log, with its causes: they never leave the process.
+    pub fn with_causes(&self) -> String {
+        in_one_line(self)
+    }
+
     /// An invalid value of one field.
     pub fn invalid(field: impl Into<String>, description: impl Into<Violation>) -> Self {
         Self::Invalid(Violations(vec![FieldViolation {
@@ -198,5 +215,21 @@ impl fmt::Display for Violations {
             write!(f, "{separator}{field} {description}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_is_told_why_and_nobody_else() {
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let error = Error::Unavailable(refused.into());
+        assert_eq!(error.to_string(), "the database is unavailable");
+        assert_eq!(
+            error.with_causes(),
+            "the database is unavailable: connection refused"
+        );
     }
 }

@@ -124,7 +124,7 @@ impl Server {
         let store = Store::new(&settings.database)?;
         // The default ones take what has none; upkeep tries again.
         if let Err(error) = tasks::make_partitions(&store, Utc::now()).await {
-            warn!(%error, "partitions could not be made");
+            warn!(error = error.with_causes(), "partitions could not be made");
         }
         // Only now: a probe is refused rather than left without an answer.
         let ops = match settings.ops.listen {
@@ -155,7 +155,10 @@ impl Server {
                 tiers = missing.join(", "),
                 "users are in tiers that are not configured: they have the limits of the default one"
             ),
-            Err(error) => warn!(%error, "the tiers of users could not be looked at"),
+            Err(error) => warn!(
+                error = error.with_causes(),
+                "the tiers of users could not be looked at"
+            ),
         }
         let upkeep = Upkeep::new(
             store.clone(),

@@ -149,7 +149,10 @@ impl Drop for Claim {
         let (until, now) = (self.until, self.now);
         self.runtime.spawn(async move {
             if let Err(error) = store.throttle_unclaim(&subject, until, now).await {
-                tracing::warn!(%error, "an attempt that was not made still costs a wait");
+                tracing::warn!(
+                    error = error.with_causes(),
+                    "an attempt that was not made still costs a wait"
+                );
             }
         });
     }
@@ -452,7 +455,10 @@ impl Auth {
         let cleared = self.store.throttle_clear(account.counted()).await;
         self.throttle.changed();
         if let Err(error) = cleared {
-            tracing::warn!(%error, "failed attempts before a success still count");
+            tracing::warn!(
+                error = error.with_causes(),
+                "failed attempts before a success still count"
+            );
         } else if let Some(claim) = &mut account.claim {
             claim.keep();
         }

@@ -9,7 +9,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
     auth::RowFault,
-    error::{Error, Fault},
+    error::{Error, Fault, in_one_line},
     model::QuotaExceeded,
     proto::tollkeeper::error::v1::ErrorReason,
 };
@@ -147,13 +147,13 @@ impl From<Error> for Status {
                 status(Code::FailedPrecondition, Reason::MfaNotEnabled, message)
             }
             Error::Unavailable(cause) => {
-                tracing::warn!(cause = %chain(&*cause), "the database is unavailable");
+                tracing::warn!(cause = %in_one_line(&*cause), "the database is unavailable");
                 let mut details = info(Reason::DatabaseUnavailable, []);
                 details.set_retry_info(Some(OUTAGE_RETRY));
                 Self::with_error_details(Code::Unavailable, message, details)
             }
             Error::Internal(cause) => {
-                tracing::error!(cause = %chain(&*cause), "internal error");
+                tracing::error!(cause = %in_one_line(&*cause), "internal error");
                 status(Code::Internal, Reason::Internal, message)
             }
         }
@@ -221,7 +221,7 @@ pub(super) fn event_reason(error: &Error) -> Option<&'static str> {
         Error::EventConflict => ErrorReason::EventConflict,
         Error::TotalOutOfRange => ErrorReason::TotalOutOfRange,
         Error::Internal(cause) => {
-            tracing::error!(cause = %chain(&**cause), "an event is refused by the database");
+            tracing::error!(cause = %in_one_line(&**cause), "an event is refused by the database");
             ErrorReason::Internal
         }
         _ => return None,
@@ -328,16 +328,4 @@ fn info<const N: usize>(reason: ErrorReason, metadata: [(&str, &str); N]) -> Err
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .collect();
     ErrorDetails::with_error_info(name, DOMAIN, metadata)
-}
-
-/// An error and all that caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }

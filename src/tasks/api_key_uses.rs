@@ -18,7 +18,10 @@ pub async fn api_key_uses(auth: Auth) {
     loop {
         ticks.tick().await;
         if let Err(error) = auth.write_api_key_uses().await {
-            warn!(%error, "times of last use could not be written, to be tried again");
+            warn!(
+                error = error.with_causes(),
+                "times of last use could not be written, to be tried again"
+            );
         }
     }
 }
@@ -28,6 +31,9 @@ pub async fn last_api_key_uses(auth: &Auth) {
     let written = timeout(LAST_CHANCE, auth.write_api_key_uses()).await;
     let written = written.unwrap_or_else(|silence| Err(Error::Unavailable(silence.into())));
     if let Err(error) = written {
-        warn!(%error, "the last times of use of API keys were lost");
+        warn!(
+            error = error.with_causes(),
+            "the last times of use of API keys were lost"
+        );
     }
 }

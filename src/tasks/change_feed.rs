@@ -34,9 +34,12 @@ pub async fn change_feed(store: Store, auth: Auth, usage: Usage) {
                 info!("listening for changes");
                 retry = RETRY;
                 let error = follow(listener, &auth, &usage).await;
-                warn!(%error, "the change feed was lost");
+                warn!(error = error.with_causes(), "the change feed was lost");
             }
-            Err(error) => warn!(%error, "the change feed cannot be reached"),
+            Err(error) => warn!(
+                error = error.with_causes(),
+                "the change feed cannot be reached"
+            ),
         }
         sleep(retry).await;
         retry = (retry * 2).min(MAX_RETRY);

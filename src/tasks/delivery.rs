@@ -74,7 +74,7 @@ impl Delivery {
             tokio::select! {
                 _ = looks.tick() => {
                     if let Err(error) = self.look().await {
-                        warn!(%error, "the outbox could not be looked at");
+                        warn!(error = error.with_causes(), "the outbox could not be looked at");
                     }
                 }
                 Some(_) = posting.join_next() => {}
@@ -82,7 +82,7 @@ impl Delivery {
             }
             while posting.try_join_next().is_some() {}
             if let Err(error) = self.post_more(&mut posting).await {
-                warn!(%error, "no events could be claimed");
+                warn!(error = error.with_causes(), "no events could be claimed");
                 sleep(PERIOD).await;
             }
         }
@@ -105,7 +105,7 @@ impl Delivery {
                 let said = post(&store, &webhook, &event, &status).await;
                 if let Err(error) = said {
                     // It will be claimed, and maybe posted, once more.
-                    warn!(%error, event_id = %event.id, "what became of an event could not be written");
+                    warn!(error = error.with_causes(), event_id = %event.id, "what became of an event could not be written");
                 }
             });
         }

@@ -114,7 +114,7 @@ impl Mailing {
             tokio::select! {
                 _ = looks.tick() => {
                     if let Err(error) = self.look().await {
-                        warn!(%error, "the mails that wait could not be looked at");
+                        warn!(error = error.with_causes(), "the mails that wait could not be looked at");
                     }
                 }
                 _ = self.turns.acquire(), if more_wait => {}
@@ -123,7 +123,7 @@ impl Mailing {
             more_wait = match self.send_more().await {
                 Ok(more_wait) => more_wait,
                 Err(error) => {
-                    warn!(%error, "no mails could be claimed");
+                    warn!(error = error.with_causes(), "no mails could be claimed");
                     sleep(PERIOD).await;
                     false
                 }
@@ -161,7 +161,7 @@ impl Mailing {
                 let id = one.event.id;
                 if let Err(error) = one.run().await {
                     // It will be claimed, and maybe sent, once more.
-                    warn!(%error, event_id = %id, "what became of a mail could not be written");
+                    warn!(error = error.with_causes(), event_id = %id, "what became of a mail could not be written");
                 }
                 drop(turn);
             });
@@ -198,7 +198,7 @@ impl Sending {
         };
         let details = match store.mail_details(event.id, &note).await {
             Err(error @ Error::Internal(_)) => {
-                warn!(%error, event_id = %event.id, "a mail cannot be read");
+                warn!(error = error.with_causes(), event_id = %event.id, "a mail cannot be read");
                 return self.unreadable("cannot be read").await;
             }
             details => details?,

@@ -1,5 +1,4 @@
 use std::{
-    error::Error as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -133,8 +132,10 @@ impl Upkeep {
                 }
                 Err(error) => {
                     self.status.failed.add_one();
-                    let cause = error.source().map(ToString::to_string);
-                    warn!(%error, cause, "upkeep failed, to be tried again");
+                    warn!(
+                        error = error.with_causes(),
+                        "upkeep failed, to be tried again"
+                    );
                 }
             }
         }

@@ -134,7 +134,10 @@ impl Usage {
                 Ok(()) if self.marks.is_behind() => begun.elapsed() * REST,
                 Ok(()) => PERIOD.max(begun.elapsed() * REST),
                 Err(error) => {
-                    warn!(%error, "thresholds could not be looked at, to be tried again");
+                    warn!(
+                        error = error.with_causes(),
+                        "thresholds could not be looked at, to be tried again"
+                    );
                     PERIOD
                 }
             };
@@ -195,7 +198,9 @@ impl Usage {
         for user_id in users {
             match self.notice_users(&[*user_id], period, tiers).await {
                 Err(error @ Error::Unavailable(_)) => return Err(error),
-                Err(error) => error!(%user_id, %error, "a user's thresholds cannot be looked at"),
+                Err(error) => {
+                    error!(%user_id, error = error.with_causes(), "a user's thresholds cannot be looked at")
+                }
                 Ok(()) => {}
             }
         }

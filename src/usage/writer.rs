@@ -383,7 +383,10 @@ async fn insert(store: &Store, events: &[&Booking]) -> Result<Vec<UsageInsert>> 
             Err(error @ Error::Unavailable(_))
                 if attempt < ATTEMPTS && begun.elapsed() < ATTEMPTS_WITHIN =>
             {
-                warn!(%error, attempt, "usage is written once more");
+                warn!(
+                    error = error.with_causes(),
+                    attempt, "usage is written once more"
+                );
                 attempt += 1;
             }
             outcome => return outcome,

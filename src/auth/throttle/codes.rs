@@ -177,7 +177,10 @@ impl Auth {
         let store = self.store.clone();
         let giving_back = async move {
             if let Err(error) = store.throttle_give_back(&attempt.charges).await {
-                tracing::warn!(%error, "a code that was not wrong still counts");
+                tracing::warn!(
+                    error = error.with_causes(),
+                    "a code that was not wrong still counts"
+                );
             }
         };
         // Also for a caller who is gone by now.
@@ -221,7 +224,10 @@ impl Auth {
         let cleared = self.store.throttle_clear(&subject).await;
         self.throttle.changed();
         if let Err(error) = cleared {
-            tracing::warn!(%error, "failed attempts before a success still count");
+            tracing::warn!(
+                error = error.with_causes(),
+                "failed attempts before a success still count"
+            );
         }
     }
 }

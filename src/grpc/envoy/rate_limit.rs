@@ -130,7 +130,10 @@ impl Handler {
                 Err(error) => {
                     if books {
                         // No gateway says it again, or heeds what it is told at the end of a stream.
-                        warn!(%error, "what a request used is not booked");
+                        warn!(
+                            error = error.with_causes(),
+                            "what a request used is not booked"
+                        );
                     }
                     answer.refuse(&places, error);
                 }

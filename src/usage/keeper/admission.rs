@@ -117,7 +117,10 @@ impl Keeper {
                             match timeout_at(until, inner.recall(keys())).await {
                                 Ok(Ok(())) | Err(_) => {}
                                 Ok(Err(error)) => {
-                                    warn!(%error, "others could not be asked for what they have");
+                                    warn!(
+                                        error = error.with_causes(),
+                                        "others could not be asked for what they have"
+                                    );
                                 }
                             }
                             // They need a moment: asking again and again would only keep Postgres

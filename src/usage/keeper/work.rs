@@ -38,7 +38,10 @@ impl Keeper {
             let id = ReplicaId::new();
             let registered = inner.store.replica_register(id, inner.settings.ttl).await;
             if let Err(error) = registered {
-                warn!(%error, "this replica cannot be registered");
+                warn!(
+                    error = error.with_causes(),
+                    "this replica cannot be registered"
+                );
                 sleep(RETRY).await;
                 continue;
             }
@@ -94,7 +97,10 @@ impl Inner {
             match timeout(self.settings.ttl, self.heartbeat(id)).await {
                 Ok(Ok(true)) => {}
                 Ok(Ok(false)) => return,
-                Ok(Err(error)) => warn!(%error, "a heartbeat of the quota was not answered"),
+                Ok(Err(error)) => warn!(
+                    error = error.with_causes(),
+                    "a heartbeat of the quota was not answered"
+                ),
                 Err(_) => warn!("a heartbeat of the quota was not answered in time"),
             }
             let _ = timeout(self.settings.heartbeat, self.beat.notified()).await;
@@ -171,7 +177,10 @@ impl Inner {
             // never look at what has expired.
             self.due.notify_one();
             if let Err(error) = sent {
-                warn!(%error, "leases could not be changed, to be tried again");
+                warn!(
+                    error = error.with_causes(),
+                    "leases could not be changed, to be tried again"
+                );
                 sleep(RETRY).await;
             }
         }
@@ -267,9 +276,12 @@ impl Inner {
 
     /// Gives back what others need.
     async fn recalls(&self, id: ReplicaId) {
+        // Said once: in an outage others have more to say.
+        let mut is_said = false;
         loop {
             match self.store.recalls(id).await {
                 Ok(mut listener) => {
+                    is_said = false;
                     let error = loop {
                         match listener.next().await {
                             Ok(meter) => {
@@ -286,9 +298,13 @@ impl Inner {
                             Err(error) => break error,
                         }
                     };
-                    warn!(%error, "recalls are not heard");
+                    warn!(error = error.with_causes(), "recalls are not heard");
                 }
-                Err(error) => warn!(%error, "recalls cannot be listened to"),
+                Err(_) if is_said => {}
+                Err(error) => {
+                    is_said = true;
+                    warn!(error = error.with_causes(), "recalls cannot be listened to");
+                }
             }
             sleep(RETRY).await;
         }
@@ -305,12 +321,18 @@ impl Inner {
             {
                 Ok(0) => {}
                 Ok(replicas) => info!(replicas, "leases of replicas that are gone came back"),
-                Err(error) => warn!(%error, "leases of the dead stay, to be tried again"),
+                Err(error) => warn!(
+                    error = error.with_causes(),
+                    "leases of the dead stay, to be tried again"
+                ),
             }
             if forgotten.elapsed() >= FORGET {
                 forgotten = Instant::now();
                 if let Err(error) = self.store.lease_sweep(REAP_BATCH).await {
-                    warn!(%error, "leases that are empty stay, to be tried again");
+                    warn!(
+                        error = error.with_causes(),
+                        "leases that are empty stay, to be tried again"
+                    );
                 }
             }
         }
