@@ -40,14 +40,15 @@ pub(super) fn load(settings: &Settings) -> anyhow::Result<(KeyRing, MasterKey)> 
     ))
 }
 
-/// Reads the signing keys once more. Makes none: a folder that was emptied is a mistake.
-pub(super) fn reload_keys(settings: &Settings) -> anyhow::Result<KeyRing> {
+/// Reads the signing keys once more. Makes none: a folder that was emptied is a mistake. `None`: the secret
+/// of HS256 is read at the start only.
+pub(super) fn reload_keys(settings: &Settings) -> anyhow::Result<Option<KeyRing>> {
     let algorithm = settings.auth.algorithm;
-    anyhow::ensure!(
-        algorithm != SigningAlgorithm::Hs256,
-        "auth.jwt_secret is read at the start only"
-    );
-    KeyRing::from_folder(&key_dir(settings), algorithm).context("setting auth.key_dir")
+    if algorithm == SigningAlgorithm::Hs256 {
+        return Ok(None);
+    }
+    let keys = KeyRing::from_folder(&key_dir(settings), algorithm);
+    Ok(Some(keys.context("setting auth.key_dir")?))
 }
 
 fn signing_keys(settings: &Settings, folder: &Path) -> anyhow::Result<KeyRing> {

@@ -146,10 +146,11 @@ async fn reload_on_hangup(
 ) {
     while hangups.recv().await.is_some() {
         match secrets::reload_keys(&settings) {
-            Ok(keys) => {
+            Ok(Some(keys)) => {
                 auth.replace_keys(keys);
                 info!("read the signing keys again");
             }
+            Ok(None) => {}
             Err(error) => error!(error = format!("{error:#}"), "the old signing keys stay"),
         }
         match reload_tiers(&settings, &usage).await {

@@ -190,6 +190,7 @@ impl Layers {
                 self.set_text("database.url", &text, origin())?;
             } else if sections.iter().any(|section| name.starts_with(section))
                 && !is_service_link(&name)
+                && name != GATEWAY_KEY
             {
                 let hint = hint(&name, keys.keys());
                 return Err(SettingsError::Unknown {
@@ -291,6 +292,9 @@ fn whence(key: &str, origin: &Origin) -> String {
         origin => format!("from {origin}"),
     }
 }
+
+/// With it a gateway calls the service (`deploy/envoy/envoy.yaml`); both may be given one environment.
+const GATEWAY_KEY: &str = "TOLLKEEPER_GATEWAY_KEY";
 
 /// Whether an orchestrator made this variable: Kubernetes describes a service named
 /// `tollkeeper-server` in `TOLLKEEPER_SERVER_PORT` and the like.

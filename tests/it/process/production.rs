@@ -167,9 +167,16 @@ async fn hs256_serves_with_a_strong_secret() {
     command
         .env("TOLLKEEPER_AUTH_ALGORITHM", "HS256")
         .env("TOLLKEEPER_AUTH_JWT_SECRET", &secret)
+        // The gateway beside it is given the same environment.
+        .env("TOLLKEEPER_GATEWAY_KEY", "tks_of_the_gateway")
         .env_remove("TOLLKEEPER_AUTH_KEY_DIR");
     let mut service = home.start(command);
     service.serving().await;
+    service.signal(Signal::SIGHUP);
+    service.wait_until("it has read what can be read again", |service| {
+        service.log().contains("read the tiers again")
+    });
+    assert!(!service.log().contains("signing keys"));
     assert!(!service.log().contains(&secret));
 }
 
