@@ -51,7 +51,7 @@ pub(super) enum UsersCommand {
     /// others alone. Run it again after it was cut short, or with a mended file: nobody is imported
     /// twice. Exit code 1 when rows were broken.
     Import(import::ImportArgs),
-    /// Take away the second factor of a user who lost it, and end their sessions
+    /// Take away the second factor of a user who lost it, and end the sessions of a user who had one
     ResetMfa {
         /// E-mail address or username
         user: String,

@@ -12,7 +12,7 @@ mod tiers;
 mod usage;
 
 use std::{
-    io::Write as _,
+    io::{ErrorKind, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -160,14 +160,20 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Config => {
             let loaded = cli.settings.load(None)?;
-            for (key, value, origin) in loaded.describe() {
-                println!("{key} = {value}  # {origin}");
-            }
-            Ok(())
+            let lines = loaded
+                .describe()
+                .map(|(key, value, origin)| format!("{key} = {value}  # {origin}\n"));
+            print(lines.collect::<String>().as_bytes())
         }
-        Command::Descriptor => std::io::stdout()
-            .write_all(DESCRIPTOR_SET)
-            .context("cannot write the descriptor set"),
+        Command::Descriptor => print(DESCRIPTOR_SET),
+    }
+}
+
+/// To standard output, of which somebody may read the beginning only.
+fn print(bytes: &[u8]) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(bytes) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot write to standard output"),
     }
 }
 

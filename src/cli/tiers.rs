@@ -1,7 +1,4 @@
-use std::{
-    io::{self, Write as _},
-    path::PathBuf,
-};
+use std::path::PathBuf;
 
 use clap::Subcommand;
 
@@ -25,12 +22,7 @@ pub(super) fn run(command: Command, settings: &Settings) -> anyhow::Result<()> {
     let Command::Validate { file } = command;
     let file = file.unwrap_or_else(|| settings.usage.tiers_file.clone());
     let tiers = load_tiers(&file)?;
-    let text = table(&tiers);
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever reads no further has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
-    }
+    super::print(table(&tiers).as_bytes())
 }
 
 const HEADINGS: [&str; 6] = [

@@ -157,6 +157,9 @@ pub async fn probe(address: &str, service: &str, deadline: Duration) -> Result<(
             .await
             .map_err(|status| match status.code() {
                 Code::NotFound => format!("the server has no service {service}"),
+                _ if status.message().starts_with("h2 protocol error") => format!(
+                    "{address} does not speak plain HTTP/2; of a server with TLS ask /readyz at ops.listen"
+                ),
                 _ => status.message().to_owned(),
             })
     };
