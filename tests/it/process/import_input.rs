@@ -88,12 +88,14 @@ async fn what_a_pipeline_had_sent_when_it_was_interrupted_is_not_taken_for_all()
     assert_eq!(number(&whole.stdout, "imported"), 1);
 }
 
-/// Whether a process has a handler of its own for SIGINT.
+/// Whether a process has handlers of its own for SIGINT and SIGTERM, which come one after the other.
 fn waits_for_signals(pid: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
     let caught = caught.map(|mask| u64::from_str_radix(mask.trim(), 16).expect("a mask"));
-    caught.is_some_and(|mask| mask & (1 << (Signal::SIGINT as i32 - 1)) != 0)
+    let handles =
+        |signal: Signal| caught.is_some_and(|mask| mask & (1 << (signal as i32 - 1)) != 0);
+    handles(Signal::SIGINT) && handles(Signal::SIGTERM)
 }
 
 #[test]
