@@ -121,10 +121,13 @@ async fn reap(
     };
     // First what others wait for, of all of them: one that cannot be buried keeps nobody else's.
     for replica in &dead {
-        while match timeout(patience, reap_batch(*replica, batch, conn)).await? {
-            Ok(taken) => taken > 0,
-            Err(error) => return Ok(Err(error)),
-        } {}
+        loop {
+            match timeout(patience, reap_batch(*replica, batch, conn)).await? {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) => return Ok(Err(error)),
+            }
+        }
     }
     for replica in &dead {
         if let Err(error) = forget_settlements(*replica, batch, patience, conn).await? {
