@@ -208,7 +208,11 @@ fn wait_for_stop<T>(stop_asked: &mpsc::Receiver<T>, child: &mut Child) -> Option
             Err(RecvTimeoutError::Disconnected) => return None,
             Err(RecvTimeoutError::Timeout) => {
                 if let Ok(Some(status)) = child.try_wait() {
-                    tracing::error!(%status, "the private Postgres ended by itself: postgres.log in the data folder says why; start the service again");
+                    tracing::error!(
+                        %status,
+                        "the private Postgres ended by itself: postgres.log in the data folder says \
+                         why; start the service again"
+                    );
                     return stop_asked.recv().ok();
                 }
             }

@@ -105,7 +105,11 @@ impl Delivery {
                 let said = post(&store, &webhook, &event, &status).await;
                 if let Err(error) = said {
                     // It will be claimed, and maybe posted, once more.
-                    warn!(error = error.with_causes(), event_id = %event.id, "what became of an event could not be written");
+                    warn!(
+                        error = error.with_causes(),
+                        event_id = %event.id,
+                        "what became of an event could not be written"
+                    );
                 }
             });
         }

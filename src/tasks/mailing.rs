@@ -114,7 +114,10 @@ impl Mailing {
             tokio::select! {
                 _ = looks.tick() => {
                     if let Err(error) = self.look().await {
-                        warn!(error = error.with_causes(), "the mails that wait could not be looked at");
+                        warn!(
+                            error = error.with_causes(),
+                            "the mails that wait could not be looked at"
+                        );
                     }
                 }
                 _ = self.turns.acquire(), if more_wait => {}
@@ -161,7 +164,11 @@ impl Mailing {
                 let id = one.event.id;
                 if let Err(error) = one.run().await {
                     // It will be claimed, and maybe sent, once more.
-                    warn!(error = error.with_causes(), event_id = %id, "what became of a mail could not be written");
+                    warn!(
+                        error = error.with_causes(),
+                        event_id = %id,
+                        "what became of a mail could not be written"
+                    );
                 }
                 drop(turn);
             });
