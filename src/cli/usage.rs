@@ -25,7 +25,7 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_mins(10);
 pub(super) enum Command {
     /// Write usage records to a file or to standard output
     ///
-    /// Sorted by user, for each newest first. The file appears when it is whole.
+    /// Each user's newest first, several users' mixed. The file appears when it is whole.
     Export(ExportArgs),
     /// Show a month's usage as a table and a chart
     Report(ReportArgs),

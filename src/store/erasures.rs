@@ -321,7 +321,8 @@ const BLANK_TRAIL_BY: &str = "
 const BLANK_USAGE: &str = "
     WITH seen AS (
         SELECT usage_month, event_id, occurred_at FROM usage_records
-        WHERE user_id = $1 AND (occurred_at, event_id) > ($3, $4)
+        WHERE usage_bucket(user_id) = usage_bucket($1) AND user_id = $1
+            AND (occurred_at, event_id) > ($3, $4)
         ORDER BY occurred_at, event_id LIMIT $2
     ), blanked AS (
         UPDATE usage_records AS r SET request_id = '', labels = '{}'
@@ -336,7 +337,8 @@ const BLANK_USAGE: &str = "
 const DELETE_USAGE: &str = "
     WITH seen AS (
         SELECT usage_month, event_id, occurred_at FROM usage_records
-        WHERE user_id = $1 AND (occurred_at, event_id) > ($3, $4)
+        WHERE usage_bucket(user_id) = usage_bucket($1) AND user_id = $1
+            AND (occurred_at, event_id) > ($3, $4)
         ORDER BY occurred_at, event_id LIMIT $2
     ), deleted AS (
         DELETE FROM usage_records AS r USING seen

@@ -1,4 +1,5 @@
-//! Indexes of large tables, built while others go on to read and write.
+//! Indexes of large tables, built while others go on to read and write, and what Postgres has to know of
+//! them.
 //!
 //! `CREATE INDEX CONCURRENTLY` wants to be alone: outside of a transaction, and one for each partition.
 //! So no migration can do it. Whoever migrates does it afterwards, under the same lock; whatever was
@@ -35,7 +36,7 @@ const WHOLE: [(&str, &str, &str); 4] = [
 
 /// Of partitioned tables: the index of the parent, which a migration has made, what the names of its
 /// parts end with, and their definition behind the name of the partition.
-const PARTITIONED: [(&str, &str, &str); 4] = [
+const PARTITIONED: [(&str, &str, &str); 5] = [
     (
         "audit_events_user_id_idx",
         "user_id_occurred_at_id_idx",
@@ -57,11 +58,26 @@ const PARTITIONED: [(&str, &str, &str); 4] = [
         "(occurred_at) WHERE user_id IS NULL \
              AND audit_user(action, target_id, details) IS NOT NULL",
     ),
+    (
+        "usage_records_bucket_idx",
+        "bucket_idx",
+        "(usage_bucket(user_id), occurred_at DESC, event_id DESC, user_id DESC)",
+    ),
 ];
+
+/// What one of those is in the place of. A replica from before reads a user's events slowly without it,
+/// until it is replaced too; with it, every event would be written once more.
+const REPLACED: &str = "usage_records_user_id_idx";
 
 /// Partitions come and go meanwhile, and somebody may read one of them for long.
 const ATTEMPTS: u32 = 20;
 const RETRY: Duration = Duration::from_millis(500);
+
+#[derive(QueryableByName)]
+struct Partition {
+    #[diesel(sql_type = Text)]
+    name: String,
+}
 
 /// Builds what is missing.
 ///
@@ -83,6 +99,18 @@ pub(super) async fn indexes_ensure(conn: &mut AsyncPgConnection) -> Result<()> {
                 }
                 _ => sleep(RETRY).await,
             }
+        }
+    }
+    let drop = format!("SET LOCAL lock_timeout = '2s'; DROP INDEX IF EXISTS {REPLACED}");
+    for attempt in 1.. {
+        let done = async {
+            statistics(conn).await?;
+            Ok(conn.batch_execute(&drop).await?)
+        };
+        match done.await {
+            Ok(()) => break,
+            Err(error) if attempt == ATTEMPTS => return Err(error),
+            Err(_) => sleep(RETRY).await,
         }
     }
     Ok(())
@@ -121,11 +149,6 @@ async fn parts(
     definition: &str,
     conn: &mut AsyncPgConnection,
 ) -> Result<()> {
-    #[derive(QueryableByName)]
-    struct Partition {
-        #[diesel(sql_type = Text)]
-        name: String,
-    }
     if state(parent, conn).await? == Some(true) {
         return Ok(());
     }
@@ -148,6 +171,30 @@ async fn parts(
         let attach =
             format!("SET LOCAL lock_timeout = '2s'; ALTER INDEX {parent} ATTACH PARTITION {index}");
         conn.batch_execute(&attach).await?;
+    }
+    Ok(())
+}
+
+/// Statistics of events, see `usage_records_bucket_stats`, for partitions that have none: those from
+/// before, and those that replicas from before made.
+async fn statistics(conn: &mut AsyncPgConnection) -> Result<()> {
+    let missing: Vec<Partition> = diesel::sql_query(
+        "SELECT p.relname::text AS name
+         FROM pg_inherits AS part JOIN pg_class AS p ON p.oid = part.inhrelid
+         WHERE part.inhparent = 'usage_records'::regclass
+             AND NOT EXISTS (SELECT FROM pg_statistic_ext WHERE stxrelid = p.oid)
+         ORDER BY p.relname",
+    )
+    .load(conn)
+    .await?;
+    for Partition { name } in missing {
+        let create = format!(
+            "SET LOCAL lock_timeout = '2s';
+             CREATE STATISTICS {name}_bucket_stats (dependencies)
+                 ON usage_bucket(user_id), user_id FROM {name};
+             ANALYZE {name}"
+        );
+        conn.batch_execute(&create).await?;
     }
     Ok(())
 }

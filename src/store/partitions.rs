@@ -192,7 +192,8 @@ fn partition(table: &str, month: Period, values: &str, rows: &str) -> String {
         "DO $$ BEGIN
              IF to_regclass('{name}') IS NULL THEN
                  LOCK TABLE {table}_default IN ACCESS EXCLUSIVE MODE;
-                 CREATE TABLE {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS);
+                 CREATE TABLE {name}
+                     (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STATISTICS);
                  WITH stray AS (DELETE FROM {table}_default WHERE {rows} RETURNING *)
                      INSERT INTO {name} SELECT * FROM stray;
                  ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES {values};

@@ -5,6 +5,8 @@ use diesel::{
     dsl::{exists, select},
     pg::Pg,
     prelude::*,
+    query_builder::AstPass,
+    sql_types::Uuid as SqlUuid,
 };
 use diesel_async::RunQueryDsl;
 use serde_json::Value;
@@ -78,6 +80,7 @@ impl Store {
         page: &PageRequest<UsageCursor>,
     ) -> Result<Page<UsageRecord>> {
         let mut query = usage_records::table
+            .filter(usage_bucket(usage_records::user_id).eq(usage_bucket(user_id.0)))
             .filter(usage_records::user_id.eq(user_id.0))
             .select(UsageRow::as_select())
             .order((
@@ -126,6 +129,23 @@ impl Store {
             event_id: record.event.event_id,
         }))
     }
+}
+
+diesel::define_sql_function! {
+    /// Where the index of events has a user's. Whoever reads a user's events says both: the bucket finds
+    /// the place, the user leaves them.
+    fn usage_bucket(user_id: SqlUuid) -> Integer;
+}
+
+/// Leaves events of a user, see [`usage_bucket`].
+pub(super) fn push_events_of<'b>(
+    user_id: &'b Uuid,
+    out: &mut AstPass<'_, 'b, Pg>,
+) -> QueryResult<()> {
+    out.push_sql(" AND usage_bucket(user_id) = usage_bucket(");
+    out.push_bind_param::<SqlUuid, _>(user_id)?;
+    out.push_sql(") AND user_id = ");
+    out.push_bind_param::<SqlUuid, _>(user_id)
 }
 
 /// The five dimensions and the count of requests.

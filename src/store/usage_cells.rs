@@ -9,7 +9,10 @@ use diesel::{
 };
 use diesel_async::RunQueryDsl;
 
-use super::{Store, usage::SumsRow};
+use super::{
+    Store,
+    usage::{SumsRow, push_events_of},
+};
 use crate::{
     error::{Error, Result},
     model::{Interval, UsageCell, UsageCells, UsageGroup, UsageGrouping, UsageSource},
@@ -88,13 +91,18 @@ impl<'a> CellsQuery<'a> {
         out.push_bind_param::<Text, _>(&self.first_month)?;
         out.push_sql(" AND ");
         out.push_bind_param::<Text, _>(&self.last_month)?;
-        out.push_sql(" AND user_id = ");
-        out.push_bind_param::<SqlUuid, _>(&wanted.user_id.0)?;
-        if wanted.source == UsageSource::Records {
-            out.push_sql(" AND occurred_at >= ");
-            out.push_bind_param::<Timestamptz, _>(&wanted.range.start)?;
-            out.push_sql(" AND occurred_at < ");
-            out.push_bind_param::<Timestamptz, _>(&wanted.range.end)?;
+        match wanted.source {
+            UsageSource::Records => {
+                push_events_of(&wanted.user_id.0, out)?;
+                out.push_sql(" AND occurred_at >= ");
+                out.push_bind_param::<Timestamptz, _>(&wanted.range.start)?;
+                out.push_sql(" AND occurred_at < ");
+                out.push_bind_param::<Timestamptz, _>(&wanted.range.end)?;
+            }
+            UsageSource::Months => {
+                out.push_sql(" AND user_id = ");
+                out.push_bind_param::<SqlUuid, _>(&wanted.user_id.0)?;
+            }
         }
         if let Some(model) = &wanted.model {
             out.push_sql(" AND model = ");

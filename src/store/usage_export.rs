@@ -11,7 +11,12 @@ use diesel_async::RunQueryDsl;
 use tokio::sync::SemaphorePermit;
 use uuid::Uuid;
 
-use super::{Store, ledger::UsageRowTypes, schema::monthly_model_usage, usage::UsageRow};
+use super::{
+    Store,
+    ledger::UsageRowTypes,
+    schema::monthly_model_usage,
+    usage::{UsageRow, push_events_of},
+};
 use crate::{
     error::{Error, Result},
     model::{TimeRange, UsageCursor, UsageFilter, UsageRecord, UserId},
@@ -20,8 +25,8 @@ use crate::{
 impl Store {
     /// The next events of an export, at most `limit`; none at its end.
     ///
-    /// Of one user or of all, sorted by user, for each newest first. `after` is the last event that
-    /// was read. Perhaps fewer than `limit` although there are more: only none means the end.
+    /// Of one user or of all, each user's newest first. `after` is the last event that was read. Perhaps
+    /// fewer than `limit` although there are more: only none means the end.
     ///
     /// # Errors
     /// `Unavailable`
@@ -35,20 +40,19 @@ impl Store {
         let _turn = self.bulk_read().await?;
         let mut conn = self.conn().await?;
         let mut rows: Vec<UsageRow> = Vec::new();
-        // The rest of a user, then those after: in one condition Postgres could not go to the place
+        // The rest of a bucket, then those after it: in one condition Postgres could not go to the place
         // in its index.
         if let Some((user_id, cursor)) = after {
-            let batch = ExportBatch::new(Place::Within(user_id.0, cursor), filter, limit);
-            rows = batch.load(&mut conn).await?;
+            let rest = ExportBatch::new(whose, Place::Within(user_id.0, cursor), filter, limit);
+            rows = rest.load(&mut conn).await?;
         }
         if rows.is_empty() {
             let place = match (whose, after) {
                 (Some(_), Some(_)) => return Ok(Vec::new()),
-                (Some(user_id), None) => Place::Of(user_id.0),
+                (_, None) => Place::Start,
                 (None, Some((user_id, _))) => Place::Behind(user_id.0),
-                (None, None) => Place::All,
             };
-            rows = ExportBatch::new(place, filter, limit)
+            rows = ExportBatch::new(whose, place, filter, limit)
                 .load(&mut conn)
                 .await?;
         }
@@ -88,21 +92,21 @@ impl Store {
     }
 }
 
-/// Which events come next.
-#[derive(Clone, Copy)]
+/// Which events come next: those of a user are all in one bucket, see [`usage_bucket`].
+///
+/// [`usage_bucket`]: super::usage::usage_bucket
+#[derive(Clone, Copy, Debug)]
 enum Place {
-    /// Those of all users.
-    All,
-    /// Those of users behind this one.
-    Behind(Uuid),
-    /// Those of this user.
-    Of(Uuid),
-    /// Those of this user that are older.
+    Start,
+    /// Those of this user's bucket that are behind this event of the user.
     Within(Uuid, UsageCursor),
+    /// Those of buckets behind this user's.
+    Behind(Uuid),
 }
 
 /// Reads events in the order of their index, from a place in it.
 struct ExportBatch<'a> {
+    whose: Option<UserId>,
     place: Place,
     range: TimeRange,
     first_month: String,
@@ -112,9 +116,10 @@ struct ExportBatch<'a> {
 }
 
 impl<'a> ExportBatch<'a> {
-    fn new(place: Place, filter: &'a UsageFilter, limit: i64) -> Self {
+    fn new(whose: Option<UserId>, place: Place, filter: &'a UsageFilter, limit: i64) -> Self {
         let range = filter.range();
         Self {
+            whose,
             place,
             range,
             first_month: range.first_month().to_string(),
@@ -142,29 +147,35 @@ impl QueryFragment<Pg> for ExportBatch<'_> {
         out.push_bind_param::<Timestamptz, _>(&self.range.start)?;
         out.push_sql(" AND occurred_at < ");
         out.push_bind_param::<Timestamptz, _>(&self.range.end)?;
-        match &self.place {
-            Place::All => {}
-            Place::Behind(user_id) => {
-                out.push_sql(" AND user_id > ");
-                out.push_bind_param::<SqlUuid, _>(user_id)?;
-            }
-            Place::Of(user_id) | Place::Within(user_id, _) => {
-                out.push_sql(" AND user_id = ");
-                out.push_bind_param::<SqlUuid, _>(user_id)?;
-            }
+        if let Some(user_id) = &self.whose {
+            push_events_of(&user_id.0, &mut out)?;
         }
-        if let Place::Within(_, cursor) = &self.place {
-            out.push_sql(" AND (occurred_at, event_id) < (");
-            out.push_bind_param::<Timestamptz, _>(&cursor.occurred_at)?;
-            out.push_sql(", ");
-            out.push_bind_param::<SqlUuid, _>(&cursor.event_id.0)?;
-            out.push_sql(")");
+        match &self.place {
+            Place::Start => {}
+            Place::Within(user_id, cursor) => {
+                out.push_sql(" AND usage_bucket(user_id) = usage_bucket(");
+                out.push_bind_param::<SqlUuid, _>(user_id)?;
+                out.push_sql(") AND (occurred_at, event_id, user_id) < (");
+                out.push_bind_param::<Timestamptz, _>(&cursor.occurred_at)?;
+                out.push_sql(", ");
+                out.push_bind_param::<SqlUuid, _>(&cursor.event_id.0)?;
+                out.push_sql(", ");
+                out.push_bind_param::<SqlUuid, _>(user_id)?;
+                out.push_sql(")");
+            }
+            Place::Behind(user_id) => {
+                out.push_sql(" AND usage_bucket(user_id) > usage_bucket(");
+                out.push_bind_param::<SqlUuid, _>(user_id)?;
+                out.push_sql(")");
+            }
         }
         if let Some(model) = &self.model {
             out.push_sql(" AND model = ");
             out.push_bind_param::<Text, _>(model)?;
         }
-        out.push_sql(" ORDER BY user_id, occurred_at DESC, event_id DESC LIMIT ");
+        out.push_sql(
+            " ORDER BY usage_bucket(user_id), occurred_at DESC, event_id DESC, user_id DESC LIMIT ",
+        );
         out.push_bind_param::<BigInt, _>(&self.limit)?;
         Ok(())
     }

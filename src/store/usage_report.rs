@@ -8,7 +8,10 @@ use diesel::{
 };
 use diesel_async::RunQueryDsl;
 
-use super::{Store, usage::SumsRow};
+use super::{
+    Store,
+    usage::{SumsRow, push_events_of},
+};
 use crate::{
     error::Result,
     model::{Period, ReportBy, ReportLine, UserId},
@@ -88,9 +91,13 @@ impl QueryFragment<Pg> for ReportQuery {
         out.push_sql(" AS requests FROM ");
         out.push_sql(from);
         out.push_bind_param::<Text, _>(&self.month)?;
-        if let Some(user_id) = &self.user_id {
-            out.push_sql(" AND user_id = ");
-            out.push_bind_param::<SqlUuid, _>(&user_id.0)?;
+        match (&self.user_id, self.by) {
+            (None, _) => {}
+            (Some(user_id), ReportBy::Day) => push_events_of(&user_id.0, &mut out)?,
+            (Some(user_id), ReportBy::Model | ReportBy::User) => {
+                out.push_sql(" AND user_id = ");
+                out.push_bind_param::<SqlUuid, _>(&user_id.0)?;
+            }
         }
         out.push_sql(" GROUP BY 1), ranked AS (SELECT *, least(row_number() OVER (ORDER BY ");
         if self.by != ReportBy::Day {

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Everything in schema `public` that a migration can make, one line each.
-const CATALOG: [&str; 6] = [
+const CATALOG: [&str; 7] = [
     "SELECT format('relation %s %s %s %s %s', relname, relkind, relpersistence, reloptions,
             pg_get_partkeydef(oid))
      FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind NOT IN ('i', 'I')",
@@ -32,6 +32,8 @@ const CATALOG: [&str; 6] = [
      FROM pg_indexes WHERE schemaname = 'public'",
     "SELECT format('constraint %s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
      FROM pg_constraint WHERE connamespace = 'public'::regnamespace",
+    "SELECT format('statistics %s %s', stxrelid::regclass, pg_get_statisticsobjdef(oid))
+     FROM pg_statistic_ext WHERE stxnamespace = 'public'::regnamespace",
     "SELECT format('type %s %s', typname, typtype)
      FROM pg_type WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd', 'r')",
     "SELECT format('function %s', pg_get_functiondef(oid))

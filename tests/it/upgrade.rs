@@ -85,6 +85,43 @@ async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_index_of_events_is_replaced_beside_those_who_book() {
+    let url = cluster::empty_database().await;
+    let mut migrator = Migrator::connect(&url).await.unwrap();
+    migrator.up().unwrap();
+    while migrator.down().unwrap().unwrap() != "2026-11-22-000021_usage_buckets" {}
+    let (writer, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
+    let before = "SELECT count(*) FROM pg_class WHERE relname = 'usage_records_user_id_idx'";
+    assert_eq!(count(&other, before).await, 1);
+    let book = "INSERT INTO usage_records
+         SELECT '2026-11', gen_random_uuid(), gen_random_uuid(), '2026-11-01', 'm', 1, 0, 0, 0, 0
+         FROM generate_series(1, 1000)";
+    let partition = "CREATE TABLE usage_records_2026_11 PARTITION OF usage_records
+         FOR VALUES IN ('2026-11')";
+    writer.batch_execute(partition).await.unwrap();
+    // The build waits for whoever books when it begins.
+    let begin = format!("BEGIN; {book}");
+    writer.batch_execute(&begin).await.unwrap();
+    let migrating = tokio::spawn(async move { migrator.up() });
+    sleep(Duration::from_millis(500)).await;
+    assert!(!migrating.is_finished(), "it waits");
+    assert_eq!(
+        count(&other, before).await,
+        1,
+        "whoever reads needs it still"
+    );
+    let written = timeout(Duration::from_secs(8), other.batch_execute(book)).await;
+    written.expect("nobody waits behind it for long").unwrap();
+    writer.batch_execute("COMMIT").await.unwrap();
+    migrating.await.unwrap().unwrap();
+    assert_eq!(count(&other, before).await, 0);
+    assert_eq!(count(&other, BROKEN).await, 0);
+    let read = "SELECT count(*) FROM usage_records AS one JOIN usage_records AS same
+         ON usage_bucket(same.user_id) = usage_bucket(one.user_id) AND same.user_id = one.user_id";
+    assert_eq!(count(&other, read).await, 2_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn indexes_are_built_beside_those_who_write() {
     let (url, mut migrator) = unindexed_database().await;
     let (writer, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
@@ -127,7 +164,7 @@ async fn an_index_that_was_left_half_built_is_built_anew() {
         .await
         .unwrap();
     migrator.up().unwrap_err();
-    assert_eq!(count(&client, BROKEN).await, 1 + 4, "and those not begun");
+    assert_eq!(count(&client, BROKEN).await, 1 + 5, "and those not begun");
     let index = "SELECT count(*) FROM pg_class WHERE relname = 'users_email_lower_key'";
     assert_eq!(count(&client, index).await, 1);
     client

@@ -366,11 +366,12 @@ async fn fill(client: &Client, parts: &[Part; 2]) -> anyhow::Result<()> {
                 eprintln!("==> {month}: {first} of {}", part.events);
             }
         }
-        // As full as pages are where keys came in any order, ln 2 (Yao, On random 2-3 trees, 1978). As full as
-        // Postgres builds them, all would split at about the same time, soon after.
+        // As full as pages are that were split where a bucket's latest events are. As full as Postgres
+        // builds them, those would all split at about the same time, soon after.
         let index = format!(
-            "CREATE INDEX ON {table} (user_id, occurred_at DESC, event_id DESC)
-             WITH (fillfactor = 70)"
+            "CREATE INDEX ON {table}
+                 (usage_bucket(user_id), occurred_at DESC, event_id DESC, user_id DESC)
+             WITH (fillfactor = 50)"
         );
         client.batch_execute(&index).await?;
         let attach =

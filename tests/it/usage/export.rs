@@ -1,4 +1,7 @@
-use std::collections::{HashMap, HashSet};
+use std::{
+    cmp::Reverse,
+    collections::{HashMap, HashSet},
+};
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use serde_json::{Value, json};
@@ -145,7 +148,11 @@ async fn services_and_administrators_export_all_users_and_nobody_else_does() {
         let lines = lines(&file);
         assert_eq!(lines.len(), 10);
         assert_eq!(ids(&lines), sent);
-        assert!(lines.is_sorted_by_key(|line| line["user_id"].as_str().unwrap().to_owned()));
+        for user in &users {
+            let of_user = lines.iter().filter(|line| line["user_id"] == user.id);
+            let times = of_user.map(|line| Reverse(line["occurred_at"].as_str().unwrap()));
+            assert!(times.is_sorted(), "newest first");
+        }
     }
     let admin = app.user().admin().create().await;
     let key = app.api_key(&admin, &["admin"]).await.text;
@@ -174,20 +181,27 @@ async fn an_unknown_user_has_no_export() {
 async fn filters_leave_their_records_across_batches_users_and_months() {
     let app = TestApp::spawn().await;
     let users = [app.user().create().await, app.user().create().await];
+    let [first_user, second] = users.map(|user| user.id);
+    let beside = format!(
+        "SELECT id::text FROM
+             (SELECT gen_random_uuid() AS id FROM generate_series(1, 100000) OFFSET 0) AS ids
+         WHERE usage_bucket(id) = usage_bucket('{second}') LIMIT 1"
+    );
+    let beside: String = app.sql(&beside).await[0].get(0);
     let (_, first, before, _) = turn_of_the_month();
-    // More than a batch of each, three to a microsecond, over the turn of the month.
-    for user in &users {
+    // More than a batch of each, three to a microsecond, over the turn of the month; those of users who
+    // stand side by side under the same names.
+    for user_id in [&first_user, &second, &beside] {
         app.sql(&format!(
             "INSERT INTO usage_records
-             SELECT to_char(t, 'YYYY-MM'), '{}', gen_random_uuid(), t, 'm' || n % 2, n, 0, 0, 0, 0
+             SELECT to_char(t, 'YYYY-MM'), '{user_id}', md5(n::text)::uuid, t, 'm' || n % 2, n, 0, 0, 0, 0
              FROM generate_series(1, 2600) n,
-                 LATERAL (SELECT '{first}'::timestamptz + (n / 3 - 400) * interval '1 us' AS t) AS at",
-            user.id
+                 LATERAL (SELECT '{first}'::timestamptz + (n / 3 - 400) * interval '1 us' AS t) AS at"
         ))
         .await;
     }
     let micros = |n| first + TimeDelta::microseconds(n);
-    let (second, any) = (users[1].id.clone(), String::new);
+    let any = String::new;
     for (user_id, month, start, end, model) in [
         (any(), any(), None, None, any()),
         (second.clone(), any(), None, None, any()),
@@ -221,17 +235,20 @@ async fn filters_leave_their_records_across_batches_users_and_months() {
         let (file, summary) = export(&app, &app.service_key, request).await;
         let (start, end) = (start.unwrap_or(micros(-1000)), end.unwrap_or(micros(1000)));
         let statement = format!(
-            "SELECT event_id::text FROM usage_records
+            "SELECT user_id::text, event_id::text FROM usage_records
              WHERE ('{user_id}' IN ('', user_id::text)) AND ('{month}' IN ('', usage_month))
                  AND occurred_at >= '{start}' AND occurred_at < '{end}' AND '{model}' IN ('', model)
-             ORDER BY user_id, occurred_at DESC, event_id DESC"
+             ORDER BY usage_bucket(user_id), occurred_at DESC, event_id DESC, user_id DESC"
         );
         let rows = app.sql(&statement).await;
-        let wanted: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        let wanted: Vec<(&str, &str)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         let lines = lines(&file);
-        let got = lines.iter().map(|line| line["event_id"].as_str().unwrap());
+        let text = |line: &'_ Value, column| line[column].as_str().unwrap().to_owned();
+        let name = |line| (text(line, "user_id"), text(line, "event_id"));
+        let got: Vec<_> = lines.iter().map(name).collect();
+        let got = got.iter().map(|(user, event)| (&**user, &**event));
         assert!(
-            got.eq(wanted.iter().map(String::as_str)),
+            got.eq(wanted.iter().copied()),
             "{month} {start} {end} {model}"
         );
         assert_eq!(summary.record_count, wanted.len() as i64);

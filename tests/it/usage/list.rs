@@ -114,6 +114,32 @@ async fn pages_are_fifty_by_default_and_a_thousand_at_most() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_many_records_is_read_from_its_place_in_the_index() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    // Every hundredth.
+    app.sql(&format!(
+        "INSERT INTO usage_records
+         SELECT to_char(t, 'YYYY-MM'),
+             CASE WHEN extract(epoch FROM t)::bigint % 12000 < 120 THEN '{}' ELSE gen_random_uuid() END,
+             gen_random_uuid(), t, 'm', 1, 0, 0, 0, 0
+         FROM generate_series(now() - interval '40 days', now(), interval '2 minutes') AS t",
+        user.id
+    ))
+    .await;
+    app.sql("ANALYZE usage_records").await;
+    let page = list(&app, &app.service_key, &user.id, "", 0, "").await;
+    assert_eq!(page.unwrap().records.len(), 50);
+    let id = format!("'{}'", user.id);
+    let marks = ["usage_bucket", "ORDER BY \"usage_records\""];
+    let plan = app.plan(&marks, &[&id, &id, "51"]).await;
+    let found = "Index Cond: (((uuid_hash(user_id) & 1023) =";
+    assert!(plan.contains(found), "{plan}");
+    // What it would sort it would have read, all of it.
+    assert!(plan.contains("Merge Append"), "{plan}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_page_token_of_another_list_is_refused() {
     let app = TestApp::spawn().await;
     let (user, other) = (users_with_two(&app).await, users_with_two(&app).await);
