@@ -5,6 +5,7 @@
 //! An unknown key is an error.
 
 mod costs;
+pub(crate) mod duration;
 mod layers;
 mod mail;
 mod networks;
@@ -486,22 +487,5 @@ mod address {
         }
         let parsed = text.parse().map(Some);
         parsed.map_err(|_| de::Error::custom("not an address such as 127.0.0.1:9464, or empty"))
-    }
-}
-
-/// Durations as people write them: `30m`, `7days`, `250ms`.
-mod duration {
-    use std::time::Duration;
-
-    use serde::{Deserialize as _, Deserializer, Serializer, de};
-
-    pub(super) fn serialize<S: Serializer>(value: &Duration, out: S) -> Result<S::Ok, S::Error> {
-        out.serialize_str(&humantime::format_duration(*value).to_string())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-        let text = String::deserialize(from)?;
-        humantime::parse_duration(&text)
-            .map_err(|error| de::Error::custom(format!("not a duration such as 30m: {error}")))
     }
 }

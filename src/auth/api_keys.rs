@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::{Auth, key_text::API_KEY};
 use crate::{
+    config::duration,
     error::Result,
     model::{
         ApiKey, ApiKeyId, ApiKeyName, ApiKeyScopes, Change, Origin, Page, PageRequest, UserId,
@@ -25,8 +26,6 @@ pub(super) struct ApiKeyLimits {
     pub(super) max_ttl: Duration,
 }
 
-const DAY_SECS: u64 = 24 * 60 * 60;
-
 impl Auth {
     /// Whether a key that is made now may expire then; asked ahead to name it beside the other
     /// wrong fields.
@@ -42,11 +41,8 @@ impl Auth {
         if expires_at <= now {
             Err("must be in the future".into())
         } else if expires_at > now + max_ttl {
-            let max_ttl = match max_ttl.as_secs() {
-                secs if secs % DAY_SECS == 0 => format!("{} days", secs / DAY_SECS),
-                _ => humantime::format_duration(max_ttl).to_string(),
-            };
-            Err(format!("must be within {max_ttl}, or unset for a key that never expires").into())
+            let within = duration::text(max_ttl);
+            Err(format!("must be within {within}, or unset for a key that never expires").into())
         } else {
             Ok(())
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{
     AuthSettings, MAX_ARGON2_ITERATIONS, MAX_ARGON2_MEMORY_KIB, MAX_BCRYPT_COST, PasswordScheme,
-    Secret, Settings, SigningAlgorithm, argon2_is_too_costly,
+    Secret, Settings, SigningAlgorithm, argon2_is_too_costly, duration,
 };
 
 /// Bits that a secret needs at least: RFC 7518 §3.2 for HS256, the same for the master key.
@@ -196,7 +196,7 @@ fn within<T: PartialOrd + std::fmt::Display>(
 
 fn lasts(key: &'static str, value: Duration, min: Duration, max: Duration) -> Result<(), Refusal> {
     if value < min || value > max {
-        let [min, max, value] = [min, max, value].map(humantime::format_duration);
+        let [min, max, value] = [min, max, value].map(duration::text);
         return Err((key, format!("must be {min} to {max}, not {value}")));
     }
     Ok(())
