@@ -61,7 +61,8 @@ const PARTITIONED: [(&str, &str, &str); 5] = [
     (
         "usage_records_bucket_idx",
         "bucket_idx",
-        "(usage_bucket(user_id), occurred_at DESC, event_id DESC, user_id DESC)",
+        "(usage_bucket(user_id), occurred_at DESC, event_id DESC, user_id DESC) \
+             WITH (deduplicate_items = off)",
     ),
 ];
 

@@ -371,7 +371,7 @@ async fn fill(client: &Client, parts: &[Part; 2]) -> anyhow::Result<()> {
         let index = format!(
             "CREATE INDEX ON {table}
                  (usage_bucket(user_id), occurred_at DESC, event_id DESC, user_id DESC)
-             WITH (fillfactor = 50)"
+             WITH (deduplicate_items = off, fillfactor = 50)"
         );
         client.batch_execute(&index).await?;
         let attach =
