@@ -78,7 +78,7 @@ impl Store {
         if !self.replays.are_expected(Instant::now())
             && let Some(insert) = batch.as_new()
         {
-            match timeout(patience, insert.execute(conn)).await? {
+            match timeout(patience, insert.run(conn)).await? {
                 Ok(_) => return Ok(Ok(batch.all_recorded())),
                 Err(DieselError::DatabaseError(DatabaseErrorKind::UniqueViolation, _)) => {
                     self.replays.expect(Instant::now());

@@ -7,19 +7,22 @@ use diesel::{
     pg::Pg,
     prelude::*,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
-    sql_types::{Array, BigInt, Text, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Integer, Jsonb, Text, Uuid as SqlUuid},
 };
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use super::{
     super::prepared::prepared,
-    statements::{ADDED, InsertEvents, NEW_RECORDS, NEXT_COLUMN, TO_SUMS},
+    statements::{ADDED, InsertEvents, LabelsJson, NEW_RECORDS, NEXT_COLUMN, TO_SUMS},
 };
 use crate::model::{Period, UsageEvent};
 
 /// Inserts events, and fails if one of them is there.
 pub(super) struct InsertNew<'a> {
     events: InsertEvents<'a>,
+    /// `None`: too many are different.
+    labels: Option<LabelSets<'a>>,
     sums: Sums<'a>,
 }
 
@@ -28,8 +31,114 @@ impl<'a> InsertNew<'a> {
     pub(super) fn of(events: &[&'a UsageEvent]) -> Option<Self> {
         Some(Self {
             sums: Sums::of(events)?,
+            labels: LabelSets::of(events),
             events: InsertEvents::new(events),
         })
+    }
+
+    pub(super) async fn run(&self, conn: &mut AsyncPgConnection) -> QueryResult<usize> {
+        match &self.labels {
+            Some(labels) => WithLabelSets(self, labels).execute(conn).await,
+            None => WithLabels(self).execute(conn).await,
+        }
+    }
+
+    fn walk<'b>(
+        &'b self,
+        mut out: AstPass<'_, 'b, Pg>,
+        events: impl FnOnce(&mut AstPass<'_, 'b, Pg>) -> QueryResult<()>,
+    ) -> QueryResult<()> {
+        let sums = &self.sums;
+        out.push_sql(NEW_RECORDS);
+        out.push_sql("SELECT unnest(");
+        events(&mut out)?;
+        out.push_sql(" RETURNING 1)");
+        out.push_sql(TO_SUMS);
+        out.push_sql("SELECT unnest(");
+        out.push_bind_param::<Array<SqlUuid>, _>(&sums.user_ids)?;
+        out.push_sql(NEXT_COLUMN);
+        out.push_bind_param::<Array<Text>, _>(&sums.months)?;
+        out.push_sql(NEXT_COLUMN);
+        out.push_bind_param::<Array<Text>, _>(&sums.models)?;
+        for column in sums.tokens.iter().chain([&sums.requests]) {
+            out.push_sql(NEXT_COLUMN);
+            out.push_bind_param::<Array<BigInt>, _>(column)?;
+        }
+        // Always true, and not to be known before the events are in: all lock those first. No trigger may
+        // leave one out.
+        out.push_sql(") WHERE (SELECT count(*) FROM new) >= 0");
+        out.push_sql(ADDED);
+        Ok(())
+    }
+}
+
+/// Each event with its labels.
+struct WithLabels<'a>(&'a InsertNew<'a>);
+
+impl QueryFragment<Pg> for WithLabels<'_> {
+    fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        let Self(insert) = self;
+        insert.walk(out, |out| {
+            insert.events.bind(out)?;
+            out.push_sql(")");
+            Ok(())
+        })
+    }
+}
+
+/// Each event with the place of its labels among those that there are.
+struct WithLabelSets<'a>(&'a InsertNew<'a>, &'a LabelSets<'a>);
+
+impl QueryFragment<Pg> for WithLabelSets<'_> {
+    fn walk_ast<'b>(&'b self, out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        let Self(insert, labels) = self;
+        insert.walk(out, |out| {
+            insert.events.bind_but_labels(out)?;
+            out.push_sql("), ");
+            out.push_bind_param::<Array<Jsonb>, _>(&labels.sets)?;
+            out.push_sql("[unnest(");
+            out.push_bind_param::<Array<Integer>, _>(&labels.places)?;
+            out.push_sql(")]");
+            Ok(())
+        })
+    }
+}
+
+prepared! {
+    WithLabels<'a> => () = WithLabels<'static>;
+    WithLabelSets<'a> => () = WithLabelSets<'static>;
+}
+
+/// The labels of events, most of which are those of others: Postgres parses each once.
+#[derive(Debug)]
+struct LabelSets<'a> {
+    sets: Vec<LabelsJson<'a>>,
+    /// Of each event, from 1 on.
+    places: Vec<i32>,
+}
+
+impl<'a> LabelSets<'a> {
+    /// Postgres goes through an array from its beginning to find a place in it.
+    const MAX_SETS: usize = 16;
+
+    fn of(events: &[&'a UsageEvent]) -> Option<Self> {
+        let mut sets: Vec<LabelsJson<'a>> = Vec::new();
+        let mut places = Vec::with_capacity(events.len());
+        for event in events {
+            let place = sets
+                .iter()
+                .position(|LabelsJson(set)| **set == event.labels);
+            let place = match place {
+                Some(place) => place,
+                None if sets.len() == Self::MAX_SETS => return None,
+                None => {
+                    sets.push(LabelsJson(&event.labels));
+                    sets.len() - 1
+                }
+            };
+            places.push(i32::try_from(place + 1).ok()?);
+        }
+        Some(Self { sets, places })
     }
 }
 
@@ -72,36 +181,6 @@ impl<'a> Sums<'a> {
 /// The key of the sum that an event is added to. As text, months have the order that they have as times.
 fn sum_of(event: &UsageEvent) -> (Uuid, Period, &str) {
     (event.user_id.0, event.period(), event.model.as_str())
-}
-
-impl QueryFragment<Pg> for InsertNew<'_> {
-    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        let sums = &self.sums;
-        out.push_sql(NEW_RECORDS);
-        out.push_sql("SELECT unnest(");
-        self.events.bind(&mut out)?;
-        out.push_sql(") RETURNING 1)");
-        out.push_sql(TO_SUMS);
-        out.push_sql("SELECT unnest(");
-        out.push_bind_param::<Array<SqlUuid>, _>(&sums.user_ids)?;
-        out.push_sql(NEXT_COLUMN);
-        out.push_bind_param::<Array<Text>, _>(&sums.months)?;
-        out.push_sql(NEXT_COLUMN);
-        out.push_bind_param::<Array<Text>, _>(&sums.models)?;
-        for column in sums.tokens.iter().chain([&sums.requests]) {
-            out.push_sql(NEXT_COLUMN);
-            out.push_bind_param::<Array<BigInt>, _>(column)?;
-        }
-        // Always true, and not to be known before the events are in: all lock those first. No trigger may
-        // leave one out.
-        out.push_sql(") WHERE (SELECT count(*) FROM new) >= 0");
-        out.push_sql(ADDED);
-        Ok(())
-    }
-}
-
-prepared! {
-    InsertNew<'a> => () = InsertNew<'static>;
 }
 
 #[cfg(test)]
@@ -156,6 +235,26 @@ mod tests {
             }
             prop_assert_eq!(sums.requests.iter().sum::<i64>(), events.len() as i64);
         }
+    }
+
+    #[test]
+    fn each_event_has_the_place_of_its_labels_unless_too_many_are_different() {
+        let labelled = |feature: usize| {
+            let mut event = event(0, 0, "m", 1);
+            event.labels = [("feature".to_owned(), feature.to_string())].into();
+            event
+        };
+        let max = LabelSets::MAX_SETS;
+        let events: Vec<UsageEvent> = (0..100).map(|n| labelled(n % max)).collect();
+        let events: Vec<_> = events.iter().collect();
+        let labels = LabelSets::of(&events).expect("they are few");
+        assert_eq!(labels.sets.len(), max);
+        for (event, place) in events.iter().zip(&labels.places) {
+            assert_eq!(labels.sets[*place as usize - 1].0, &event.labels);
+        }
+        let another = labelled(max);
+        let events = [&events[..], &[&another]].concat();
+        assert!(LabelSets::of(&events).is_none());
     }
 
     #[test]

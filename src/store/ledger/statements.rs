@@ -72,6 +72,12 @@ impl QueryFragment<Pg> for InsertEvents<'_> {
 
 impl InsertEvents<'_> {
     pub(super) fn bind<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        self.bind_but_labels(out)?;
+        out.push_sql(NEXT_COLUMN);
+        out.push_bind_param::<Array<Jsonb>, _>(&self.labels)
+    }
+
+    pub(super) fn bind_but_labels<'b>(&'b self, out: &mut AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         out.push_bind_param::<Array<Text>, _>(&self.months)?;
         for ids in [&self.user_ids, &self.event_ids] {
             out.push_sql(NEXT_COLUMN);
@@ -92,9 +98,7 @@ impl InsertEvents<'_> {
             out.push_bind_param::<Array<BigInt>, _>(counts)?;
         }
         out.push_sql(NEXT_COLUMN);
-        out.push_bind_param::<Array<Text>, _>(&self.request_ids)?;
-        out.push_sql(NEXT_COLUMN);
-        out.push_bind_param::<Array<Jsonb>, _>(&self.labels)
+        out.push_bind_param::<Array<Text>, _>(&self.request_ids)
     }
 }
 
@@ -157,7 +161,7 @@ prepared! {
 
 /// Labels that are written as they are, without a copy of them between.
 #[derive(Debug)]
-pub(super) struct LabelsJson<'a>(&'a Labels);
+pub(super) struct LabelsJson<'a>(pub(super) &'a Labels);
 
 impl ToSql<Jsonb, Pg> for LabelsJson<'_> {
     fn to_sql<'b>(&'b self, out: &mut Output<'b, '_, Pg>) -> serialize::Result {

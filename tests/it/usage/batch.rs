@@ -1,3 +1,5 @@
+use std::collections::HashMap;
+
 use futures_util::future::join_all;
 use proptest::{
     collection::vec, prelude::*, sample::subsequence, strategy::ValueTree as _,
@@ -46,6 +48,31 @@ pub(super) fn names(results: &Results) -> Vec<&str> {
 impl TestApp {
     pub(super) async fn record_batch(&self, events: Vec<UsageEvent>) -> Result<Results, Status> {
         record_batch(&self.channel, &self.service_key, events).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_event_keeps_its_labels_however_many_differ() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    for different in [1, 5, 200] {
+        let labelled = |n: usize| UsageEvent {
+            labels: match n % different {
+                0 => HashMap::new(),
+                n => [("team".to_owned(), n.to_string())].into(),
+            },
+            ..event(&user.id)
+        };
+        let events: Vec<UsageEvent> = (0..200).map(labelled).collect();
+        let results = app.record_batch(events.clone()).await.unwrap();
+        assert_eq!(names(&results), ["RECORDED"; 200]);
+        let kept = "SELECT event_id::text, labels ->> 'team' FROM usage_records";
+        let rows = app.sql(kept).await;
+        let kept: HashMap<String, Option<String>> =
+            rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        for event in events {
+            assert_eq!(kept[&event.event_id].as_ref(), event.labels.get("team"));
+        }
     }
 }
 
