@@ -26,7 +26,7 @@ use crate::{
     model::{Booking, Period, UsageEvent, UsageRecord},
 };
 use new_events::InsertNew;
-use statements::{InsertAndSettle, InsertEvent, InsertEvents, Settlements};
+use statements::{InsertAndSettle, InsertEvent, InsertEvents, Month, Settlements};
 
 /// What became of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,7 +276,7 @@ fn key_of(event: &UsageEvent) -> Key {
 /// Looks events up by their keys, row by row: as lists of months, users and ids, Postgres would look
 /// for every combination of them.
 struct BookedEvents {
-    months: Vec<String>,
+    months: Vec<Month>,
     user_ids: Vec<Uuid>,
     event_ids: Vec<Uuid>,
 }
@@ -284,10 +284,7 @@ struct BookedEvents {
 impl BookedEvents {
     fn under(events: &[&UsageEvent]) -> Self {
         Self {
-            months: events
-                .iter()
-                .map(|event| event.period().to_string())
-                .collect(),
+            months: events.iter().map(|event| Month(event.period())).collect(),
             user_ids: events.iter().map(|event| event.user_id.0).collect(),
             event_ids: events.iter().map(|event| event.event_id.0).collect(),
         }

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     super::prepared::prepared,
-    statements::{ADDED, InsertEvents, LabelsJson, NEW_RECORDS, NEXT_COLUMN, TO_SUMS},
+    statements::{ADDED, InsertEvents, LabelsJson, Month, NEW_RECORDS, NEXT_COLUMN, TO_SUMS},
 };
 use crate::model::{Period, UsageEvent};
 
@@ -146,7 +146,7 @@ impl<'a> LabelSets<'a> {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Sums<'a> {
     user_ids: Vec<Uuid>,
-    months: Vec<String>,
+    months: Vec<Month>,
     models: Vec<&'a str>,
     /// Of each dimension, and how many events.
     tokens: [Vec<i64>; 5],
@@ -167,7 +167,7 @@ impl<'a> Sums<'a> {
             }
             let (user_id, period, model) = group.first()?.0;
             sums.user_ids.push(user_id);
-            sums.months.push(period.to_string());
+            sums.months.push(Month(period));
             sums.models.push(model);
             for (column, sum) in sums.tokens.iter_mut().zip(tokens) {
                 column.push(sum);
@@ -228,7 +228,7 @@ mod tests {
             let rows = expected.into_iter().enumerate();
             for (at, ((user_id, period, model), [input, count])) in rows {
                 prop_assert_eq!(sums.user_ids[at], user_id);
-                prop_assert_eq!(&sums.months[at], &period.to_string());
+                prop_assert_eq!(sums.months[at], Month(period));
                 prop_assert_eq!(sums.models[at], model);
                 prop_assert_eq!(sums.tokens.each_ref().map(|column| column[at]), [input, 0, 0, 0, count]);
                 prop_assert_eq!(sums.requests[at], count);

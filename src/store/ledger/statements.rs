@@ -16,14 +16,14 @@ use diesel::{
 use uuid::Uuid;
 
 use super::{super::prepared::prepared, key_of};
-use crate::model::{Booking, Labels, UsageEvent};
+use crate::model::{Booking, Labels, Period, UsageEvent};
 
 /// Inserts events that are not there yet and adds just those to the sums; returns the places, from 1
 /// on, of the others, which are seldom any.
 ///
 /// A fragment of its own with a static id: diesel would prepare an upsert anew on every call.
 pub(super) struct InsertEvents<'a> {
-    months: Vec<String>,
+    months: Vec<Month>,
     user_ids: Vec<Uuid>,
     event_ids: Vec<Uuid>,
     occurred_at: Vec<DateTime<Utc>>,
@@ -42,10 +42,7 @@ impl<'a> InsertEvents<'a> {
         let column =
             |value: fn(&UsageEvent) -> i64| events.iter().map(|event| value(event)).collect();
         Self {
-            months: events
-                .iter()
-                .map(|event| event.period().to_string())
-                .collect(),
+            months: events.iter().map(|event| Month(event.period())).collect(),
             user_ids: events.iter().map(|event| event.user_id.0).collect(),
             event_ids: events.iter().map(|event| event.event_id.0).collect(),
             occurred_at: events.iter().map(|event| event.occurred_at).collect(),
@@ -104,7 +101,7 @@ impl InsertEvents<'_> {
 
 /// As [`InsertEvents`], for one: without arrays, groups and sorting it costs Postgres two thirds.
 pub(super) struct InsertEvent<'a> {
-    month: String,
+    month: Month,
     event: &'a UsageEvent,
     labels: LabelsJson<'a>,
 }
@@ -112,7 +109,7 @@ pub(super) struct InsertEvent<'a> {
 impl<'a> InsertEvent<'a> {
     pub(super) fn new(event: &'a UsageEvent) -> Self {
         Self {
-            month: event.period().to_string(),
+            month: Month(event.period()),
             labels: LabelsJson(&event.labels),
             event,
         }
@@ -157,6 +154,17 @@ impl QueryFragment<Pg> for InsertEvent<'_> {
 
 prepared! {
     InsertEvent<'a> => () = InsertEvent<'static>;
+}
+
+/// A month as columns have it, `YYYY-MM`, written without a text of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Month(pub(super) Period);
+
+impl ToSql<Text, Pg> for Month {
+    fn to_sql<'b>(&'b self, out: &mut Output<'b, '_, Pg>) -> serialize::Result {
+        write!(out, "{}", self.0)?;
+        Ok(IsNull::No)
+    }
 }
 
 /// Labels that are written as they are, without a copy of them between.
@@ -277,7 +285,7 @@ prepared! {
 pub(super) struct Settlements {
     owners: Vec<Uuid>,
     holds: Vec<i64>,
-    months: Vec<String>,
+    months: Vec<Month>,
     user_ids: Vec<Uuid>,
     event_ids: Vec<Uuid>,
 }
@@ -292,7 +300,7 @@ impl Settlements {
             let (month, user_id, event_id) = key_of(&booking.event);
             all.owners.push(name.owner.0);
             all.holds.push(name.hold.0.cast_signed());
-            all.months.push(month.to_string());
+            all.months.push(Month(month));
             all.user_ids.push(user_id);
             all.event_ids.push(event_id);
         }
