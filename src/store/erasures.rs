@@ -327,7 +327,8 @@ const BLANK_USAGE: &str = "
     ), blanked AS (
         UPDATE usage_records AS r SET request_id = '', labels = '{}'
         FROM seen
-        WHERE r.user_id = $1 AND r.usage_month = seen.usage_month AND r.event_id = seen.event_id
+        WHERE usage_bucket(r.user_id) = usage_bucket($1) AND r.user_id = $1
+            AND r.usage_month = seen.usage_month AND r.event_id = seen.event_id
             AND (request_id <> '' OR labels <> '{}')
     )
     SELECT count(*) AS rows, max(occurred_at) AS last_at,
@@ -342,7 +343,8 @@ const DELETE_USAGE: &str = "
         ORDER BY occurred_at, event_id LIMIT $2
     ), deleted AS (
         DELETE FROM usage_records AS r USING seen
-        WHERE r.user_id = $1 AND r.usage_month = seen.usage_month AND r.event_id = seen.event_id
+        WHERE usage_bucket(r.user_id) = usage_bucket($1) AND r.user_id = $1
+            AND r.usage_month = seen.usage_month AND r.event_id = seen.event_id
     )
     SELECT count(*) AS rows, max(occurred_at) AS last_at,
         (array_agg(event_id ORDER BY occurred_at DESC, event_id DESC))[1] AS last_id

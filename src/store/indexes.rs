@@ -13,7 +13,7 @@ use diesel::{
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use tokio::time::sleep;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::error::{Error, Result};
 
@@ -66,12 +66,14 @@ const PARTITIONED: [(&str, &str, &str); 5] = [
     ),
 ];
 
-/// What one of those is in the place of. A replica from before reads a user's events slowly without it,
-/// until it is replaced too; with it, every event would be written once more.
+/// What one of those is in the place of. A replica from before reads a user's events slowly without it, or
+/// not in time, until it is replaced too; with it, every event would be written once more.
 const REPLACED: &str = "usage_records_user_id_idx";
 
 /// Partitions come and go meanwhile, and somebody may read one of them for long.
 const ATTEMPTS: u32 = 20;
+/// Of what can be left to the next start.
+const FEW_ATTEMPTS: u32 = 5;
 const RETRY: Duration = Duration::from_millis(500);
 
 #[derive(QueryableByName)]
@@ -102,19 +104,36 @@ pub(super) async fn indexes_ensure(conn: &mut AsyncPgConnection) -> Result<()> {
             }
         }
     }
-    let drop = format!("SET LOCAL lock_timeout = '2s'; DROP INDEX IF EXISTS {REPLACED}");
+    // Both are of use and nothing depends on them: who reads or tidies a partition for long keeps nobody
+    // from starting.
     for attempt in 1.. {
         let done = async {
-            statistics(conn).await?;
-            Ok(conn.batch_execute(&drop).await?)
+            drop_replaced(conn).await?;
+            statistics(conn).await
         };
         match done.await {
             Ok(()) => break,
-            Err(error) if attempt == ATTEMPTS => return Err(error),
+            Err(error) if attempt == FEW_ATTEMPTS => {
+                warn!(
+                    error = error.with_causes(),
+                    "an index that was replaced, or what Postgres has to know of its successor, is left to the \
+                     next start"
+                );
+                break;
+            }
             Err(_) => sleep(RETRY).await,
         }
     }
     Ok(())
+}
+
+/// Whoever books waits meanwhile, so it waits for nobody for long.
+async fn drop_replaced(conn: &mut AsyncPgConnection) -> Result<()> {
+    if state(REPLACED, conn).await?.is_none() {
+        return Ok(());
+    }
+    let drop = format!("SET LOCAL lock_timeout = '250ms'; DROP INDEX {REPLACED}");
+    Ok(conn.batch_execute(&drop).await?)
 }
 
 /// Builds an index, unless it is there and whole.
@@ -182,18 +201,24 @@ async fn statistics(conn: &mut AsyncPgConnection) -> Result<()> {
     let missing: Vec<Partition> = diesel::sql_query(
         "SELECT p.relname::text AS name
          FROM pg_inherits AS part JOIN pg_class AS p ON p.oid = part.inhrelid
-         WHERE part.inhparent = 'usage_records'::regclass
-             AND NOT EXISTS (SELECT FROM pg_statistic_ext WHERE stxrelid = p.oid)
+         WHERE part.inhparent = 'usage_records'::regclass AND NOT EXISTS (
+             SELECT FROM pg_statistic_ext WHERE stxrelid = p.oid AND stxexprs IS NOT NULL)
          ORDER BY p.relname",
     )
     .load(conn)
     .await?;
     for Partition { name } in missing {
+        // One without rows is not looked at: known to be empty, its indexes would all look alike to plans that
+        // are kept.
         let create = format!(
             "SET LOCAL lock_timeout = '2s';
              CREATE STATISTICS {name}_bucket_stats (dependencies)
                  ON usage_bucket(user_id), user_id FROM {name};
-             ANALYZE {name}"
+             DO $$ BEGIN
+                 IF EXISTS (SELECT FROM {name}) THEN
+                     ANALYZE {name};
+                 END IF;
+             END $$"
         );
         conn.batch_execute(&create).await?;
     }

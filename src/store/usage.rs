@@ -113,11 +113,8 @@ impl Store {
             // Implied by the line above; said so that the index is entered at the right place.
             query = query.filter(usage_records::occurred_at.le(after.occurred_at));
         }
-        // All records of a user may be looked through for a model.
-        let _turn = match filter.model {
-            Some(_) => Some(self.bulk_read().await?),
-            None => None,
-        };
+        // All records of a user may be looked through for a model, and all of others in the bucket for a user's.
+        let _turn = self.bulk_read().await?;
         let mut conn = self.conn().await?;
         let rows: Vec<UsageRow> = query.load(&mut conn).await?;
         let records = rows

@@ -122,6 +122,37 @@ async fn the_index_of_events_is_replaced_beside_those_who_book() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_is_replaced_goes_at_the_next_start_if_somebody_reads_for_long() {
+    let url = cluster::empty_database().await;
+    let mut migrator = Migrator::connect(&url).await.unwrap();
+    migrator.up().unwrap();
+    while migrator.down().unwrap().unwrap() != "2026-11-22-000021_usage_buckets" {}
+    let (reader, writer) = (cluster::connect(&url).await, cluster::connect(&url).await);
+    // As a dump does.
+    let read = "BEGIN; LOCK TABLE usage_records IN ACCESS SHARE MODE";
+    reader.batch_execute(read).await.unwrap();
+    let migrating = tokio::spawn(async move {
+        let applied = migrator.up();
+        (migrator, applied)
+    });
+    while !migrating.is_finished() {
+        let book = "INSERT INTO usage_records VALUES
+             ('2026-11', gen_random_uuid(), gen_random_uuid(), '2026-11-01', 'm', 1, 0, 0, 0, 0)";
+        let booked = timeout(Duration::from_secs(2), writer.batch_execute(book)).await;
+        booked.expect("nobody waits for long").unwrap();
+        sleep(Duration::from_millis(5)).await;
+    }
+    let (mut migrator, applied) = migrating.await.unwrap();
+    assert_eq!(applied.unwrap(), ["2026-11-22-000021_usage_buckets"]);
+    let before = "SELECT count(*) FROM pg_class WHERE relname = 'usage_records_user_id_idx'";
+    assert_eq!(count(&writer, before).await, 1);
+    assert_eq!(count(&writer, BROKEN).await, 0);
+    reader.batch_execute("COMMIT").await.unwrap();
+    migrator.up().unwrap();
+    assert_eq!(count(&writer, before).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn indexes_are_built_beside_those_who_write() {
     let (url, mut migrator) = unindexed_database().await;
     let (writer, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
