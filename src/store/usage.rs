@@ -134,7 +134,7 @@ diesel::define_sql_function! {
     fn usage_bucket(user_id: SqlUuid) -> Integer;
 }
 
-/// Leaves events of a user, see [`usage_bucket`].
+/// Leaves events of a user, see [`usage_bucket()`].
 pub(super) fn push_events_of<'b>(
     user_id: &'b Uuid,
     out: &mut AstPass<'_, 'b, Pg>,

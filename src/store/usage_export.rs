@@ -92,9 +92,7 @@ impl Store {
     }
 }
 
-/// Which events come next: those of a user are all in one bucket, see [`usage_bucket`].
-///
-/// [`usage_bucket`]: super::usage::usage_bucket
+/// Which events come next: those of a user are all in one bucket, see [`push_events_of`].
 #[derive(Clone, Copy, Debug)]
 enum Place {
     Start,
