@@ -8,11 +8,11 @@ const DAY_SECS: u64 = 24 * 60 * 60;
 
 /// As it is read again. Whole days stay days: months and years would be those of an average.
 pub(crate) fn text(value: Duration) -> String {
-    match value.as_secs() {
-        DAY_SECS if value.subsec_nanos() == 0 => "1day".to_owned(),
-        secs @ DAY_SECS.. if secs % DAY_SECS == 0 && value.subsec_nanos() == 0 => {
-            format!("{}days", secs / DAY_SECS)
-        }
+    let days = value.as_secs() / DAY_SECS;
+    let is_whole = value == Duration::from_secs(days * DAY_SECS);
+    match days {
+        1 if is_whole => "1day".to_owned(),
+        2.. if is_whole => format!("{days}days"),
         _ => humantime::format_duration(value).to_string(),
     }
 }

@@ -104,27 +104,31 @@ pub(super) async fn indexes_ensure(conn: &mut AsyncPgConnection) -> Result<()> {
             }
         }
     }
-    // Both are of use and nothing depends on them: who reads or tidies a partition for long keeps nobody
-    // from starting.
+    tidy(conn).await;
+    Ok(())
+}
+
+/// What is of use, and nothing depends on: who reads or tidies a partition for long keeps nobody from
+/// starting.
+async fn tidy(conn: &mut AsyncPgConnection) {
     for attempt in 1.. {
         let done = async {
             drop_replaced(conn).await?;
             statistics(conn).await
         };
         match done.await {
-            Ok(()) => break,
+            Ok(()) => return,
             Err(error) if attempt == FEW_ATTEMPTS => {
                 warn!(
                     error = error.with_causes(),
                     "an index that was replaced, or what Postgres has to know of its successor, is left to the \
                      next start"
                 );
-                break;
+                return;
             }
             Err(_) => sleep(RETRY).await,
         }
     }
-    Ok(())
 }
 
 /// Whoever books waits meanwhile, so it waits for nobody for long.

@@ -51,6 +51,18 @@ async fn unindexed_database() -> (String, Migrator) {
     (url, migrator)
 }
 
+/// The index of events that buckets took the place of.
+const REPLACED: &str = "SELECT count(*) FROM pg_class WHERE relname = 'usage_records_user_id_idx'";
+
+/// A database as it was before events were listed by buckets of users.
+async fn database_before_buckets() -> (String, Migrator) {
+    let url = cluster::empty_database().await;
+    let mut migrator = Migrator::connect(&url).await.unwrap();
+    migrator.up().unwrap();
+    while migrator.down().unwrap().unwrap() != "2026-11-22-000021_usage_buckets" {}
+    (url, migrator)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
     let (url, mut migrator) = older_database().await;
@@ -86,13 +98,9 @@ async fn a_migration_gives_way_to_whoever_uses_the_table_and_comes_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_index_of_events_is_replaced_beside_those_who_book() {
-    let url = cluster::empty_database().await;
-    let mut migrator = Migrator::connect(&url).await.unwrap();
-    migrator.up().unwrap();
-    while migrator.down().unwrap().unwrap() != "2026-11-22-000021_usage_buckets" {}
+    let (url, mut migrator) = database_before_buckets().await;
     let (writer, other) = (cluster::connect(&url).await, cluster::connect(&url).await);
-    let before = "SELECT count(*) FROM pg_class WHERE relname = 'usage_records_user_id_idx'";
-    assert_eq!(count(&other, before).await, 1);
+    assert_eq!(count(&other, REPLACED).await, 1);
     let book = "INSERT INTO usage_records
          SELECT '2026-11', gen_random_uuid(), gen_random_uuid(), '2026-11-01', 'm', 1, 0, 0, 0, 0
          FROM generate_series(1, 1000)";
@@ -106,7 +114,7 @@ async fn the_index_of_events_is_replaced_beside_those_who_book() {
     sleep(Duration::from_millis(500)).await;
     assert!(!migrating.is_finished(), "it waits");
     assert_eq!(
-        count(&other, before).await,
+        count(&other, REPLACED).await,
         1,
         "whoever reads needs it still"
     );
@@ -114,7 +122,7 @@ async fn the_index_of_events_is_replaced_beside_those_who_book() {
     written.expect("nobody waits behind it for long").unwrap();
     writer.batch_execute("COMMIT").await.unwrap();
     migrating.await.unwrap().unwrap();
-    assert_eq!(count(&other, before).await, 0);
+    assert_eq!(count(&other, REPLACED).await, 0);
     assert_eq!(count(&other, BROKEN).await, 0);
     let read = "SELECT count(*) FROM usage_records AS one JOIN usage_records AS same
          ON usage_bucket(same.user_id) = usage_bucket(one.user_id) AND same.user_id = one.user_id";
@@ -123,10 +131,7 @@ async fn the_index_of_events_is_replaced_beside_those_who_book() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_that_is_replaced_goes_at_the_next_start_if_somebody_reads_for_long() {
-    let url = cluster::empty_database().await;
-    let mut migrator = Migrator::connect(&url).await.unwrap();
-    migrator.up().unwrap();
-    while migrator.down().unwrap().unwrap() != "2026-11-22-000021_usage_buckets" {}
+    let (url, mut migrator) = database_before_buckets().await;
     let (reader, writer) = (cluster::connect(&url).await, cluster::connect(&url).await);
     // As a dump does.
     let read = "BEGIN; LOCK TABLE usage_records IN ACCESS SHARE MODE";
@@ -144,12 +149,11 @@ async fn an_index_that_is_replaced_goes_at_the_next_start_if_somebody_reads_for_
     }
     let (mut migrator, applied) = migrating.await.unwrap();
     assert_eq!(applied.unwrap(), ["2026-11-22-000021_usage_buckets"]);
-    let before = "SELECT count(*) FROM pg_class WHERE relname = 'usage_records_user_id_idx'";
-    assert_eq!(count(&writer, before).await, 1);
+    assert_eq!(count(&writer, REPLACED).await, 1);
     assert_eq!(count(&writer, BROKEN).await, 0);
     reader.batch_execute("COMMIT").await.unwrap();
     migrator.up().unwrap();
-    assert_eq!(count(&writer, before).await, 0);
+    assert_eq!(count(&writer, REPLACED).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
