@@ -240,6 +240,17 @@ impl<'a> Stage<'a> {
     fn panel(
         &self,
         title: String,
+        rows: Vec<Row>,
+        turn: impl Fn(usize) -> anyhow::Result<Slice>,
+    ) -> anyhow::Result<Panel> {
+        self.panel_of(self.plan.options.rounds(), title, rows, turn)
+    }
+
+    /// As [`Stage::panel`], in as many rounds.
+    fn panel_of(
+        &self,
+        rounds: usize,
+        title: String,
         mut rows: Vec<Row>,
         turn: impl Fn(usize) -> anyhow::Result<Slice>,
     ) -> anyhow::Result<Panel> {
@@ -251,7 +262,7 @@ impl<'a> Stage<'a> {
         for (index, row) in rows.iter().enumerate() {
             booked += row.booked(&turn(index)?);
         }
-        for round in 0..self.plan.options.rounds() {
+        for round in 0..rounds {
             for step in 0..rows.len() {
                 let index = (step + round) % rows.len();
                 let slice = turn(index)?;

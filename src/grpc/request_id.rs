@@ -1,6 +1,7 @@
 //! The name of a call in logs, errors and the audit trail.
 
 use std::{
+    array,
     cell::Cell,
     hash::{BuildHasher as _, RandomState},
 };
@@ -12,8 +13,10 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 thread_local! {
     /// What this thread's ids begin with, and how many it has made: no two threads or replicas
     /// share a beginning, and none waits for another.
-    static IDS: Cell<(u64, u64)> = Cell::new((RandomState::new().hash_one(()), 0));
+    static IDS: Cell<(Digits, u64)> = Cell::new((digits(RandomState::new().hash_one(())), 0));
 }
+
+type Digits = [u8; 16];
 
 /// The caller's request id when it is sane, a new one otherwise. Always printable ASCII.
 pub(super) fn of(headers: &HeaderMap) -> HeaderValue {
@@ -31,15 +34,15 @@ fn is_sane(id: &[u8]) -> bool {
 fn new() -> HeaderValue {
     let (beginning, count) = IDS.get();
     IDS.set((beginning, count + 1));
-    let number = u128::from(beginning) << 64 | u128::from(count);
-    let mut digits = [0; 32];
-    for (index, digit) in digits.iter_mut().enumerate() {
-        *digit = b"0123456789abcdef"[(number >> (124 - 4 * index) & 0xf) as usize];
-    }
-    let mut id = HeaderValue::from_bytes(&digits).expect("hexadecimal digits");
+    let id = [beginning, digits(count)];
+    let mut id = HeaderValue::from_bytes(id.as_flattened()).expect("hexadecimal digits");
     // It comes but once: keeps it out of the tables of header compression (RFC 7541 §6.2.3).
     id.set_sensitive(true);
     id
+}
+
+fn digits(number: u64) -> Digits {
+    array::from_fn(|index| b"0123456789abcdef"[(number >> (60 - 4 * index) & 0xf) as usize])
 }
 
 #[cfg(test)]
@@ -57,6 +60,13 @@ mod tests {
             let made = of(bad);
             assert_ne!(made, *bad);
             assert_eq!(made.len(), 32);
+        }
+    }
+
+    #[test]
+    fn numbers_are_hexadecimal_digits() {
+        for number in [0, 0x0123_4567_89ab_cdef, u64::MAX] {
+            assert_eq!(digits(number), *format!("{number:016x}").as_bytes());
         }
     }
 

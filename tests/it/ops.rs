@@ -244,6 +244,8 @@ async fn answers_from_memory_while_the_database_is_away_are_counted() {
 async fn probes_tell_a_server_that_serves_from_one_that_drains() {
     let app = TestApp::spawn_with(|settings| {
         settings.server.drain_delay = Duration::from_secs(3);
+        // Of its own: elsewhere another test may be given the port once it is free.
+        settings.ops.listen = Some(SocketAddr::from(([127, 0, 0, 2], 0)));
     })
     .await;
     let ops = app.ops_address;

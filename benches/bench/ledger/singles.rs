@@ -18,6 +18,9 @@ use super::{
 /// Calls under way at which a busy machine shows a writer that wakes late.
 const CONTENDED_AT_MOST: usize = 16;
 
+/// As many times the rounds on a busy machine: there one differs from the next by half.
+const CONTENDED_ROUNDS: usize = 3;
+
 /// The servers that are compared, in the order of the table.
 struct Servers<'a> {
     naive: Server,
@@ -70,7 +73,8 @@ pub(super) fn many(stage: &Stage<'_>) -> anyhow::Result<Comparison> {
             if in_flight <= CONTENDED_AT_MOST {
                 let _burner = Burner::start()?;
                 let title = format!("{title}, every core kept busy by another process");
-                panels.push(stage.panel(title, Servers::rows(), turn)?);
+                let rounds = CONTENDED_ROUNDS * stage.plan.options.rounds();
+                panels.push(stage.panel_of(rounds, title, Servers::rows(), turn)?);
             }
         }
     }
