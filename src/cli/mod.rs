@@ -24,7 +24,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     config::{self, Loaded},
-    grpc::health,
+    grpc::probe,
     model::Violation,
     proto::DESCRIPTOR_SET,
 };
@@ -97,7 +97,7 @@ enum Command {
     Keys(keys::Command),
     /// Ask a running service whether it serves; exit code 0 if so, else 1
     Health {
-        /// Where it listens [default: server.listen, on this machine]
+        /// Where it listens; https://… with TLS [default: server.listen, on this machine]
         #[arg(long, value_name = "ADDRESS")]
         address: Option<String>,
         /// One of its services; empty: as a whole
@@ -150,9 +150,16 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         } => {
             let address = match address {
                 Some(address) => address,
-                None => local(cli.settings.load(None)?.settings.server.listen).to_string(),
+                None => {
+                    let settings = cli.settings.load(None)?.settings;
+                    let scheme = match settings.tls.is_set() {
+                        true => "https",
+                        false => "http",
+                    };
+                    format!("{scheme}://{}", local(settings.server.listen))
+                }
             };
-            health::probe(&address, &service, timeout)
+            probe(&address, &service, timeout)
                 .await
                 .map_err(anyhow::Error::msg)?;
             println!("SERVING");

@@ -1,4 +1,4 @@
-//! `grpc.health.v1`: follows the database, and a probe that asks it.
+//! `grpc.health.v1`: follows the database.
 
 use std::time::Duration;
 
@@ -6,12 +6,7 @@ use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval, timeout},
 };
-use tonic::{Code, transport::Endpoint};
-use tonic_health::{
-    ServingStatus,
-    pb::{HealthCheckRequest, health_check_response, health_client::HealthClient},
-    server::HealthReporter,
-};
+use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{info, warn};
 
 use crate::{
@@ -130,44 +125,5 @@ pub async fn follow<E>(
                 }
             }
         }
-    }
-}
-
-/// Asks a server whether it serves, within `deadline`.
-///
-/// # Errors
-/// Why it does not, for people.
-pub async fn probe(address: &str, service: &str, deadline: Duration) -> Result<(), String> {
-    let url = match address.contains("://") {
-        true => address.to_owned(),
-        false => format!("http://{address}"),
-    };
-    let endpoint = Endpoint::from_shared(url)
-        .map_err(|_| format!("{address} is no address such as 127.0.0.1:50051"))?;
-    let ask = async {
-        let channel = endpoint
-            .connect()
-            .await
-            .map_err(|_| format!("nothing answers at {address}"))?;
-        let request = HealthCheckRequest {
-            service: service.to_owned(),
-        };
-        HealthClient::new(channel)
-            .check(request)
-            .await
-            .map_err(|status| match status.code() {
-                Code::NotFound => format!("the server has no service {service}"),
-                _ if status.message().starts_with("h2 protocol error") => format!(
-                    "{address} does not speak plain HTTP/2; of a server with TLS ask /readyz at ops.listen"
-                ),
-                _ => status.message().to_owned(),
-            })
-    };
-    let answer = timeout(deadline, ask)
-        .await
-        .map_err(|_| "no answer in time".to_owned())??;
-    match answer.into_inner().status() {
-        health_check_response::ServingStatus::Serving => Ok(()),
-        status => Err(status.as_str_name().to_owned()),
     }
 }

@@ -21,6 +21,7 @@ mod metrics;
 mod mfa;
 mod peer;
 mod people;
+mod probe;
 mod proxies;
 mod quota;
 mod reading;
@@ -40,6 +41,7 @@ pub use envoy::Afterwards;
 pub use memory::MemoryLayer;
 pub use metrics::CallMetrics;
 pub use peer::Peer;
+pub use probe::probe;
 pub use proxies::TrustedProxies;
 pub use status::row_reason;
 

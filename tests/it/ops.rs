@@ -7,7 +7,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 use tollkeeper::{
-    grpc::health,
+    grpc::probe,
     proto::tollkeeper::{auth::v1::LoginRequest, usage::v1::ReserveQuotaRequest},
     server::ServerError,
 };
@@ -194,16 +194,16 @@ async fn the_state_of_the_change_feed_shows_in_metrics_and_in_health() {
     .await;
     let url = format!("http://{}", app.address);
     let second = Duration::from_secs(1);
-    let probe = async || health::probe(&url, "tollkeeper.ChangeFeed", second).await;
+    let feed = async || probe(&url, "tollkeeper.ChangeFeed", second).await;
     eventually("it is live", async || feed_is(&app, "live").await).await;
-    eventually("health says so", async || probe().await.is_ok()).await;
+    eventually("health says so", async || feed().await.is_ok()).await;
     let flushes = r#"changes_total{kind="flush"}"#;
     let before = value(&scrape(app.ops_address).await, flushes);
 
     proxy.pause_feed();
     eventually("it is stale", async || feed_is(&app, "stale").await).await;
-    eventually("health says so", async || probe().await.is_err()).await;
-    health::probe(&url, "", second)
+    eventually("health says so", async || feed().await.is_err()).await;
+    probe(&url, "", second)
         .await
         .expect("the database still answers");
     eventually("it is lost", async || feed_is(&app, "lost").await).await;
@@ -212,7 +212,7 @@ async fn the_state_of_the_change_feed_shows_in_metrics_and_in_health() {
 
     proxy.resume();
     eventually("it is live again", async || feed_is(&app, "live").await).await;
-    eventually("health says so", async || probe().await.is_ok()).await;
+    eventually("health says so", async || feed().await.is_ok()).await;
     assert!(value(&scrape(app.ops_address).await, flushes) > before);
 }
 

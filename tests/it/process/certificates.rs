@@ -39,3 +39,31 @@ async fn sighup_reads_the_certificates_again_and_keeps_the_old_ones_when_they_ar
     });
     assert!(!jwks(new.channel(address, None)).await.keys.is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_is_asked_by_tls_where_the_listener_speaks_it() {
+    let home = Home::with_database();
+    let authority = Authority::new();
+    let pair = authority.server();
+    let tls = [
+        format!("tls.cert_file={}", pair.certificate.display()),
+        format!("tls.key_file={}", pair.key.display()),
+    ];
+    let tls = ["--set", &tls[0], "--set", &tls[1]];
+    let mut service = home.start(home.production(&[&["serve"], &tls[..]].concat()));
+    let address = service.address();
+    let url = format!("https://{address}");
+    service.wait_until("it serves", |_| {
+        home.run(&["health", "--address", &url]).code == Some(0)
+    });
+    let listen = format!("server.listen={address}");
+    let its_own = home.run(&[&["health", "--set", &listen], &tls[..]].concat());
+    assert_eq!(its_own.stdout, "SERVING\n", "{}", its_own.stderr);
+    let asked_plainly = home.run(&["health", "--address", &address]);
+    assert_ne!(asked_plainly.code, Some(0));
+    assert!(
+        asked_plainly.stderr.contains(&url),
+        "{}",
+        asked_plainly.stderr
+    );
+}

@@ -35,7 +35,7 @@ use nix::{
     unistd::Pid,
 };
 use tollkeeper::{
-    grpc::health,
+    grpc::probe,
     proto::tollkeeper::auth::v1::{
         GetJwksRequest, GetJwksResponse, auth_service_client::AuthServiceClient,
     },
@@ -73,7 +73,7 @@ impl Service {
     async fn serving_at(&mut self, address: &str) -> Channel {
         let url = format!("http://{address}");
         let deadline = Instant::now() + DEADLINE;
-        while let Err(error) = health::probe(&url, "", Duration::from_secs(5)).await {
+        while let Err(error) = probe(&url, "", Duration::from_secs(5)).await {
             let ended = self.child.try_wait().expect("a child");
             assert!(ended.is_none(), "{ended:?}: {}", self.log());
             assert!(Instant::now() < deadline, "{error}: {}", self.log());
