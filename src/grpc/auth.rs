@@ -5,8 +5,7 @@ use tokio::task::yield_now;
 use tonic::{Request, Response, Status};
 
 use super::{
-    access::Caller,
-    bearer::bearer,
+    access::{Caller, Shown},
     call::origin_of,
     convert::{self, Fields, only},
     mails, mfa, people, watch,
@@ -348,8 +347,7 @@ impl AuthService for Handler {
         &self,
         request: Request<WatchRevocationsRequest>,
     ) -> Result<Response<Self::WatchRevocationsStream>, Status> {
-        let headers = request.metadata().clone().into_headers();
-        let messages = watch::messages(&self.auth, bearer(&headers)?)?;
+        let messages = watch::messages(&self.auth, Shown::by(&request)?)?;
         Ok(Response::new(messages))
     }
 

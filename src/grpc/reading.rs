@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tonic::Status;
 
 use super::{
+    access::Shown,
     convert::{self, Fields, time},
     status,
 };
@@ -209,20 +210,15 @@ fn series(series: UsageSeries) -> crate::proto::tollkeeper::usage::v1::UsageSeri
 
 pub(super) type Chunks = Pin<Box<dyn Stream<Item = Result<ExportUsageResponse, Status>> + Send>>;
 
-/// Streams an export for the caller with `credential`, as fast as it is taken.
+/// Streams an export for the caller who has `shown` this, as fast as it is taken.
 ///
 /// # Errors
 /// `Overloaded`
-pub(super) fn chunks(
-    auth: Auth,
-    usage: &Usage,
-    credential: String,
-    export: Export,
-) -> Result<Chunks> {
+pub(super) fn chunks(auth: Auth, usage: &Usage, shown: Shown, export: Export) -> Result<Chunks> {
     let running = Running {
         _place: usage.export_place()?,
         auth,
-        credential,
+        shown,
         closing: usage.closing(),
         export,
         is_over: false,
@@ -237,8 +233,7 @@ pub(super) fn chunks(
 struct Running {
     _place: OwnedSemaphorePermit,
     auth: Auth,
-    /// The caller's own: it must stay good.
-    credential: String,
+    shown: Shown,
     closing: watch::Receiver<bool>,
     export: Export,
     /// The last message has been told, the summary or an error.
@@ -253,7 +248,7 @@ impl Running {
         let next = tokio::select! {
             biased;
             _ = self.closing.wait_for(|closing| *closing) => Err(status::shutting_down()),
-            next = content(&self.auth, &self.credential, &mut self.export) => next,
+            next = content(&self.auth, &self.shown, &mut self.export) => next,
         };
         self.is_over = !matches!(next, Ok(Content::Data(_)));
         Some(next.map(|content| ExportUsageResponse {
@@ -262,8 +257,8 @@ impl Running {
     }
 }
 
-async fn content(auth: &Auth, credential: &str, export: &mut Export) -> Result<Content, Status> {
-    auth.authenticate(credential, Utc::now()).await?;
+async fn content(auth: &Auth, shown: &Shown, export: &mut Export) -> Result<Content, Status> {
+    shown.check(auth).await?;
     Ok(match export.next_chunk().await? {
         Some(chunk) => Content::Data(chunk.into()),
         None => {

@@ -16,6 +16,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use tonic::{Status, Streaming};
 
 use super::{
+    access::Shown,
     convert::{self, only},
     status,
 };
@@ -115,18 +116,18 @@ async fn missing_users(
         .await
 }
 
-/// Books what a stream brings and acknowledges it, for the caller with `credential`.
+/// Books what a stream brings and acknowledges it, for the caller who has `shown` this.
 pub(super) fn acknowledge(
     auth: Auth,
     usage: Usage,
-    credential: String,
+    shown: Shown,
     requests: Streaming<StreamUsageRequest>,
 ) -> Acknowledgements {
     let session = Session {
         closing: usage.closing(),
         auth,
         usage,
-        credential,
+        shown,
         requests,
         next_offset: None,
         under_way: FuturesOrdered::new(),
@@ -142,8 +143,7 @@ pub(super) fn acknowledge(
 struct Session {
     auth: Auth,
     usage: Usage,
-    /// The caller's own: it must stay good.
-    credential: String,
+    shown: Shown,
     requests: Streaming<StreamUsageRequest>,
     closing: watch::Receiver<bool>,
     /// Where the next batch must begin.
@@ -229,7 +229,7 @@ impl Session {
 
     /// Takes a batch on its way.
     async fn accept(&mut self, request: StreamUsageRequest) -> Result<()> {
-        self.auth.authenticate(&self.credential, Utc::now()).await?;
+        self.shown.check(&self.auth).await?;
         let (first, wanted) = (request.offset, self.next_offset.unwrap_or(request.offset));
         let (_, events) = only(|fields| {
             let offset = match first {

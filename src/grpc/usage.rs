@@ -2,8 +2,7 @@ use chrono::Utc;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    access::Caller,
-    bearer::bearer,
+    access::{Caller, Shown},
     convert::{self, Fields, only},
     quota, reading, recording, reservation,
 };
@@ -66,11 +65,11 @@ impl UsageService for Handler {
         &self,
         request: Request<Streaming<StreamUsageRequest>>,
     ) -> Result<Response<Self::StreamUsageStream>, Status> {
-        let credential = bearer(&request.metadata().clone().into_headers())?.to_owned();
+        let shown = Shown::by(&request)?;
         let (auth, usage) = (self.auth.clone(), self.usage.clone());
         let requests = request.into_inner();
         Ok(Response::new(recording::acknowledge(
-            auth, usage, credential, requests,
+            auth, usage, shown, requests,
         )))
     }
 
@@ -212,12 +211,12 @@ impl UsageService for Handler {
         } else {
             Some(self.subject(&request, asked.named).await?)
         };
-        let credential = bearer(&request.metadata().clone().into_headers())?.to_owned();
+        let shown = Shown::by(&request)?;
         let export = self.usage.export(whose, asked.filter, asked.format);
         Ok(Response::new(reading::chunks(
             self.auth.clone(),
             &self.usage,
-            credential,
+            shown,
             export,
         )?))
     }

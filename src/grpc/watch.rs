@@ -2,13 +2,12 @@
 
 use std::pin::Pin;
 
-use chrono::Utc;
 use futures_util::{FutureExt as _, Stream, StreamExt as _, future, stream};
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::status;
+use super::{access::Shown, status};
 use crate::{
     auth::{Auth, Told, Watch},
     error::{Error, Result},
@@ -27,20 +26,19 @@ pub(super) type Messages =
 struct Running {
     auth: Auth,
     watch: Watch,
-    /// The caller's own: it must stay good.
-    credential: String,
+    shown: Shown,
 }
 
-/// Watches for the caller with `credential` until the stream ends.
+/// Watches for the caller who has `shown` this until the stream ends.
 ///
 /// # Errors
 /// `Overloaded` · `Unavailable`
-pub(super) fn messages(auth: &Auth, credential: &str) -> Result<Messages> {
+pub(super) fn messages(auth: &Auth, shown: Shown) -> Result<Messages> {
     let running = Running {
         // Before `ready` is made: from its revision on nothing is missed.
         watch: auth.watch()?,
         auth: auth.clone(),
-        credential: credential.to_owned(),
+        shown,
     };
     let freshness = auth.freshness();
     let ready = Event::Ready(WatchReady {
@@ -80,7 +78,7 @@ impl Running {
         let told = self.watch.next().await?;
         match told {
             Told::UpTo(_) => {
-                self.auth.authenticate(&self.credential, Utc::now()).await?;
+                self.shown.check(&self.auth).await?;
             }
             Told::Closing => return Err(status::shutting_down()),
             Told::User(_) | Told::Reset => {}

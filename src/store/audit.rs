@@ -34,8 +34,7 @@ impl Store {
         page: &PageRequest<AuditCursor>,
     ) -> Result<Page<AuditRecord>> {
         // For an action of long ago, beside a filter of another kind, much may be looked through.
-        let _turn = self.bulk_read().await?;
-        let mut conn = self.conn().await?;
+        let mut conn = self.bulk_conn().await?;
         let mut rows: Vec<AuditRow> = Vec::new();
         match &filter.action {
             // Each action by its index: together they do not stand in the order of time.
@@ -60,6 +59,7 @@ impl Store {
             }
             None => rows = query(filter, page).load(&mut conn).await?,
         }
+        conn.done();
         let records = rows
             .into_iter()
             .map(AuditRecord::try_from)

@@ -8,7 +8,7 @@ use std::{
 use diesel_async::{
     AsyncConnection, AsyncPgConnection, TransactionManager, pooled_connection::deadpool::Object,
 };
-use tokio::{runtime::Handle, time::timeout};
+use tokio::{runtime::Handle, sync::OwnedSemaphorePermit, time::timeout};
 use tokio_postgres::NoTls;
 
 type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
@@ -24,6 +24,8 @@ pub(super) struct Conn {
     runtime: Handle,
     cancel_timeout: Duration,
     is_given_up: bool,
+    /// To read much: over once Postgres reads no more.
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Conn {
@@ -37,7 +39,20 @@ impl Conn {
             runtime,
             cancel_timeout,
             is_given_up: false,
+            turn: None,
         }
+    }
+
+    /// For a read that may take long, in its turn: until [`Conn::done`], whoever drops this ends the connection and
+    /// what Postgres does for it.
+    pub(super) fn reading_much(mut self, turn: OwnedSemaphorePermit) -> Self {
+        (self.is_given_up, self.turn) = (true, Some(turn));
+        self
+    }
+
+    /// All was read.
+    pub(super) fn done(mut self) {
+        self.is_given_up = false;
     }
 
     /// Does something that is no transaction, which alone would be given up when it is cut short: until it has
@@ -81,13 +96,14 @@ impl Drop for Conn {
             return;
         }
         let cancel = pooled.cancel_token();
-        let cancel_timeout = self.cancel_timeout;
+        let (cancel_timeout, turn) = (self.cancel_timeout, self.turn.take());
         self.runtime.spawn(async move {
             // Postgres hangs up once the cancellation is on its way; when it is silent, the pool
             // must not wait for ever.
             let _ = timeout(cancel_timeout, cancel.cancel_query(NoTls)).await;
             // The pool would discard it at its next use; the session is to end now.
             drop(Object::take(pooled));
+            drop(turn);
         });
     }
 }

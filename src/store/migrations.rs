@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use diesel::{migration::MigrationSource, pg::Pg};
-use diesel_async::{AsyncConnection as _, AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl};
+use diesel_async::{
+    AsyncConnection as _, AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl,
+    SimpleAsyncConnection as _,
+};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 use tokio::{
     runtime::Handle,
@@ -11,7 +14,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::indexes::indexes_ensure;
+use super::{IN_ENGLISH, indexes::indexes_ensure};
 use crate::error::{Error, Result};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -138,11 +141,20 @@ impl Migrator {
     }
 }
 
+/// Whatever role and database have set: building an index takes as long as it takes, while the session that has
+/// the lock does nothing.
+const UNHURRIED: &str = "
+    SELECT set_config(name, '0', false) FROM pg_settings
+    WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_session_timeout')";
+
 async fn establish(url: &str) -> Result<AsyncPgConnection> {
-    timeout(CONNECT_TIMEOUT, AsyncPgConnection::establish(url))
+    let mut conn = timeout(CONNECT_TIMEOUT, AsyncPgConnection::establish(url))
         .await
         .map_err(|_| Error::Unavailable("no answer in time".into()))?
-        .map_err(|error| Error::Unavailable(error.into()))
+        .map_err(|error| Error::Unavailable(error.into()))?;
+    conn.batch_execute(&[IN_ENGLISH, UNHURRIED].concat())
+        .await?;
+    Ok(conn)
 }
 
 async fn try_lock(conn: &mut AsyncPgConnection) -> Result<bool> {

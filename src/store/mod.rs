@@ -295,11 +295,14 @@ const SILENCE: Duration = Duration::from_secs(2);
 
 /// What every connection sets first. No statement runs for so long that compiling it would pay, and some
 /// look dear to the planner.
+/// Some errors can be told apart by their English texts alone: the driver does not hand the SQLSTATE on. Not
+/// every role may ask for those.
+const IN_ENGLISH: &str = "
+    DO $$ BEGIN SET lc_messages = 'C'; EXCEPTION WHEN insufficient_privilege THEN NULL; END $$;";
+
 fn session(statement_timeout: Duration) -> String {
-    // Some errors can be told apart by their English texts alone: the driver does not hand the SQLSTATE on.
-    // Not every role may ask for those.
     format!(
-        "DO $$ BEGIN SET lc_messages = 'C'; EXCEPTION WHEN insufficient_privilege THEN NULL; END $$;
+        "{IN_ENGLISH}
          SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {};
          SET idle_in_transaction_session_timeout = {}; SET jit = off;",
         statement_timeout.as_millis(),

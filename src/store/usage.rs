@@ -114,9 +114,9 @@ impl Store {
             query = query.filter(usage_records::occurred_at.le(after.occurred_at));
         }
         // All records of a user may be looked through for a model, and all of others in the bucket for a user's.
-        let _turn = self.bulk_read().await?;
-        let mut conn = self.conn().await?;
+        let mut conn = self.bulk_conn().await?;
         let rows: Vec<UsageRow> = query.load(&mut conn).await?;
+        conn.done();
         let records = rows
             .into_iter()
             .map(UsageRecord::try_from)

@@ -31,12 +31,12 @@ impl Store {
     /// # Errors
     /// `Unavailable`, also when there is too much to read in time
     pub async fn usage_cells(&self, wanted: &UsageCells) -> Result<Vec<UsageCell>> {
-        let _turn = match wanted.source {
-            UsageSource::Records => Some(self.bulk_read().await?),
-            UsageSource::Months => None,
+        let mut conn = match wanted.source {
+            UsageSource::Records => self.bulk_conn().await?,
+            UsageSource::Months => self.conn().await?,
         };
-        let mut conn = self.conn().await?;
         let rows: Vec<CellRow> = CellsQuery::of(wanted).load(&mut conn).await?;
+        conn.done();
         rows.into_iter().map(|row| cell(row, wanted)).collect()
     }
 }
@@ -167,14 +167,31 @@ impl QueryFragment<Pg> for CellsQuery<'_> {
         out.push_bind_param::<BigInt, _>(&wanted.max_groups)?;
         out.push_sql(" THEN 2 WHEN is_unnamed THEN 1 ELSE 0 END AS kind, CASE WHEN rank > ");
         out.push_bind_param::<BigInt, _>(&wanted.max_groups)?;
+        out.push_sql(" THEN '' ELSE name END AS name");
+        push_sums(&mut out);
         out.push_sql(
-            " THEN '' ELSE name END AS name, sum(input)::bigint, sum(output)::bigint,
-                sum(cached_input)::bigint, sum(cache_write)::bigint, sum(reasoning)::bigint,
-                sum(requests)::bigint
+            "
             FROM marked JOIN ranked USING (is_unnamed, name)
             GROUP BY start, rank, 3, 4",
         );
         Ok(())
+    }
+}
+
+/// The sums of what was used, or the largest number: together, sums may be beyond what a number holds, though
+/// none of a user, month and model is.
+pub(super) fn push_sums(out: &mut AstPass<'_, '_, Pg>) {
+    for sum in [
+        "input",
+        "output",
+        "cached_input",
+        "cache_write",
+        "reasoning",
+        "requests",
+    ] {
+        out.push_sql(", least(sum(");
+        out.push_sql(sum);
+        out.push_sql("), 9223372036854775807)::bigint");
     }
 }
 

@@ -8,11 +8,12 @@ use diesel::{
     sql_types::{BigInt, Nullable, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
-use tokio::sync::SemaphorePermit;
+use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
 use super::{
     Store,
+    conn::Conn,
     ledger::UsageRowTypes,
     schema::monthly_model_usage,
     usage::{UsageRow, push_events_of},
@@ -37,8 +38,7 @@ impl Store {
         after: Option<(UserId, UsageCursor)>,
         limit: i64,
     ) -> Result<Vec<UsageRecord>> {
-        let _turn = self.bulk_read().await?;
-        let mut conn = self.conn().await?;
+        let mut conn = self.bulk_conn().await?;
         let mut rows: Vec<UsageRow> = Vec::new();
         // The rest of a bucket, then those after it: in one condition Postgres could not go to the place
         // in its index.
@@ -48,7 +48,10 @@ impl Store {
         }
         if rows.is_empty() {
             let place = match (whose, after) {
-                (Some(_), Some(_)) => return Ok(Vec::new()),
+                (Some(_), Some(_)) => {
+                    conn.done();
+                    return Ok(Vec::new());
+                }
                 (_, None) => Place::Start,
                 (None, Some((user_id, _))) => Place::Behind(user_id.0),
             };
@@ -56,7 +59,7 @@ impl Store {
                 .load(&mut conn)
                 .await?;
         }
-        drop(conn);
+        conn.done();
         rows.into_iter().map(UsageRecord::try_from).collect()
     }
 
@@ -87,8 +90,15 @@ impl Store {
     }
 
     /// Waits for a turn to read much.
-    pub(super) async fn bulk_read(&self) -> Result<SemaphorePermit<'_>> {
-        self.bulk_reads.acquire().await.map_err(Error::internal)
+    pub(super) async fn bulk_read(&self) -> Result<OwnedSemaphorePermit> {
+        let turn = self.bulk_reads.clone().acquire_owned().await;
+        turn.map_err(Error::internal)
+    }
+
+    /// As [`Store::bulk_read`], with a connection that is to be [`Conn::done`] with.
+    pub(super) async fn bulk_conn(&self) -> Result<Conn> {
+        let turn = self.bulk_read().await?;
+        Ok(self.conn().await?.reading_much(turn))
     }
 }
 

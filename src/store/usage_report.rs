@@ -11,6 +11,7 @@ use diesel_async::RunQueryDsl;
 use super::{
     Store,
     usage::{SumsRow, push_events_of},
+    usage_cells::push_sums,
 };
 use crate::{
     error::Result,
@@ -108,19 +109,7 @@ impl QueryFragment<Pg> for ReportQuery {
         out.push_sql(") AS rank FROM used) SELECT rank, CASE WHEN rank > ");
         out.push_bind_param::<BigInt, _>(&self.top)?;
         out.push_sql(" THEN '' ELSE name END, count(*)");
-        // Over all users a sum may be beyond what a number holds, though no user's is.
-        for sum in [
-            "input",
-            "output",
-            "cached_input",
-            "cache_write",
-            "reasoning",
-            "requests",
-        ] {
-            out.push_sql(", least(sum(");
-            out.push_sql(sum);
-            out.push_sql("), 9223372036854775807)::bigint");
-        }
+        push_sums(&mut out);
         out.push_sql(" FROM ranked GROUP BY 1, 2 ORDER BY 1, 2");
         Ok(())
     }

@@ -12,7 +12,9 @@ use tokio::{
 };
 use tollkeeper::proto::tollkeeper::{
     admin::v1::SetUserTierRequest,
-    usage::v1::{GetMonthlyUsageRequest, UsageEvent, record_usage_response::Outcome},
+    usage::v1::{
+        GetMonthlyUsageRequest, ListUsageRecordsRequest, UsageEvent, record_usage_response::Outcome,
+    },
 };
 use tonic::{Code, Status, transport::Channel};
 use tonic_health::pb::{

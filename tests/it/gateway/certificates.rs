@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::TryStreamExt as _;
 use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
 use tollkeeper::{
     config::Settings,
@@ -14,8 +15,14 @@ use tollkeeper::{
             },
         },
         tollkeeper::{
-            auth::v1::{ListSessionsRequest, auth_service_client::AuthServiceClient},
-            usage::v1::{CheckQuotaRequest, usage_service_client::UsageServiceClient},
+            auth::v1::{
+                ListSessionsRequest, WatchRevocationsRequest,
+                auth_service_client::AuthServiceClient,
+            },
+            usage::v1::{
+                CheckQuotaRequest, ExportUsageRequest, StreamUsageRequest,
+                export_usage_response::Content, usage_service_client::UsageServiceClient,
+            },
         },
     },
 };
@@ -27,9 +34,12 @@ use super::{
     refused,
     upstream::Upstream,
 };
-use crate::harness::{
-    Authority, Edge, PASSWORD, TestApp, eventually, login_through, reason, validate_through,
-    with_bearer,
+use crate::{
+    harness::{
+        Authority, Edge, PASSWORD, TestApp, eventually, login_through, reason, validate_through,
+        with_bearer,
+    },
+    usage::event,
 };
 
 const EDGE: &str = "spiffe://example.test/ns/edge";
@@ -47,7 +57,10 @@ fn speak_tls(settings: &mut Settings, authority: &Authority) {
     settings.tls.cert_file = server.certificate;
     settings.tls.key_file = server.key;
     settings.tls.client_ca_file.clone_from(&authority.ca);
-    settings.tls.clients = format!("{EDGE}=gateway, quota.example.test=quota");
+    settings.tls.clients = format!(
+        "{EDGE}=gateway, quota.example.test=quota, \
+         billing.example.test=usage.write usage.read tokens.validate"
+    );
 }
 
 async fn check_through(channel: &Channel) -> Result<CheckResponse, Status> {
@@ -92,6 +105,39 @@ async fn a_certificate_opens_what_the_settings_say_of_its_identity_and_no_more()
     let mut auth = AuthServiceClient::new(edge.clone());
     let sessions = auth.list_sessions(ListSessionsRequest::default()).await;
     assert_eq!(reason(&sessions.unwrap_err()), "CALLER_NOT_ALLOWED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_opens_streams() {
+    let authority = Authority::new();
+    let app = secured(&authority).await;
+    let user = app.user().create().await;
+    let billing = authority.dns("billing.example.test");
+    let billing = authority.channel(app.address, Some(&billing));
+    let mut usage = UsageServiceClient::new(billing.clone());
+    let batch = StreamUsageRequest {
+        offset: 0,
+        events: vec![event(&user.id)],
+    };
+    let answers = usage.stream_usage(tokio_stream::iter([batch])).await;
+    let answer = answers.unwrap().into_inner().message().await.unwrap();
+    assert_eq!(answer.expect("settled").recorded, 1);
+    let request = ExportUsageRequest {
+        user_id: user.id.clone(),
+        ..ExportUsageRequest::default()
+    };
+    let file = usage.export_usage(request).await.unwrap().into_inner();
+    let file: Vec<_> = file.try_collect().await.unwrap();
+    let Some(Content::Summary(summary)) = &file.last().unwrap().content else {
+        panic!("{file:?}");
+    };
+    assert_eq!(summary.record_count, 1);
+    let mut auth = AuthServiceClient::new(billing);
+    let request = WatchRevocationsRequest::default();
+    let mut told = auth.watch_revocations(request).await.unwrap().into_inner();
+    for _ in 0..3 {
+        told.message().await.unwrap().expect("it goes on");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -230,6 +230,35 @@ async fn calls_that_give_up_leave_no_sessions_behind() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn reads_that_are_given_up_end_in_postgres_and_leave_their_turn_to_others() {
+    let app = TestApp::spawn_with(|settings| {
+        settings.database.statement_timeout = Duration::from_secs(90);
+    })
+    .await;
+    let user = app.user().create().await;
+    app.record(&event(&user.id)).await.unwrap();
+    let list = |user_id: &str| {
+        let request = ListUsageRecordsRequest {
+            user_id: user_id.to_owned(),
+            ..ListUsageRecordsRequest::default()
+        };
+        let mut usage = app.usage(&app.service_key);
+        tokio::spawn(async move { usage.list_usage_records(request).await })
+    };
+    let blocker = Blocker::lock(&app, "usage_records").await;
+    // A pool of eight lets two read much at a time.
+    let calls: Vec<_> = (0..6).map(|_| list(&user.id)).collect();
+    blocker.hold_up(&app, 2).await;
+    for call in &calls {
+        call.abort();
+    }
+    blocker.let_go(&app).await;
+    blocker.release().await;
+    let listed = list(&user.id).await.unwrap().unwrap().into_inner();
+    assert_eq!(listed.records.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pool_in_use_is_no_dead_database() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;

@@ -236,7 +236,8 @@ async fn health_tells_by_its_exit_code() {
     assert_eq!(health(&serving, &one).code, Some(0));
     refused(&health(&serving, &["--service", "another"]), &["another"]);
 
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+    // At an address of its own: elsewhere another test may be given the port.
+    let closed = TcpListener::bind("127.0.0.2:0").unwrap().local_addr();
     let closed = format!("http://{}", closed.unwrap());
     refused(&health(&closed, &[]), &["nothing answers at", &closed]);
     refused(&health("nowhere in particular", &[]), &["no address"]);
