@@ -1,6 +1,6 @@
 //! Asks a server whether it serves, as a balancer does.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{error::Error as _, io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
@@ -52,9 +52,10 @@ pub async fn probe(address: &str, service: &str, deadline: Duration) -> Result<(
             .await
             .map_err(|status| match status.code() {
                 Code::NotFound => format!("the server has no service {service}"),
-                _ if status.message().starts_with("h2 protocol error") => format!(
-                    "{address} does not speak plain HTTP/2; with TLS it is https://{authority}"
-                ),
+                // No server said that: the connection was lost.
+                _ if status.source().is_some() && scheme != "https" => {
+                    format!("{address} hung up; of a server with TLS it is https://{authority}")
+                }
                 _ => status.message().to_owned(),
             })
     };
