@@ -36,27 +36,6 @@ pub(super) enum Caller {
     Known(Principal),
 }
 
-/// What the caller of a stream showed: it must stay good for as long as that lasts. `None` is a certificate, by
-/// which the connection stands or falls.
-pub(super) struct Shown(Option<String>);
-
-impl Shown {
-    pub(super) fn by<T>(request: &tonic::Request<T>) -> Result<Self> {
-        if matches!(Caller::of(request)?, Principal::Peer { .. }) {
-            return Ok(Self(None));
-        }
-        let headers = request.metadata().clone().into_headers();
-        Ok(Self(Some(bearer(&headers)?.to_owned())))
-    }
-
-    pub(super) async fn check(&self, auth: &Auth) -> Result<()> {
-        if let Some(credential) = &self.0 {
-            auth.authenticate(credential, Utc::now()).await?;
-        }
-        Ok(())
-    }
-}
-
 impl Caller {
     /// The caller of a request. One without an identity is refused.
     pub(super) fn of<T>(request: &tonic::Request<T>) -> Result<&Principal> {
@@ -108,6 +87,27 @@ impl Caller {
             Principal::User(_) => Err(Error::CallerNotAllowed),
             Principal::Service { .. } | Principal::Peer { .. } => Ok(()),
         }
+    }
+}
+
+/// What the caller of a stream showed: it must stay good for as long as that lasts. `None` is a certificate, by
+/// which the connection stands or falls.
+pub(super) struct Shown(Option<String>);
+
+impl Shown {
+    pub(super) fn by<T>(request: &tonic::Request<T>) -> Result<Self> {
+        if matches!(Caller::of(request)?, Principal::Peer { .. }) {
+            return Ok(Self(None));
+        }
+        let headers = request.metadata().clone().into_headers();
+        Ok(Self(Some(bearer(&headers)?.to_owned())))
+    }
+
+    pub(super) async fn check(&self, auth: &Auth) -> Result<()> {
+        if let Some(credential) = &self.0 {
+            auth.authenticate(credential, Utc::now()).await?;
+        }
+        Ok(())
     }
 }
 

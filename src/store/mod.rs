@@ -293,13 +293,13 @@ const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 /// See [`Store::patience`].
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// What every connection sets first. No statement runs for so long that compiling it would pay, and some
-/// look dear to the planner.
 /// Some errors can be told apart by their English texts alone: the driver does not hand the SQLSTATE on. Not
 /// every role may ask for those.
 const IN_ENGLISH: &str = "
     DO $$ BEGIN SET lc_messages = 'C'; EXCEPTION WHEN insufficient_privilege THEN NULL; END $$;";
 
+/// What every connection sets first. No statement runs for so long that compiling it would pay, and some
+/// look dear to the planner.
 fn session(statement_timeout: Duration) -> String {
     format!(
         "{IN_ENGLISH}
