@@ -381,6 +381,8 @@ impl Server {
         usage.last_notices().await;
         tasks::last_api_key_uses(&auth).await;
         store.close();
+        // Waited for: whoever comes next may want the port.
+        watching.shutdown().await;
         info!("stopped");
         fault.map_or(Ok(()), Err)
     }

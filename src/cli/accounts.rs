@@ -5,14 +5,13 @@ use chrono::{SecondsFormat, Utc};
 use clap::Subcommand;
 
 use super::{
-    database::{Database, migrator},
+    database::{Database, Preparation},
     import, named, secrets,
     serve::PASSWORD_CHARS,
 };
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
-    embedded,
     model::{
         Identifier, KeyOverlap, Origin, Person, Role, ScopeSet, ServiceAccount, ServiceName,
         TierName,
@@ -220,15 +219,6 @@ pub(super) async fn with_auth(
     with_auth_on(loaded, Preparation::Up, work).await
 }
 
-/// What becomes of a database before it is worked on.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Preparation {
-    /// It is brought up to date.
-    Up,
-    /// Nothing; one that is not up to date is refused.
-    None,
-}
-
 pub(super) async fn with_auth_on(
     loaded: &Loaded,
     preparation: Preparation,
@@ -236,25 +226,10 @@ pub(super) async fn with_auth_on(
 ) -> anyhow::Result<()> {
     loaded.check_secrets()?;
     let settings: &Settings = &loaded.settings;
-    // One that was made now would be nobody's.
-    anyhow::ensure!(
-        preparation == Preparation::Up
-            || settings.database.url.is_set()
-            || embedded::has_cluster(&settings.data_dir),
-        "there is no database in {}: name the --data-dir or --database-url of the service",
-        settings.data_dir.display()
-    );
+    preparation.check(settings)?;
     let database = Database::open(settings).await?;
     let outcome = async {
-        let mut migrator = migrator(&database.settings.url).await?;
-        match preparation {
-            Preparation::Up => drop(migrator.up()?),
-            Preparation::None => anyhow::ensure!(
-                migrator.status()?.iter().all(|known| known.applied),
-                "the schema is not up to date: run `tollkeeper migrate up` first"
-            ),
-        }
-        drop(migrator);
+        preparation.prepare(&database).await?;
         let (keys, master_key) = secrets::load(settings)?;
         let store = Store::new(&database.settings)?;
         if preparation == Preparation::Up {

@@ -8,6 +8,41 @@ use crate::{
     store::Migrator,
 };
 
+/// What becomes of a database before it is worked on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Preparation {
+    /// It is made where there is none, and brought up to date.
+    Up,
+    /// Nothing; one that is not up to date is refused.
+    None,
+}
+
+impl Preparation {
+    /// Refuses to look for a database where there is none: one that was made now would be nobody's.
+    pub(super) fn check(self, settings: &Settings) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self == Self::Up
+                || settings.database.url.is_set()
+                || embedded::has_cluster(&settings.data_dir),
+            "there is no database in {}: name the --data-dir or --database-url of the service",
+            settings.data_dir.display()
+        );
+        Ok(())
+    }
+
+    pub(super) async fn prepare(self, database: &Database) -> anyhow::Result<()> {
+        let mut migrator = migrator(&database.settings.url).await?;
+        match self {
+            Self::Up => drop(migrator.up()?),
+            Self::None => anyhow::ensure!(
+                migrator.status()?.iter().all(|known| known.applied),
+                "the schema is not up to date: run `tollkeeper migrate up` first"
+            ),
+        }
+        Ok(())
+    }
+}
+
 /// A database to work on; a private one lives as long as this.
 pub(super) struct Database {
     pub(super) settings: DatabaseSettings,

@@ -20,10 +20,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{
-    accounts::{Preparation, with_auth_on},
-    named,
-};
+use super::{accounts::with_auth_on, database::Preparation, named};
 use crate::{
     auth::{Import, ImportOptions, ImportRow, Imported, RowFault},
     config::Loaded,

@@ -9,7 +9,7 @@ use chrono::{DateTime, NaiveDate, NaiveTime, Utc};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
-    database::{Database, migrator},
+    database::{Database, Preparation},
     named,
 };
 use crate::{
@@ -103,9 +103,10 @@ pub(super) async fn run(command: Command, loaded: Loaded) -> anyhow::Result<()> 
         Command::Export(args) => Work::Export(export::Export::read(args)?),
         Command::Report(args) => Work::Report(report::Report::read(args, Utc::now())?),
     };
+    Preparation::None.check(&loaded.settings)?;
     let database = Database::open(&loaded.settings).await?;
     let outcome = async {
-        migrator(&database.settings.url).await?.up()?;
+        Preparation::None.prepare(&database).await?;
         let mut settings = database.settings.clone();
         settings.statement_timeout = settings.statement_timeout.max(STATEMENT_TIMEOUT);
         let store = Store::new(&settings)?;

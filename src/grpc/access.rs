@@ -53,6 +53,14 @@ impl Caller {
         }
     }
 
+    /// Who calls, if a user does.
+    pub(super) fn user_id_of<T>(request: &tonic::Request<T>) -> Result<Option<UserId>> {
+        Ok(match Self::of(request)? {
+            Principal::User(user) => Some(user.id),
+            Principal::Service { .. } | Principal::Peer { .. } => None,
+        })
+    }
+
     /// The user who calls, and the session by which they do. An API key is refused.
     pub(super) fn session_of<T>(request: &tonic::Request<T>) -> Result<(UserId, SessionId)> {
         let user = Self::user_of(request)?;

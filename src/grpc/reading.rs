@@ -1,11 +1,18 @@
 //! Reading the ledger: what its questions mean, and the stream of an export.
 
-use std::pin::Pin;
+use std::{
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
 use chrono::{DateTime, Utc};
-use futures_util::{Stream, stream};
+use futures_util::{FutureExt as _, Stream, StreamExt as _, stream};
 use prost_types::Timestamp;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::{
@@ -25,7 +32,7 @@ use crate::{
         query_usage_request::{self as query, GroupBy as AskedGroupBy},
         usage_series::Kind,
     },
-    usage::{Export, ExportFormat, GroupBy, Usage, UsageQuery, UsageSeries, UsageSeriesSet},
+    usage::{Export, ExportFormat, ExportPlace, GroupBy, UsageQuery, UsageSeries, UsageSeriesSet},
 };
 
 /// Whom a question names, and what it asks.
@@ -210,63 +217,156 @@ fn series(series: UsageSeries) -> crate::proto::tollkeeper::usage::v1::UsageSeri
 
 pub(super) type Chunks = Pin<Box<dyn Stream<Item = Result<ExportUsageResponse, Status>> + Send>>;
 
-/// Streams an export for the caller who has `shown` this, as fast as it is taken.
-///
-/// # Errors
-/// `Overloaded`
-pub(super) fn chunks(auth: Auth, usage: &Usage, shown: Shown, export: Export) -> Result<Chunks> {
+/// How often a credential is looked at while its reader takes nothing.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a reader may take nothing.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Streams an export in its `place`, for the caller who has `shown` this, as fast as it is taken.
+pub(super) fn chunks(
+    auth: Auth,
+    place: ExportPlace,
+    closing: watch::Receiver<bool>,
+    shown: Shown,
+    export: Export,
+) -> Chunks {
     let running = Running {
-        _place: usage.export_place()?,
+        _place: place,
         auth,
         shown,
-        closing: usage.closing(),
         export,
-        is_over: false,
     };
-    Ok(Box::pin(stream::unfold(running, |mut running| async {
-        let next = running.next().await?;
-        Some((next, running))
-    })))
+    let (sender, contents) = mpsc::channel(1);
+    // Of its own: nobody asks for the next message of a reader that never reads, and its place must
+    // be free once its credential is good no more.
+    let ended = tokio::spawn(running.pass_on(sender, closing));
+    let why = ended.map(|why| why.unwrap_or_else(|_| Some(status::panicked())));
+    let failure = stream::once(why).filter_map(async |why| why.map(Err));
+    Box::pin(ReceiverStream::new(contents).map(Ok).chain(failure))
 }
 
 /// An export under way.
 struct Running {
-    _place: OwnedSemaphorePermit,
+    _place: ExportPlace,
     auth: Auth,
     shown: Shown,
-    closing: watch::Receiver<bool>,
     export: Export,
-    /// The last message has been told, the summary or an error.
-    is_over: bool,
 }
 
 impl Running {
-    async fn next(&mut self) -> Option<Result<ExportUsageResponse, Status>> {
-        if self.is_over {
-            return None;
-        }
-        let next = tokio::select! {
+    /// Passes on what is exported; returns why it ended too early.
+    async fn pass_on(
+        mut self,
+        reader: mpsc::Sender<ExportUsageResponse>,
+        mut closing: watch::Receiver<bool>,
+    ) -> Option<Status> {
+        tokio::select! {
             biased;
-            _ = self.closing.wait_for(|closing| *closing) => Err(status::shutting_down()),
-            next = content(&self.auth, &self.shown, &mut self.export) => next,
-        };
-        self.is_over = !matches!(next, Ok(Content::Data(_)));
-        Some(next.map(|content| ExportUsageResponse {
-            content: Some(content),
-        }))
+            _ = closing.wait_for(|closing| *closing) => Some(status::shutting_down()),
+            // Nobody hears why.
+            () = reader.closed() => None,
+            passed = self.pass_all_on(&reader) => passed.err(),
+        }
+    }
+
+    async fn pass_all_on(
+        &mut self,
+        reader: &mpsc::Sender<ExportUsageResponse>,
+    ) -> Result<(), Status> {
+        loop {
+            let chunk = self.export.next_chunk().await?;
+            let is_last = chunk.is_none();
+            let content = match chunk {
+                Some(chunk) => Content::Data(chunk.into()),
+                None => {
+                    let written = self.export.written();
+                    Content::Summary(ExportSummary {
+                        record_count: written.records.cast_signed(),
+                        byte_count: written.bytes.cast_signed(),
+                    })
+                }
+            };
+            let check = || self.shown.check(&self.auth);
+            let room = room_of(reader, CHECK_EVERY, PATIENCE, check).await?;
+            room.send(ExportUsageResponse {
+                content: Some(content),
+            });
+            if is_last {
+                return Ok(());
+            }
+        }
     }
 }
 
-async fn content(auth: &Auth, shown: &Shown, export: &mut Export) -> Result<Content, Status> {
-    shown.check(auth).await?;
-    Ok(match export.next_chunk().await? {
-        Some(chunk) => Content::Data(chunk.into()),
-        None => {
-            let written = export.written();
-            Content::Summary(ExportSummary {
-                record_count: written.records.cast_signed(),
-                byte_count: written.bytes.cast_signed(),
-            })
+/// Room for one more with a reader, for as long as a `check` made at first and `every` so often says
+/// that it may.
+async fn room_of<T, C: Future<Output = Result<()>>>(
+    reader: &mpsc::Sender<T>,
+    every: Duration,
+    patience: Duration,
+    check: impl Fn() -> C,
+) -> Result<mpsc::Permit<'_, T>, Status> {
+    let end = Instant::now() + patience;
+    loop {
+        check().await?;
+        match timeout(every, reader.reserve()).await {
+            Ok(room) => return room.map_err(|_| status::deadline_exceeded()),
+            Err(_) if Instant::now() >= end => return Err(status::deadline_exceeded()),
+            Err(_) => {}
         }
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::error::Error;
+
+    const EVERY: Duration = Duration::from_millis(1);
+
+    #[tokio::test]
+    async fn a_reader_that_takes_nothing_is_waited_for_and_not_for_ever() {
+        let (reader, mut taken) = mpsc::channel(1);
+        let forever = Duration::from_secs(600);
+        let good = async || Ok(());
+        room_of(&reader, EVERY, forever, good)
+            .await
+            .expect("there is room")
+            .send(1);
+        let patience = Duration::from_millis(20);
+        let begun = Instant::now();
+        let ended = room_of(&reader, EVERY, patience, good)
+            .await
+            .expect_err("it ends");
+        assert_eq!(ended.code(), tonic::Code::DeadlineExceeded);
+        assert!(begun.elapsed() >= patience);
+        let (room, _) = tokio::join!(room_of(&reader, EVERY, forever, good), async {
+            tokio::time::sleep(patience).await;
+            taken.recv().await
+        });
+        room.expect("there is room");
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_takes_nothing_is_sent_away_once_its_credential_is_bad() {
+        let (reader, _taken) = mpsc::channel(1);
+        let looks = Cell::new(0);
+        let check = async || match looks.replace(looks.get() + 1) {
+            0..3 => Ok(()),
+            _ => Err(Error::CredentialMissing),
+        };
+        let forever = Duration::from_secs(600);
+        room_of(&reader, EVERY, forever, check)
+            .await
+            .expect("there is room")
+            .send(1);
+        let ended = room_of(&reader, EVERY, forever, check)
+            .await
+            .expect_err("it ends");
+        assert_eq!(ended.code(), tonic::Code::Unauthenticated);
+        assert_eq!(looks.get(), 4);
+    }
 }

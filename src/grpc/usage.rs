@@ -212,13 +212,12 @@ impl UsageService for Handler {
             Some(self.subject(&request, asked.named).await?)
         };
         let shown = Shown::by(&request)?;
+        let place = self.usage.export_place(Caller::user_id_of(&request)?)?;
         let export = self.usage.export(whose, asked.filter, asked.format);
+        let (auth, closing) = (self.auth.clone(), self.usage.closing());
         Ok(Response::new(reading::chunks(
-            self.auth.clone(),
-            &self.usage,
-            shown,
-            export,
-        )?))
+            auth, place, closing, shown, export,
+        )))
     }
 
     async fn list_tiers(

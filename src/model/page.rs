@@ -74,13 +74,42 @@ impl<C: Cursor> PageRequest<C> {
 }
 
 impl<T> Page<T> {
+    /// Bytes that a page takes at most: clients of gRPC take messages of 4 MiB unless they say more.
+    const MAX_BYTES: usize = 3 << 20;
+
     /// Makes the page that was asked for of `rows`, which hold one more where there are more.
     pub fn from_rows<C: Cursor>(
-        mut rows: Vec<T>,
+        rows: Vec<T>,
         asked: &PageRequest<C>,
         cursor: impl Fn(&T) -> C,
     ) -> Self {
-        let size = usize::try_from(asked.size).unwrap_or(usize::MAX);
+        Self::cut(rows, asked.size, asked, cursor)
+    }
+
+    /// As [`Self::from_rows`], of items so large that a page may hold fewer than were asked for.
+    pub fn from_large_rows<C: Cursor>(
+        rows: Vec<T>,
+        asked: &PageRequest<C>,
+        cursor: impl Fn(&T) -> C,
+        bytes: impl Fn(&T) -> usize,
+    ) -> Self {
+        let mut left = Self::MAX_BYTES;
+        let fits = |row: &&T| {
+            let rest = left.checked_sub(bytes(row));
+            left = rest.unwrap_or_default();
+            rest.is_some()
+        };
+        let fit = i64::try_from(rows.iter().take_while(fits).count()).unwrap_or(i64::MAX);
+        Self::cut(rows, asked.size.min(fit.max(1)), asked, cursor)
+    }
+
+    fn cut<C: Cursor>(
+        mut rows: Vec<T>,
+        size: i64,
+        asked: &PageRequest<C>,
+        cursor: impl Fn(&T) -> C,
+    ) -> Self {
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
         let more = rows.len() > size;
         rows.truncate(size);
         let next_token = rows.last().filter(|_| more).map(|last| {
@@ -146,6 +175,22 @@ mod tests {
         assert!(PageRequest::<Uuid>::after(&token, "tier=starter").is_err());
         let all = PageRequest::new(3, None, "");
         assert!(Page::from_rows(rows, &all, |id| *id).next_token.is_none());
+    }
+
+    #[test]
+    fn a_page_of_large_items_ends_before_it_is_too_large_and_is_never_empty() {
+        let rows: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();
+        let asked = PageRequest::new(3, None, "");
+        for (bytes, items, has_more) in [
+            (1, 3, false),
+            ((3 << 20) / 3, 3, false),
+            ((3 << 20) / 2, 2, true),
+            (usize::MAX, 1, true),
+        ] {
+            let page = Page::from_large_rows(rows.clone(), &asked, |id| *id, |_| bytes);
+            assert_eq!(page.items, rows[..items]);
+            assert_eq!(page.next_token.is_some(), has_more);
+        }
     }
 
     proptest! {

@@ -24,6 +24,13 @@ impl UsageEvent {
         Period::containing(self.occurred_at)
     }
 
+    /// About how many bytes it takes in a message, rather more than fewer.
+    pub fn bytes(&self) -> usize {
+        let labels = self.labels.iter();
+        let labels = labels.map(|(key, value)| 16 + key.len() + value.len());
+        256 + self.model.as_str().len() + self.request_id.len() + labels.sum::<usize>()
+    }
+
     /// What is kept of it once its user is deleted.
     fn blanked(&self) -> Self {
         Self {

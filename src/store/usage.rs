@@ -121,10 +121,12 @@ impl Store {
             .into_iter()
             .map(UsageRecord::try_from)
             .collect::<Result<Vec<_>>>()?;
-        Ok(Page::from_rows(records, page, |record| UsageCursor {
+        let cursor = |record: &UsageRecord| UsageCursor {
             occurred_at: record.event.occurred_at,
             event_id: record.event.event_id,
-        }))
+        };
+        let bytes = |record: &UsageRecord| record.event.bytes();
+        Ok(Page::from_large_rows(records, page, cursor, bytes))
     }
 }
 

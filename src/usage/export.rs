@@ -1,10 +1,16 @@
 //! Usage records as a file: bytes made as they are wanted, in constant memory.
 
+mod places;
+
 use std::{io::Write as _, vec};
 
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
+
+pub use places::ExportPlace;
+
+pub(super) use places::ExportPlaces;
 
 use crate::{
     error::{Error, Result},

@@ -22,10 +22,10 @@ use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use chrono::{DateTime, Utc};
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Mutex, watch};
 
 pub use counters::Counters;
-pub use export::{Export, ExportFormat, Written};
+pub use export::{Export, ExportFormat, ExportPlace, Written};
 pub use handle::HandleKey;
 pub use keeper::{Holding, Keeper, KeeperSettings, Reservation, Standing, Wish};
 pub use ledger::{Recorded, check_occurred_at};
@@ -36,6 +36,7 @@ pub use reservations::{Committed, QuotaRequest, Reserved};
 pub use tiers::{TiersError, load_tiers};
 pub use writer::WhenFull;
 
+use export::ExportPlaces;
 use handle::RequestKeys;
 use notices::Marks;
 use spool::Spool;
@@ -64,20 +65,14 @@ pub struct Usage {
     request_keys: RequestKeys,
     counters: Arc<Counters>,
     closing: watch::Sender<bool>,
-    exports: Arc<Semaphore>,
+    export_places: ExportPlaces,
 }
-
-/// When to ask for a place again: exports take a while.
-const EXPORT_RETRY: Duration = Duration::from_secs(5);
 
 /// For heartbeats, leases and what ends them, so that nothing else holds them up.
 const KEEPER_CONNECTIONS: usize = 4;
 
 /// At the end; what is not given back by then comes back when this replica counts as dead.
 const GIVE_BACK: Duration = Duration::from_secs(2);
-
-/// Exports at a time: each holds a batch of records for as long as its reader likes.
-const MAX_EXPORTS: usize = 64;
 
 impl Usage {
     /// The ledger is written on the current runtime, and on as many `threads` that serve. Handles of
@@ -108,7 +103,7 @@ impl Usage {
             request_keys: RequestKeys::new(),
             counters,
             closing: watch::Sender::new(false),
-            exports: Arc::new(Semaphore::new(MAX_EXPORTS)),
+            export_places: ExportPlaces::default(),
             store,
         })
     }
@@ -123,15 +118,12 @@ impl Usage {
         self.closing.subscribe()
     }
 
-    /// A place to export in, for as long as it is held.
+    /// A place to export in, for as long as it is held; `user` is the caller who is one.
     ///
     /// # Errors
     /// `Overloaded`
-    pub fn export_place(&self) -> Result<OwnedSemaphorePermit> {
-        let place = self.exports.clone().try_acquire_owned();
-        place.map_err(|_| Error::Overloaded {
-            retry_after: EXPORT_RETRY,
-        })
+    pub fn export_place(&self, user: Option<UserId>) -> Result<ExportPlace> {
+        self.export_places.take(user)
     }
 
     /// Keeps what this replica holds ready of users' quota, and books what waits; runs until dropped.

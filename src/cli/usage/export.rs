@@ -1,7 +1,7 @@
 use std::{
     fs::{self, File},
     io::{self, IsTerminal as _, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Instant,
 };
 
@@ -70,23 +70,7 @@ impl Export {
                 outcome => outcome.map(|_| ()),
             };
         };
-        let draft = path.with_added_extension("part");
-        let cannot = || format!("cannot write {}", path.display());
-        let mut file = File::create(&draft).with_context(cannot)?;
-        let outcome = write(export, &mut file, &progress(size, false)).await;
-        let finished = outcome.and_then(|written| {
-            file.sync_all().with_context(cannot)?;
-            fs::rename(&draft, &path).with_context(cannot)?;
-            Ok(written)
-        });
-        let written = match finished {
-            Ok(written) => written,
-            Err(error) => {
-                // What is not whole is of no use.
-                let _ = fs::remove_file(&draft);
-                return Err(error);
-            }
-        };
+        let written = write_file(export, &path, &progress(size, false)).await?;
         println!(
             "{} records, {}, in {:.1} s: {}",
             HumanCount(written.records),
@@ -96,6 +80,34 @@ impl Export {
         );
         Ok(())
     }
+}
+
+/// Writes a whole export to a file, or nothing; where there is a device or a pipe, to that.
+async fn write_file(
+    export: usage::Export,
+    path: &Path,
+    progress: &ProgressBar,
+) -> anyhow::Result<Written> {
+    let cannot = || format!("cannot write {}", path.display());
+    if path.metadata().is_ok_and(|found| !found.is_file()) {
+        let mut open = File::create(path).with_context(cannot)?;
+        return write(export, &mut open, progress).await;
+    }
+    // A link stays one.
+    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let draft = target.with_added_extension("part");
+    let mut file = File::create(&draft).with_context(cannot)?;
+    let outcome = write(export, &mut file, progress).await;
+    let finished = outcome.and_then(|written| {
+        file.sync_all().with_context(cannot)?;
+        fs::rename(&draft, &target).with_context(cannot)?;
+        Ok(written)
+    });
+    if finished.is_err() {
+        // What is not whole is of no use.
+        let _ = fs::remove_file(&draft);
+    }
+    finished
 }
 
 /// Writes a whole export.

@@ -1,4 +1,4 @@
-use std::{collections::HashSet, fs};
+use std::{collections::HashSet, fs, os::unix::fs::symlink};
 
 use chrono::Utc;
 use serde_json::Value;
@@ -173,6 +173,14 @@ async fn a_file_appears_when_it_is_whole_and_nothing_is_drawn_without_a_terminal
     let same = succeeded(used.usage(&["export", "--all"]));
     assert_eq!(same, written);
 
+    // What is named by a link is written to, and the link stays.
+    let link = used.home.path().join("latest.csv");
+    symlink(&path, &link).unwrap();
+    fs::write(&path, "").unwrap();
+    succeeded(used.usage(&["export", "--all", "--output", link.to_str().unwrap()]));
+    assert!(link.is_symlink());
+    assert_eq!(fs::read_to_string(&path).unwrap(), written);
+
     // One that fails on its way leaves the old file, and no piece of the new one.
     used.sql("UPDATE usage_records SET labels = '[]'").await;
     let failed = used.usage(&["export", "--all", "--output", file]);
@@ -180,6 +188,26 @@ async fn a_file_appears_when_it_is_whole_and_nothing_is_drawn_without_a_terminal
     assert!(failed.stderr.starts_with("tollkeeper: internal error"));
     assert_eq!(fs::read_to_string(&path).unwrap(), written);
     assert!(!fs::exists(path.with_added_extension("part")).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_reads_changes_no_schema_and_makes_no_database() {
+    let used = Used::new().await;
+    succeeded(used.home.run(&["migrate", "down"]));
+    let without = Home::new();
+    for command in [&["usage", "report"][..], &["usage", "export", "--all"]] {
+        let refused = used.home.run(command);
+        assert_eq!(refused.code, Some(1), "{}", refused.stdout);
+        let why = "the schema is not up to date: run `tollkeeper migrate up` first";
+        assert!(refused.stderr.contains(why), "{}", refused.stderr);
+        let refused = without.run(command);
+        assert_eq!(refused.code, Some(1), "{}", refused.stdout);
+        let why = "there is no database in";
+        assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    }
+    let pending = succeeded(used.home.run(&["migrate", "status"]));
+    assert!(pending.contains("pending"), "{pending}");
+    assert!(!without.data_dir().join("postgres").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -336,6 +336,36 @@ async fn a_server_has_64_exports_at_a_time_and_takes_others_when_some_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_user_has_4_exports_at_a_time_and_none_once_logged_out() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    fill(&app, &user, MANY).await;
+    let tokens = app.login(&user).await;
+    let own = ExportUsageRequest::default;
+    let mut unread = Vec::new();
+    for _ in 0..4 {
+        // Each on a connection of its own: what is not read of one stream holds up the others.
+        let mut usage = UsageServiceClient::new(app.running().channel());
+        let request = with_bearer(own(), &tokens.access_token);
+        unread.push(usage.export_usage(request).await.unwrap().into_inner());
+    }
+    let refused = open(&app, &tokens.access_token, own()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert_eq!(reason(&refused), "OVERLOADED");
+    open(&app, &app.service_key, all_users()).await.unwrap();
+    app.logout(&tokens.access_token).await;
+    let token = app.login(&user).await.access_token;
+    eventually("unread exports have ended", async || {
+        open(&app, &token, own()).await.is_ok()
+    })
+    .await;
+    for mut stream in unread {
+        let cut = rest(&mut stream).await.unwrap_err();
+        assert_eq!(reason(&cut), "SESSION_ENDED");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_export_that_is_cut_has_no_summary() {
     let app = TestApp::spawn().await;
     let user = app.user().create().await;

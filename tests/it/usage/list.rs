@@ -1,6 +1,7 @@
 use std::collections::HashSet;
 
 use chrono::TimeDelta;
+use prost::Message as _;
 use tollkeeper::proto::tollkeeper::usage::v1::{
     ListUsageRecordsRequest, ListUsageRecordsResponse, UsageEvent,
 };
@@ -111,6 +112,34 @@ async fn pages_are_fifty_by_default_and_a_thousand_at_most() {
         let page = list(&app, &app.service_key, &user.id, "", asked, "").await;
         assert_eq!(page.unwrap().records.len(), got, "{asked}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_large_records_fits_what_clients_take() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    app.sql(&format!(
+        "INSERT INTO usage_records
+         SELECT to_char(now(), 'YYYY-MM'), '{}', gen_random_uuid(), now(), repeat('m', 100), 1, 0, 0, 0, 0,
+             repeat('r', 128), (SELECT jsonb_object_agg(lpad(k::text, 64, 'k'), repeat('v', 256))
+             FROM generate_series(1, 16) k) FROM generate_series(1, 1000)",
+        user.id
+    ))
+    .await;
+    let (mut token, mut records) = (String::new(), 0);
+    loop {
+        let page = list(&app, &app.service_key, &user.id, "", 1000, &token).await;
+        let page = page.unwrap();
+        let bytes = page.encoded_len();
+        assert!(bytes <= 3 << 20, "{bytes}");
+        records += page.records.len();
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+        assert!(bytes > 5 << 19, "a page need not be so small: {bytes}");
+    }
+    assert_eq!(records, 1000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
