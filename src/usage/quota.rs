@@ -105,7 +105,7 @@ impl Usage {
         let tokens = if is_too_large { 1 } else { wish.tokens };
         let wish = wish.look(user.id, limits, tokens);
         let (decision, quota) = match self.keeper.reserve(&wish).await {
-            Reservation::Enough(total) => (Decision::Allowed, self.stands(user, total)),
+            Reservation::Enough(total) => (Decision::Allowed, stands(user, total)),
             Reservation::Denied(meters) => {
                 let decision = match meters.iter().any(|(meter, _)| meter.model.is_none()) {
                     true => Decision::MonthlyLimit,
@@ -136,7 +136,7 @@ impl Usage {
         may_ask(user, limits, wish.tokens).ok()?;
         let look = wish.look(user.id, limits, wish.tokens);
         match self.keeper.reserve_at_once(&look)? {
-            Reservation::Enough(total) => Some((Decision::Allowed, self.stands(user, total))),
+            Reservation::Enough(total) => Some((Decision::Allowed, stands(user, total))),
             _ => None,
         }
     }
@@ -155,19 +155,9 @@ impl Usage {
         may_ask(user, limits, wish.tokens)?;
         let look = wish.look(user.id, limits, wish.tokens);
         match self.keeper.reserve(&look).await {
-            Reservation::Enough(total) => Ok(self.stands(user, total)),
+            Reservation::Enough(total) => Ok(stands(user, total)),
             refused => Err(denial(user, limits, refused)),
         }
-    }
-
-    /// How a user stands who was found to have enough.
-    pub(super) fn stands(
-        &self,
-        user: &UserStanding,
-        total: Option<Standing>,
-    ) -> Option<QuotaState> {
-        let period = Period::containing(self.now());
-        total.map(|standing| standing.state(period, &user.tier))
     }
 
     /// How the total stands of a user who is short on some meters.
@@ -305,4 +295,9 @@ impl Usage {
         }
         failed.map_or(Ok(settled), Err)
     }
+}
+
+/// How a user stands who was found to have enough.
+pub(super) fn stands(user: &UserStanding, total: Option<(Period, Standing)>) -> Option<QuotaState> {
+    total.map(|(period, standing)| standing.state(period, &user.tier))
 }

@@ -10,6 +10,7 @@ use super::{
     keeper::{Holding, Reservation, Standing, Wish},
     lease::{Ended, Mode, Refusal},
     ledger::{Recorded, check_occurred_at},
+    quota::stands,
     spool::Unsettled,
     writer::WhenFull,
 };
@@ -151,7 +152,7 @@ impl Usage {
                 handle: None,
                 tokens: 0,
                 expires_at: None,
-                quota: self.stands(user, total),
+                quota: stands(user, total),
             }),
             refused => Err(denial(user, limits, refused)),
         }

@@ -250,7 +250,10 @@ impl Inner {
                     held,
                 }))
             }
-            Reserved::Enough => Tried::Done(Reservation::Enough(shard.standing(both[0]))),
+            Reserved::Enough => {
+                let total = shard.standing(both[0]);
+                Tried::Done(Reservation::Enough(total.map(|total| (period, total))))
+            }
             Reserved::Refused(refusal) => Tried::Refused(refusal),
             Reserved::Short(keys) => {
                 let keys = keys.into_iter().flatten();

@@ -31,7 +31,9 @@ use super::lease::{
 use crate::{
     config::QuotaSettings,
     error::{Error, Result},
-    model::{HoldName, MeterName, ModelName, ReplicaId, TierLimits, Tiers, UsageEvent, UserId},
+    model::{
+        HoldName, MeterName, ModelName, Period, ReplicaId, TierLimits, Tiers, UsageEvent, UserId,
+    },
     store::Store,
 };
 use models::Models;
@@ -101,8 +103,9 @@ pub struct Holding {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reservation {
     Held(Holding),
-    /// To a look: it could be held, now. `None`: by the tier's policy, while the database is silent.
-    Enough(Option<Standing>),
+    /// To a look: it could be held, now, in this month. `None`: by the tier's policy, while the database
+    /// is silent.
+    Enough(Option<(Period, Standing)>),
     /// Nobody has enough free: of these meters.
     Denied(Vec<(MeterName, Standing)>),
     /// Too many requests a minute.
