@@ -603,6 +603,32 @@ async fn book(app: &TestApp, events: &[UsageEvent]) {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn sums_beyond_what_a_number_holds_are_the_largest_number() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    let this = Period::containing(Utc::now());
+    app.sql(&format!(
+        "INSERT INTO monthly_model_usage
+         SELECT '{}', '{this}', 'm' || n, {}, 0, 0, 0, 0, 1 FROM generate_series(1, 2) AS n",
+        user.id,
+        i64::MAX
+    ))
+    .await;
+    let request = QueryUsageRequest {
+        user_id: user.id.clone(),
+        interval: Interval::Month.into(),
+        start_time: Some(at(this.start())),
+        end_time: Some(at(this.end())),
+        ..QueryUsageRequest::default()
+    };
+    let answer = ask(&app, &request).await.unwrap();
+    let totals = answer.series[0].totals.as_ref().unwrap();
+    assert_eq!(totals.tokens.unwrap().input, i64::MAX);
+    assert_eq!(totals.total_tokens, i64::MAX);
+    assert_eq!(totals.request_count, 2);
+}
+
 async fn ask(app: &TestApp, request: &QueryUsageRequest) -> Result<QueryUsageResponse, Status> {
     let mut usage = app.usage(&app.service_key);
     Ok(usage.query_usage(request.clone()).await?.into_inner())
