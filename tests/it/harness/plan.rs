@@ -3,9 +3,14 @@ use tokio_postgres::{NoTls, SimpleQueryMessage};
 use super::{TestApp, eventually};
 
 impl TestApp {
-    /// How Postgres carries out the statement that a server sent it last of those that hold all of
+    /// How Postgres carries out the statement that `call` makes a server send it, which holds all of
     /// `marks`, with these values for its parameters.
-    pub(crate) async fn plan(&self, marks: &[&str], values: &[&str]) -> String {
+    pub(crate) async fn plan(
+        &self,
+        marks: &[&str],
+        values: &[&str],
+        mut call: impl AsyncFnMut(),
+    ) -> String {
         let holds: Vec<String> = marks
             .iter()
             .map(|mark| format!("position($mark${mark}$mark$ in query) > 0"))
@@ -19,6 +24,8 @@ impl TestApp {
         let mut statement = String::new();
         let what = format!("{marks:?} has been sent");
         eventually(&what, async || {
+            // Each time: what its connection sends next, for whomever, hides it.
+            call().await;
             let rows = self.sql(&sent).await;
             statement = rows.first().map(|row| row.get(0)).unwrap_or_default();
             !statement.is_empty()
