@@ -5,7 +5,7 @@ use anyhow::Context as _;
 use crate::{
     config::{DatabaseSettings, Secret, Settings},
     embedded::{self, Embedded, EmbeddedError, Options},
-    store::Migrator,
+    store::{self, MigrationStatus, Migrator},
 };
 
 /// What becomes of a database before it is worked on.
@@ -31,14 +31,16 @@ impl Preparation {
     }
 
     pub(super) async fn prepare(self, database: &Database) -> anyhow::Result<()> {
-        let mut migrator = migrator(&database.settings.url).await?;
-        match self {
-            Self::Up => drop(migrator.up()?),
-            Self::None => anyhow::ensure!(
-                migrator.status()?.iter().all(|known| known.applied),
-                "the schema is not up to date: run `tollkeeper migrate up` first"
-            ),
+        let url = &database.settings.url;
+        if self == Self::Up {
+            migrator(url).await?.up()?;
+            return Ok(());
         }
+        let status = migration_status(url).await?;
+        anyhow::ensure!(
+            status.iter().all(|known| known.applied),
+            "the schema is not up to date: run `tollkeeper migrate up` first"
+        );
         Ok(())
     }
 }
@@ -113,4 +115,11 @@ pub(super) async fn migrator(url: &Secret) -> anyhow::Result<Migrator> {
     Migrator::connect(url.expose())
         .await
         .context("cannot connect to migrate (setting database.url)")
+}
+
+/// Looks which migrations there are; says which setting was wrong.
+pub(super) async fn migration_status(url: &Secret) -> anyhow::Result<Vec<MigrationStatus>> {
+    store::migration_status(url.expose())
+        .await
+        .context("cannot look at the schema (setting database.url)")
 }

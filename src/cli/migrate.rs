@@ -1,6 +1,6 @@
 use clap::Subcommand;
 
-use super::database::{Database, migrator};
+use super::database::{Database, migration_status, migrator};
 use crate::config::{Loaded, Secret};
 
 #[derive(Subcommand)]
@@ -21,21 +21,20 @@ pub(super) async fn run(command: Command, loaded: Loaded) -> anyhow::Result<()> 
 }
 
 async fn migrate(command: Command, url: &Secret) -> anyhow::Result<()> {
-    let mut migrator = migrator(url).await?;
     match command {
         Command::Up => {
-            let applied = migrator.up()?;
+            let applied = migrator(url).await?.up()?;
             applied.iter().for_each(|name| println!("applied {name}"));
             if applied.is_empty() {
                 println!("nothing to do: the schema is up to date");
             }
         }
-        Command::Down => match migrator.down()? {
+        Command::Down => match migrator(url).await?.down()? {
             Some(name) => println!("reverted {name}"),
             None => println!("nothing to do: no migration is applied"),
         },
         Command::Status => {
-            for migration in migrator.status()? {
+            for migration in migration_status(url).await? {
                 let mark = if migration.applied {
                     "applied"
                 } else {

@@ -8,11 +8,12 @@ mod migrate;
 mod numbers;
 mod secrets;
 mod serve;
+mod signals;
 mod tiers;
 mod usage;
 
 use std::{
-    io::{ErrorKind, Write as _},
+    io::{self, ErrorKind, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -21,6 +22,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use tempfile::NamedTempFile;
 
 use crate::{
     config::{self, Loaded},
@@ -230,26 +232,23 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 /// Puts a file in place that only its owner may read: as a whole or, when killed, not at all.
-///
-/// Two processes must not write the same one at once.
 fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
-    use std::{fs, io, io::Write as _, os::unix::fs::OpenOptionsExt as _};
-    let draft = path.with_added_extension("new");
     let write = || {
-        match fs::remove_file(&draft) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&draft)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&draft, path)
+        let mut draft = NamedTempFile::new_in(folder_of(path))?;
+        draft.write_all(text.as_bytes())?;
+        draft.as_file().sync_all()?;
+        draft.persist(path)?;
+        io::Result::Ok(())
     };
     write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The folder that a file is in.
+fn folder_of(file: &Path) -> &Path {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }
 
 #[cfg(test)]

@@ -4,10 +4,15 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use chrono::Utc;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind};
 use tracing::{error, info, warn};
 
-use super::{database::Database, secrets, write_private};
+use super::{
+    database::Database,
+    secrets,
+    signals::{Signals, caught},
+    write_private,
+};
 use crate::{
     auth::{Auth, InitialCredential, NewAccount, random_alphanumeric},
     config::{Loaded, Settings},
@@ -175,30 +180,4 @@ async fn reload_tiers(settings: &Settings, usage: &Usage) -> anyhow::Result<()> 
         warn!(%error, "not every user's month is settled under the new tiers, upkeep will try again");
     }
     Ok(())
-}
-
-fn caught(kind: SignalKind) -> anyhow::Result<Signal> {
-    signal(kind).context("cannot catch signals")
-}
-
-/// SIGTERM and SIGINT, caught from the first moment on.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> anyhow::Result<Self> {
-        Ok(Self {
-            terminate: caught(SignalKind::terminate())?,
-            interrupt: caught(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn received(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
 }

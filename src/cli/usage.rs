@@ -50,7 +50,7 @@ pub(super) struct ExportArgs {
     /// What to write
     #[arg(long, value_enum, default_value_t = Format::Csv)]
     format: Format,
-    /// File to write; else standard output
+    /// File to write; else, or as `-`, standard output
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 }

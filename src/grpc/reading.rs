@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     auth::Auth,
-    error::Result,
+    error::{Error, Result},
     model::{Interval, ModelName, UsageFilter, UsageGroup, UserId, Violation},
     proto::tollkeeper::usage::v1::{
         ExportSummary, ExportUsageRequest, ExportUsageResponse, ListUsageRecordsRequest,
@@ -236,6 +236,7 @@ pub(super) fn chunks(
         auth,
         shown,
         export,
+        is_whole: false,
     };
     let (sender, contents) = mpsc::channel(1);
     // Of its own: nobody asks for the next message of a reader that never reads, and its place must
@@ -252,6 +253,8 @@ struct Running {
     auth: Auth,
     shown: Shown,
     export: Export,
+    /// Whether all of it is with the reader, read or not.
+    is_whole: bool,
 }
 
 impl Running {
@@ -261,13 +264,14 @@ impl Running {
         reader: mpsc::Sender<ExportUsageResponse>,
         mut closing: watch::Receiver<bool>,
     ) -> Option<Status> {
-        tokio::select! {
+        let ended = tokio::select! {
             biased;
             _ = closing.wait_for(|closing| *closing) => Some(status::shutting_down()),
             // Nobody hears why.
             () = reader.closed() => None,
             passed = self.pass_all_on(&reader) => passed.err(),
-        }
+        };
+        ended.filter(|_| !self.is_whole)
     }
 
     async fn pass_all_on(
@@ -287,20 +291,28 @@ impl Running {
                     })
                 }
             };
-            let check = || self.shown.check(&self.auth);
-            let room = room_of(reader, CHECK_EVERY, PATIENCE, check).await?;
-            room.send(ExportUsageResponse {
+            self.room(reader).await?.send(ExportUsageResponse {
                 content: Some(content),
             });
             if is_last {
-                return Ok(());
+                self.is_whole = true;
+                // Unread, it keeps its place.
+                return self.room(reader).await.map(drop);
             }
         }
+    }
+
+    async fn room<'a, T>(
+        &self,
+        reader: &'a mpsc::Sender<T>,
+    ) -> Result<mpsc::Permit<'a, T>, Status> {
+        let check = || self.shown.check(&self.auth);
+        room_of(reader, CHECK_EVERY, PATIENCE, check).await
     }
 }
 
 /// Room for one more with a reader, for as long as a `check` made at first and `every` so often says
-/// that it may.
+/// that it may. An outage ends only what would go on: a reader that takes nothing outlasts it.
 async fn room_of<T, C: Future<Output = Result<()>>>(
     reader: &mpsc::Sender<T>,
     every: Duration,
@@ -309,8 +321,12 @@ async fn room_of<T, C: Future<Output = Result<()>>>(
 ) -> Result<mpsc::Permit<'_, T>, Status> {
     let end = Instant::now() + patience;
     loop {
-        check().await?;
+        let is_known = match check().await {
+            Err(Error::Unavailable(_)) if reader.capacity() == 0 => false,
+            checked => checked.map(|()| true)?,
+        };
         match timeout(every, reader.reserve()).await {
+            Ok(_) if !is_known => {}
             Ok(room) => return room.map_err(|_| status::deadline_exceeded()),
             Err(_) if Instant::now() >= end => return Err(status::deadline_exceeded()),
             Err(_) => {}
@@ -323,7 +339,6 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
-    use crate::error::Error;
 
     const EVERY: Duration = Duration::from_millis(1);
 
@@ -368,5 +383,32 @@ mod tests {
             .expect_err("it ends");
         assert_eq!(ended.code(), tonic::Code::Unauthenticated);
         assert_eq!(looks.get(), 4);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_takes_nothing_outlasts_an_outage_and_gets_nothing_in_one() {
+        let (reader, mut taken) = mpsc::channel(1);
+        let is_away = Cell::new(false);
+        let check = async || match is_away.get() {
+            true => Err(Error::Unavailable("away".into())),
+            false => Ok(()),
+        };
+        let forever = Duration::from_secs(600);
+        let room = async || room_of(&reader, EVERY, forever, check).await;
+        room().await.expect("there is room").send(1);
+        is_away.set(true);
+        let (next, ()) = tokio::join!(room(), async {
+            tokio::time::sleep(20 * EVERY).await;
+            is_away.set(false);
+            taken.recv().await;
+        });
+        next.expect("there is room").send(2);
+        is_away.set(true);
+        let (next, _) = tokio::join!(room(), async {
+            tokio::time::sleep(20 * EVERY).await;
+            taken.recv().await
+        });
+        let ended = next.expect_err("it ends");
+        assert_eq!(ended.code(), tonic::Code::Unavailable);
     }
 }

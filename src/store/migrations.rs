@@ -1,8 +1,14 @@
 //! Schema migrations, embedded in the binary.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
-use diesel::{migration::MigrationSource, pg::Pg};
+use diesel::{
+    QueryableByName,
+    migration::MigrationSource,
+    pg::Pg,
+    sql_query,
+    sql_types::{Bool, Text},
+};
 use diesel_async::{
     AsyncConnection as _, AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl,
     SimpleAsyncConnection as _,
@@ -122,23 +128,51 @@ impl Migrator {
         Ok(())
     }
 
-    /// Every migration of this binary, oldest first.
-    ///
-    /// # Errors
-    /// `Internal`
-    pub fn status(&mut self) -> Result<Vec<MigrationStatus>> {
+    fn status(&mut self) -> Result<Vec<MigrationStatus>> {
         let applied = self.harness.applied_migrations().map_err(Error::Internal)?;
-        let mut all: Vec<MigrationStatus> = MigrationSource::<Pg>::migrations(&MIGRATIONS)
-            .map_err(Error::Internal)?
-            .iter()
-            .map(|migration| MigrationStatus {
-                name: migration.name().to_string(),
-                applied: applied.contains(&migration.name().version().as_owned()),
-            })
-            .collect();
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(all)
+        let applied = applied.iter().map(ToString::to_string).collect();
+        all(&applied)
     }
+}
+
+/// Every migration of this binary, oldest first. Only reads, and waits for nobody who migrates.
+///
+/// # Errors
+/// `Unavailable` · `Internal`
+pub async fn migration_status(url: &str) -> Result<Vec<MigrationStatus>> {
+    #[derive(QueryableByName)]
+    struct Version {
+        #[diesel(sql_type = Text)]
+        version: String,
+    }
+    #[derive(QueryableByName)]
+    struct Found {
+        #[diesel(sql_type = Bool)]
+        found: bool,
+    }
+    let mut conn = establish(url).await?;
+    // Of diesel, which makes it with the first migration.
+    let table = sql_query("SELECT to_regclass('__diesel_schema_migrations') IS NOT NULL AS found");
+    if !table.get_result::<Found>(&mut conn).await?.found {
+        return all(&BTreeSet::new());
+    }
+    let versions = sql_query("SELECT version FROM __diesel_schema_migrations");
+    let versions: Vec<Version> = versions.load(&mut conn).await?;
+    all(&versions.into_iter().map(|row| row.version).collect())
+}
+
+/// Every migration of this binary, oldest first, and whether it is among the `applied` versions.
+fn all(applied: &BTreeSet<String>) -> Result<Vec<MigrationStatus>> {
+    let mut all: Vec<MigrationStatus> = MigrationSource::<Pg>::migrations(&MIGRATIONS)
+        .map_err(Error::Internal)?
+        .iter()
+        .map(|migration| MigrationStatus {
+            name: migration.name().to_string(),
+            applied: applied.contains(&migration.name().version().to_string()),
+        })
+        .collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
 }
 
 /// Whatever role and database have set: building an index takes as long as it takes, while the session that has

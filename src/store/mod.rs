@@ -69,7 +69,7 @@ pub use leases::Operated;
 pub use ledger::UsageInsert;
 pub use logins::{LoginStanding, LoginSubjects, NewSession};
 pub use mfa::{MfaReset, NewTotp};
-pub use migrations::{MigrationStatus, Migrator};
+pub use migrations::{MigrationStatus, Migrator, migration_status};
 pub use one_time_tokens::{Mailing, NewToken};
 pub use outbox::OutboxEvent;
 pub use partitions::Partitioned;

@@ -1,15 +1,18 @@
 use std::{
-    fs::{self, File},
+    fs::{File, Permissions},
     io::{self, IsTerminal as _, Write},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::Instant,
 };
 
 use anyhow::{Context as _, bail};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+use tempfile::NamedTempFile;
 
 use super::{ExportArgs, Format, NamedUser, month, named, time};
 use crate::{
+    cli::{folder_of, signals::Signals},
     model::UsageFilter,
     store::Store,
     usage::{self, ExportFormat, Written},
@@ -49,7 +52,7 @@ impl Export {
                 Format::Csv => ExportFormat::Csv,
                 Format::Ndjson => ExportFormat::Ndjson,
             },
-            output: args.output,
+            output: args.output.filter(|path| !is_stdout(path)),
         })
     }
 
@@ -64,65 +67,100 @@ impl Export {
         let Some(path) = self.output else {
             // On a terminal the records are to be seen.
             let progress = progress(size, io::stdout().is_terminal());
-            return match write(export, &mut io::stdout().lock(), &progress).await {
-                // Whoever read has enough.
-                Err(error) if is_broken_pipe(&error) => Ok(()),
-                outcome => outcome.map(|_| ()),
-            };
+            let to = To("standard output", &mut io::stdout().lock());
+            return pass_on(export, to, &progress).await;
         };
-        let written = write_file(export, &path, &progress(size, false)).await?;
+        let (name, progress) = (path.display().to_string(), progress(size, false));
+        if path.metadata().is_ok_and(|found| !found.is_file()) {
+            let mut open = File::create(&path).with_context(|| cannot_write(&name))?;
+            return pass_on(export, To(&name, &mut open), &progress).await;
+        }
+        let mut signals = Signals::new()?;
+        let written = tokio::select! {
+            written = write_file(export, &path, &name, &progress) => written?,
+            () = signals.received() => bail!("interrupted: {name} is as it was"),
+        };
         println!(
-            "{} records, {}, in {:.1} s: {}",
+            "{} records, {}, in {:.1} s: {name}",
             HumanCount(written.records),
             HumanBytes(written.bytes),
             started.elapsed().as_secs_f64(),
-            path.display()
         );
         Ok(())
     }
 }
 
-/// Writes a whole export to a file, or nothing; where there is a device or a pipe, to that.
+/// Where an export is written, and what people call it.
+struct To<'a, W>(&'a str, &'a mut W);
+
+fn cannot_write(name: &str) -> String {
+    format!("cannot write {name}")
+}
+
+/// Writes an export to whoever reads: a terminal, a pipe, a device.
+async fn pass_on(
+    export: usage::Export,
+    to: To<'_, impl Write>,
+    progress: &ProgressBar,
+) -> anyhow::Result<()> {
+    match write(export, to, progress).await {
+        // Whoever read has enough.
+        Err(error) if is_broken_pipe(&error) => Ok(()),
+        outcome => outcome.map(|_| ()),
+    }
+}
+
+/// Writes a whole export to a file, or nothing: what is not whole is of no use, and goes away.
 async fn write_file(
     export: usage::Export,
     path: &Path,
+    name: &str,
     progress: &ProgressBar,
 ) -> anyhow::Result<Written> {
-    let cannot = || format!("cannot write {}", path.display());
-    if path.metadata().is_ok_and(|found| !found.is_file()) {
-        let mut open = File::create(path).with_context(cannot)?;
-        return write(export, &mut open, progress).await;
+    let (target, mut draft) = draft(path).with_context(|| cannot_write(name))?;
+    let written = write(export, To(name, &mut draft), progress).await?;
+    draft
+        .as_file()
+        .sync_all()
+        .and_then(|()| Ok(draft.persist(target)?))
+        .with_context(|| cannot_write(name))?;
+    Ok(written)
+}
+
+/// What a file is written as until it is whole, and the place that it takes then.
+fn draft(path: &Path) -> io::Result<(PathBuf, NamedTempFile)> {
+    let mut builder = tempfile::Builder::new();
+    if !path.is_symlink() && !path.exists() {
+        // Whoever may read any new file may read this one.
+        builder.permissions(Permissions::from_mode(0o666));
+        return Ok((path.to_owned(), builder.tempfile_in(folder_of(path))?));
     }
-    // A link stays one.
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let draft = target.with_added_extension("part");
-    let mut file = File::create(&draft).with_context(cannot)?;
-    let outcome = write(export, &mut file, progress).await;
-    let finished = outcome.and_then(|written| {
-        file.sync_all().with_context(cannot)?;
-        fs::rename(&draft, &target).with_context(cannot)?;
-        Ok(written)
-    });
-    if finished.is_err() {
-        // What is not whole is of no use.
-        let _ = fs::remove_file(&draft);
-    }
-    finished
+    // A link stays one, and who may read the file stays as it is.
+    let target = path.canonicalize()?;
+    let draft = builder.tempfile_in(folder_of(&target))?;
+    let permissions = target.metadata()?.permissions();
+    draft.as_file().set_permissions(permissions)?;
+    Ok((target, draft))
 }
 
 /// Writes a whole export.
 async fn write(
     mut export: usage::Export,
-    to: &mut impl Write,
+    To(name, to): To<'_, impl Write>,
     progress: &ProgressBar,
 ) -> anyhow::Result<Written> {
     while let Some(chunk) = export.next_chunk().await? {
-        to.write_all(&chunk).context("cannot write")?;
+        to.write_all(&chunk).with_context(|| cannot_write(name))?;
         progress.set_position(export.written().records);
     }
-    to.flush().context("cannot write")?;
+    to.flush().with_context(|| cannot_write(name))?;
     progress.finish_and_clear();
     Ok(export.written())
+}
+
+/// A file of that name would take the place of what standard output is redirected to.
+fn is_stdout(path: &Path) -> bool {
+    path == "-" || path == "/dev/stdout"
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -1,6 +1,12 @@
-use std::{collections::HashSet, fs, os::unix::fs::symlink};
+use std::{
+    collections::HashSet,
+    fs::{self, Permissions},
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
+};
 
 use chrono::Utc;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio_postgres::Client;
 use tollkeeper::{
@@ -12,7 +18,7 @@ use tollkeeper::{
 };
 
 use super::home::{Home, Outcome};
-use crate::harness::{cluster, with_bearer};
+use crate::harness::{cluster, eventually, with_bearer};
 
 /// Records of the export whose memory is watched. A million take minutes in a debug build; the bound
 /// does not depend on how many there are.
@@ -187,7 +193,118 @@ async fn a_file_appears_when_it_is_whole_and_nothing_is_drawn_without_a_terminal
     assert_eq!(failed.code, Some(1), "{}", failed.stdout);
     assert!(failed.stderr.starts_with("tollkeeper: internal error"));
     assert_eq!(fs::read_to_string(&path).unwrap(), written);
-    assert!(!fs::exists(path.with_added_extension("part")).unwrap());
+    assert_eq!(names_in(path.parent().unwrap(), "usage.csv").len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_is_replaced_for_those_who_may_read_it_and_no_other_file_is() {
+    let used = Used::new().await;
+    let folder = used.home.path().join("exports");
+    fs::create_dir(&folder).unwrap();
+    let (file, dangling) = (folder.join("usage.csv"), folder.join("dangling.csv"));
+    let export = |path: &Path| used.usage(&["export", "--all", "--output", path.to_str().unwrap()]);
+    succeeded(export(&file));
+    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+    let new = folder.join("new");
+    fs::write(&new, "").unwrap();
+    assert_eq!(mode(&file), mode(&new), "as any new file");
+    fs::set_permissions(&file, Permissions::from_mode(0o640)).unwrap();
+    succeeded(export(&file));
+    assert_eq!(mode(&file), 0o640);
+
+    symlink("nowhere.csv", &dangling).unwrap();
+    let refused = export(&dangling);
+    assert_eq!(refused.code, Some(1), "{}", refused.stdout);
+    assert!(
+        refused.stderr.contains("cannot write"),
+        "{}",
+        refused.stderr
+    );
+    assert!(dangling.is_symlink());
+
+    // Two at once write a whole file each, and the later one stays.
+    let whole = fs::read(&file).unwrap();
+    let args = [
+        "usage",
+        "export",
+        "--all",
+        "--output",
+        file.to_str().unwrap(),
+    ];
+    let mut both = [0, 1].map(|_| used.home.start(used.home.command(&args)));
+    for export in &mut both {
+        assert_eq!(export.ended().code(), Some(0), "{}", export.log());
+    }
+    assert_eq!(fs::read(&file).unwrap(), whole);
+
+    for stdout in ["-", "/dev/stdout"] {
+        let written = succeeded(used.usage(&["export", "--all", "--output", stdout]));
+        assert_eq!(written.as_bytes(), whole, "{stdout}");
+    }
+    assert_eq!(names_in(&folder, "").len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_that_is_interrupted_leaves_the_file_as_it_was() {
+    let used = Used::new().await;
+    let folder = used.home.path().join("exports");
+    fs::create_dir(&folder).unwrap();
+    let file = folder.join("usage.csv");
+    fs::write(&file, "as it was").unwrap();
+    used.sql("BEGIN; LOCK TABLE usage_records").await;
+    let args = [
+        "usage",
+        "export",
+        "--all",
+        "--output",
+        file.to_str().unwrap(),
+    ];
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut export = used.home.start(used.home.command(&args));
+        eventually("the export has begun", async || {
+            names_in(&folder, "").len() == 2
+        })
+        .await;
+        export.signal(signal);
+        assert_eq!(export.ended().code(), Some(1));
+        let said = export.log();
+        assert!(said.starts_with("tollkeeper: interrupted: "), "{said}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "as it was");
+        assert_eq!(names_in(&folder, "").len(), 1);
+    }
+}
+
+/// The files of a folder whose names begin so.
+fn names_in(folder: &Path, prefix: &str) -> Vec<String> {
+    let names = fs::read_dir(folder)
+        .unwrap()
+        .map(|file| file.unwrap().file_name());
+    let names = names.map(|name| name.into_string().expect("UTF-8"));
+    names.filter(|name| name.starts_with(prefix)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_may_only_read_gets_reports_and_files_while_others_migrate() {
+    let used = Used::new().await;
+    // As the lock of migrations is held by one that waits.
+    used.sql("SELECT pg_advisory_lock(x'746f6c6c0001'::bigint)")
+        .await;
+    let read_only = "?options=-c%20default_transaction_read_only%3Don";
+    let reader = Home::with_database_at(&[used.home.database_url(), read_only].concat());
+    let report = succeeded(reader.run(&["usage", "report"]));
+    assert!(report.contains("usual"), "{report}");
+    let file = succeeded(reader.run(&["usage", "export", "--all"]));
+    assert_eq!(file.lines().count(), 45);
+    let status = succeeded(reader.run(&["migrate", "status"]));
+    assert!(!status.contains("pending"), "{status}");
+
+    let empty = cluster::empty_database().await;
+    let nothing = Home::with_database_at(&empty);
+    let refused = nothing.run(&["usage", "report"]);
+    assert_eq!(refused.code, Some(1), "{}", refused.stdout);
+    let tables = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace";
+    let made = cluster::connect(&empty).await.query_one(tables, &[]).await;
+    assert_eq!(made.unwrap().get::<_, i64>(0), 0, "{}", refused.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]

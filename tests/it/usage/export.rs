@@ -1,10 +1,12 @@
 use std::{
     cmp::Reverse,
     collections::{HashMap, HashSet},
+    time::Duration,
 };
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use serde_json::{Value, json};
+use tokio::time::sleep;
 use tollkeeper::proto::tollkeeper::{
     admin::v1::DisableServiceAccountRequest,
     usage::v1::{
@@ -13,7 +15,7 @@ use tollkeeper::proto::tollkeeper::{
         usage_service_client::UsageServiceClient,
     },
 };
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status, Streaming, transport::Endpoint};
 use uuid::Uuid;
 
 use super::{at, event, turn_of_the_month};
@@ -362,6 +364,38 @@ async fn a_user_has_4_exports_at_a_time_and_none_once_logged_out() {
     for mut stream in unread {
         let cut = rest(&mut stream).await.unwrap_err();
         assert_eq!(reason(&cut), "SESSION_ENDED");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_short_export_keeps_its_place_while_it_is_unread_and_is_whole_afterwards() {
+    let app = TestApp::spawn().await;
+    let user = app.user().create().await;
+    // Two messages that are sent on their own, and the summary.
+    fill(&app, &user, 400).await;
+    let tokens = app.login(&user).await;
+    let own = ExportUsageRequest::default;
+    // The network holds little of it for a reader who does not read.
+    let narrow = Endpoint::new(format!("http://{}", app.running().address)).unwrap();
+    let narrow = narrow.initial_stream_window_size(1024).connect_lazy();
+    let mut unread = Vec::new();
+    for _ in 0..4 {
+        let mut usage = UsageServiceClient::new(narrow.clone());
+        let request = with_bearer(own(), &tokens.access_token);
+        unread.push(usage.export_usage(request).await.unwrap().into_inner());
+    }
+    sleep(Duration::from_millis(200)).await;
+    let refused = open(&app, &tokens.access_token, own()).await.unwrap_err();
+    assert_eq!(reason(&refused), "OVERLOADED");
+    app.logout(&tokens.access_token).await;
+    let token = app.login(&user).await.access_token;
+    eventually("unread exports have ended", async || {
+        open(&app, &token, own()).await.is_ok()
+    })
+    .await;
+    for mut stream in unread {
+        let (_, summary) = rest(&mut stream).await.unwrap();
+        assert_eq!(summary.unwrap().record_count, 400);
     }
 }
 
