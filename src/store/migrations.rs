@@ -9,10 +9,7 @@ use diesel::{
     sql_query,
     sql_types::{Bool, Text},
 };
-use diesel_async::{
-    AsyncConnection as _, AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl,
-    SimpleAsyncConnection as _,
-};
+use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 use tokio::{
     runtime::Handle,
@@ -20,7 +17,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{IN_ENGLISH, indexes::indexes_ensure};
+use super::{
+    connecting::{IN_ENGLISH, connect},
+    indexes::indexes_ensure,
+};
 use crate::error::{Error, Result};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -182,13 +182,11 @@ const UNHURRIED: &str = "
     WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_session_timeout')";
 
 async fn establish(url: &str) -> Result<AsyncPgConnection> {
-    let mut conn = timeout(CONNECT_TIMEOUT, AsyncPgConnection::establish(url))
+    let session = [IN_ENGLISH, UNHURRIED].concat();
+    timeout(CONNECT_TIMEOUT, connect(url, &session))
         .await
         .map_err(|_| Error::Unavailable("no answer in time".into()))?
-        .map_err(|error| Error::Unavailable(error.into()))?;
-    conn.batch_execute(&[IN_ENGLISH, UNHURRIED].concat())
-        .await?;
-    Ok(conn)
+        .map_err(|error| Error::Unavailable(error.into()))
 }
 
 async fn try_lock(conn: &mut AsyncPgConnection) -> Result<bool> {

@@ -8,6 +8,7 @@ mod api_keys;
 mod audit;
 mod changes;
 mod conn;
+mod connecting;
 mod erasures;
 mod errors;
 mod indexes;
@@ -46,9 +47,9 @@ use deadpool::{
     Runtime, Status,
     managed::{QueueMode, WeakPool},
 };
-use diesel::{ConnectionError, ConnectionResult};
+use diesel::ConnectionError;
 use diesel_async::{
-    AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
+    AsyncPgConnection, SimpleAsyncConnection as _,
     pooled_connection::{
         AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
     },
@@ -61,6 +62,7 @@ use tokio::{
 };
 
 use conn::Conn;
+use connecting::{LEASE_SESSION, LEDGER_SESSION, connect, session};
 use ledger::Replays;
 
 pub use api_keys::NewApiKey;
@@ -286,47 +288,5 @@ async fn tick(pool: WeakPool<Manager>, period: Duration) {
     }
 }
 
-/// Between the statements of a transaction this service does nothing that takes long: one that stops there
-/// must not keep its locks from others.
-const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
-
 /// See [`Store::patience`].
 const SILENCE: Duration = Duration::from_secs(2);
-
-/// Some errors can be told apart by their English texts alone: the driver does not hand the SQLSTATE on. Not
-/// every role may ask for those.
-const IN_ENGLISH: &str = "
-    DO $$ BEGIN SET lc_messages = 'C'; EXCEPTION WHEN insufficient_privilege THEN NULL; END $$;";
-
-/// What every connection sets first. No statement runs for so long that compiling it would pay, and some
-/// look dear to the planner.
-fn session(statement_timeout: Duration) -> String {
-    format!(
-        "{IN_ENGLISH}
-         SET application_name = 'tollkeeper'; SET timezone = 'UTC'; SET statement_timeout = {};
-         SET idle_in_transaction_session_timeout = {}; SET jit = off;",
-        statement_timeout.as_millis(),
-        IDLE_IN_TRANSACTION.as_millis()
-    )
-}
-
-/// What the ledger sets beside. Its few statements are planned once, maybe while a partition is empty:
-/// each looks rows up by their key, and must not be planned to read the table. What it acknowledges is
-/// on the disk whatever the database's default is.
-const LEDGER_SESSION: &str = "
-    SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;
-    SELECT set_config('synchronous_commit', 'on', false)
-    WHERE current_setting('synchronous_commit') = 'off'";
-
-/// What leases set beside that. Their statements join a batch of keys to tables that fill within seconds
-/// of the first plan: each key is looked up, and no plan reads all there is to find a few.
-const LEASE_SESSION: &str = "
-    SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off;";
-
-async fn connect(url: &str, session: &str) -> ConnectionResult<AsyncPgConnection> {
-    let mut conn = AsyncPgConnection::establish(url).await?;
-    conn.batch_execute(session)
-        .await
-        .map_err(ConnectionError::CouldntSetupConfiguration)?;
-    Ok(conn)
-}
