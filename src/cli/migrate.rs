@@ -1,6 +1,9 @@
 use clap::Subcommand;
 
-use super::database::{Database, migration_status, migrator};
+use super::{
+    database::{Database, migration_status, migrator},
+    print,
+};
 use crate::config::{Loaded, Secret};
 
 #[derive(Subcommand)]
@@ -34,14 +37,15 @@ async fn migrate(command: Command, url: &Secret) -> anyhow::Result<()> {
             None => println!("nothing to do: no migration is applied"),
         },
         Command::Status => {
-            for migration in migration_status(url).await? {
-                let mark = if migration.applied {
-                    "applied"
-                } else {
-                    "pending"
+            let status = migration_status(url).await?;
+            let lines = status.into_iter().map(|migration| {
+                let mark = match migration.applied {
+                    true => "applied",
+                    false => "pending",
                 };
-                println!("{mark}  {}", migration.name);
-            }
+                format!("{mark}  {}\n", migration.name)
+            });
+            print(lines.collect::<String>().as_bytes())?;
         }
     }
     Ok(())

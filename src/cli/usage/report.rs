@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use terminal_size::{Width, terminal_size};
 
 use super::{By, NamedUser, ReportArgs, month};
-use crate::cli::numbers::grouped;
+use crate::cli::{numbers::grouped, print};
 use crate::{
     model::{Interval, Period, ReportBy, ReportLine, TimeRange, UsageTotals},
     store::Store,
@@ -61,11 +61,10 @@ impl Report {
             .into_iter()
             .map(|line| (label(line.name, line.members), line.totals))
             .collect();
-        println!("{} by {name}, tokens\n", self.period);
-        print!("{}", table(name, &lines, all));
         let width = terminal_size().map_or(USUAL_WIDTH, |(Width(columns), _)| columns.into());
-        print!("\n{}", chart(&lines, all, width));
-        Ok(())
+        let (table, chart) = (table(name, &lines, all), chart(&lines, all, width));
+        let report = format!("{} by {name}, tokens\n\n{table}\n{chart}", self.period);
+        print(report.as_bytes())
     }
 }
 

@@ -3,6 +3,7 @@ use std::{
     fs::{self, Permissions},
     os::unix::fs::{PermissionsExt as _, symlink},
     path::Path,
+    process::Stdio,
 };
 
 use chrono::Utc;
@@ -305,6 +306,24 @@ async fn whoever_may_only_read_gets_reports_and_files_while_others_migrate() {
     let tables = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace";
     let made = cluster::connect(&empty).await.query_one(tables, &[]).await;
     assert_eq!(made.unwrap().get::<_, i64>(0), 0, "{}", refused.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_reads_only_the_beginning_ends_it_without_a_word() {
+    let used = Used::new().await;
+    for args in [
+        &["usage", "report"][..],
+        &["usage", "export", "--all"],
+        &["migrate", "status"],
+    ] {
+        let mut command = used.home.command(args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        drop(child.stdout.take());
+        let ended = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!((ended.status.code(), &*said), (Some(0), ""), "{args:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
