@@ -70,14 +70,14 @@ pub enum Error {
     /// Rather than grow without bound.
     #[error("the user has {limit} live credits already, which is the most")]
     TooManyCredits { limit: u32 },
-    #[error("fewer tokens are left this month than wanted")]
+    #[error("fewer tokens{} are left this month than wanted", of_model(.0))]
     QuotaExceeded(Box<QuotaExceeded>),
     #[error("one request may use at most {limit} tokens")]
     RequestTooLarge { limit: i64 },
     #[error("more than {limit} requests a minute")]
     RateLimited { limit: i64, retry_after: Duration },
     /// Rather than grow without bound.
-    #[error("too many reservations are open, retry after {retry_after:?}")]
+    #[error("too many reservations are open, retry after {:?}", in_brief(*retry_after))]
     TooManyReservations { retry_after: Duration },
     #[error("this is no reservation of this service")]
     ReservationInvalid,
@@ -91,12 +91,12 @@ pub enum Error {
     /// Malformed, used, expired, superseded, for something else: one answer for all.
     #[error("the token is not valid")]
     OneTimeTokenInvalid,
-    #[error("a mail was sent a moment ago, retry after {retry_after:?}")]
+    #[error("a mail was sent a moment ago, retry after {:?}", in_brief(*retry_after))]
     MailTooSoon { retry_after: Duration },
     /// Somebody is guessing, or mistypes.
-    #[error("too many failed attempts, retry after {retry_after:?}")]
+    #[error("too many failed attempts, retry after {:?}", in_brief(*retry_after))]
     Throttled { retry_after: Duration },
-    #[error("too much work is waiting, retry after {retry_after:?}")]
+    #[error("too much work is waiting, retry after {:?}", in_brief(*retry_after))]
     Overloaded { retry_after: Duration },
     /// Wrong, too old, or used before: one answer for all.
     #[error("the code is wrong or was used before")]
@@ -116,6 +116,21 @@ pub enum Error {
 
 /// An underlying error, for the log only: driver text and SQL never leave the process.
 pub type Cause = Box<dyn StdError + Send + Sync>;
+
+fn of_model(exceeded: &QuotaExceeded) -> String {
+    let of = |model| format!(" of {model}");
+    exceeded.model.as_ref().map(of).unwrap_or_default()
+}
+
+/// A time to wait as people read it: whole seconds, or milliseconds of less than one; rounded up.
+fn in_brief(wait: Duration) -> Duration {
+    let millis = wait.as_nanos().div_ceil(1_000_000);
+    let millis = u64::try_from(millis).unwrap_or(u64::MAX);
+    match millis {
+        0..1_000 => Duration::from_millis(millis),
+        _ => Duration::from_secs(millis.div_ceil(1_000)),
+    }
+}
 
 /// An error and all that caused it.
 pub fn in_one_line(error: &dyn StdError) -> String {
@@ -231,5 +246,24 @@ mod tests {
             error.with_causes(),
             "the database is unavailable: connection refused"
         );
+    }
+
+    #[test]
+    fn a_wait_is_told_in_few_digits_and_never_too_short() {
+        for (nanos, told) in [
+            (0, "0ns"),
+            (1, "1ms"),
+            (915_664_523, "916ms"),
+            (999_000_001, "1s"),
+            (1_000_000_001, "2s"),
+            (899_999_000_000, "900s"),
+        ] {
+            let retry_after = Duration::from_nanos(nanos);
+            let said = Error::Throttled { retry_after }.to_string();
+            assert_eq!(
+                said,
+                format!("too many failed attempts, retry after {told}")
+            );
+        }
     }
 }

@@ -136,7 +136,7 @@ impl Collector for CallMetrics {
             MetricType::Histogram,
         )?;
         for (rpc, sums) in &sums {
-            let bounds = BUCKETS.into_iter().chain([f64::MAX]);
+            let bounds = BUCKETS.into_iter().chain([f64::INFINITY]);
             let buckets: Vec<(f64, u64)> = bounds.zip(sums.by_duration).collect();
             let seconds = Duration::from_nanos(sums.nanos).as_secs_f64();
             let calls = sums.by_duration.iter().sum();

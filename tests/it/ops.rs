@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -13,6 +14,7 @@ use tollkeeper::{
 };
 
 use crate::{
+    auth::python::python,
     harness::{TestApp, eventually, validate_through},
     usage::{
         event,
@@ -182,6 +184,25 @@ async fn only_what_was_called_has_series_and_none_of_them_names_anybody() {
         &app.service_key,
     ] {
         assert!(!text.contains(secret.as_str()), "{secret} in {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_is_openmetrics_to_the_letter() {
+    let app = TestApp::spawn().await;
+    app.validate("garbage").await.unwrap_err();
+    let (_, text) = get(app.ops_address, "/metrics").await;
+    let script = "
+import json, sys
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as read
+print(json.dumps({family.name: family.type for family in read(json.load(sys.stdin))}))";
+    let families = python(script, &json!(text));
+    for (name, kind) in [
+        ("grpc_request_duration_seconds", "histogram"),
+        ("grpc_requests", "counter"),
+        ("credential_entries", "gauge"),
+    ] {
+        assert_eq!(families[format!("tollkeeper_{name}")], kind);
     }
 }
 
