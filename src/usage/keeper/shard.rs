@@ -188,10 +188,7 @@ impl Shard {
 
     /// Looks after a tenth of the book, and forgets who has been quiet.
     pub(super) fn sweep(&mut self, now: Boot) {
-        let entries = self.book.holds().max(self.book.meters());
-        let entries = u32::try_from(entries).unwrap_or(u32::MAX);
-        let budget = entries.div_ceil(10).max(SWEEP_AT_LEAST);
-        self.book.sweep(now, budget);
+        self.book.sweep(now, 10);
         if now.since(self.forgot_at) >= FORGET_EVERY_MS {
             self.forgot_at = now;
             self.rates.retain(|_, state| !state.is_fresh(nanos(now)));
@@ -221,9 +218,6 @@ impl Shard {
         all
     }
 }
-
-/// Of holds, and of meters, in one sweep: few are all looked at each time.
-const SWEEP_AT_LEAST: u32 = 64;
 
 /// Between looks at all of those.
 const FORGET_EVERY_MS: u64 = 5_000;

@@ -12,7 +12,7 @@ use super::{
     meters::Meters,
     registration::Standing,
 };
-use crate::model::{Ending, HoldId, Tokens, UserId};
+use crate::model::{HoldId, Tokens, UserId};
 
 pub use leasing::Answered;
 pub use settling::{Begun, Ended, Outcome};
@@ -38,6 +38,9 @@ impl Default for Bounds {
         }
     }
 }
+
+/// Meters that are looked at in one sweep.
+const SWEEP_AT_LEAST: u32 = 64;
 
 /// A wish for tokens.
 #[derive(Clone, Copy, Debug)]
@@ -96,7 +99,7 @@ pub struct Book {
     /// Those that no lease covers.
     open_holds: usize,
     number: u64,
-    next_hold: u32,
+    next_chunk: usize,
     next_meter: u32,
 }
 
@@ -112,7 +115,7 @@ impl Book {
             allowances: Map::default(),
             open_holds: 0,
             number: 0,
-            next_hold: 0,
+            next_chunk: 0,
             next_meter: 0,
         }
     }
@@ -292,21 +295,15 @@ impl Book {
         Ok(expires)
     }
 
-    /// Looks at `budget` holds and meters, and goes on from there the next time: expires holds, and
-    /// makes due what is spent, idle or empty.
-    pub fn sweep(&mut self, now: Boot, budget: u32) {
-        for _ in 0..budget.min(self.holds.slots()) {
-            self.next_hold = (self.next_hold + 1) % self.holds.slots();
-            if let Some((id, hold)) = self.holds.at(self.next_hold)
-                && hold.state == State::Live
-                && hold.expires <= now
-                && hold.commits == 0
-            {
-                hold.state = State::Limbo(Ending::Expired);
-                self.limbo.push_back(id);
-            }
+    /// Looks at one of so many parts of the holds and meters, and goes on from there the next time:
+    /// expires holds, and makes due what is spent, idle or empty. Few are all looked at.
+    pub fn sweep(&mut self, now: Boot, parts: u32) {
+        for _ in 0..self.holds.chunks().div_ceil(parts as usize) {
+            self.next_chunk = (self.next_chunk + 1) % self.holds.chunks();
+            self.limbo.extend(self.holds.expire(self.next_chunk, now));
         }
-        for _ in 0..budget.min(self.meters.slots()) {
+        let meters = self.meters.slots().div_ceil(parts).max(SWEEP_AT_LEAST);
+        for _ in 0..meters.min(self.meters.slots()) {
             self.next_meter = (self.next_meter + 1) % self.meters.slots();
             let index = self.next_meter;
             let Some(meter) = self.meters.at(index) else {

@@ -2,7 +2,10 @@
 
 use hashbrown::HashTable;
 
-use super::{meter::Boot, slots::Slots};
+use super::{
+    meter::Boot,
+    slots::{CHUNK, Slots},
+};
 use crate::model::{Ending, HoldId, Period, Tokens};
 
 impl HoldId {
@@ -80,6 +83,8 @@ pub(super) struct Holds {
     /// With the generation of the hold that is there, or was last.
     slots: Slots<(u32, Option<Hold>)>,
     empty: Vec<u32>,
+    /// Of each chunk of slots: none of its live holds expires before.
+    expires: Vec<Boot>,
     /// The slot of each request's hold, the latest one's.
     by_request: HashTable<u32>,
 }
@@ -91,6 +96,36 @@ impl Holds {
 
     pub(super) fn slots(&self) -> u32 {
         self.slots.len() as u32
+    }
+
+    pub(super) fn chunks(&self) -> usize {
+        self.expires.len()
+    }
+
+    /// Ends those of a chunk whose time is over, unless a commit of theirs is under way; says which.
+    pub(super) fn expire(&mut self, chunk: usize, now: Boot) -> Vec<HoldId> {
+        let mut expired = Vec::new();
+        // Of those that a commit ends soon, most chunks are seldom looked into.
+        if self.expires[chunk] > now {
+            return expired;
+        }
+        let mut first = Boot(u64::MAX);
+        for slot in (chunk * CHUNK) as u32..((chunk + 1) * CHUNK) as u32 {
+            let Some((id, hold)) = self.at(slot) else {
+                continue;
+            };
+            if hold.state != State::Live {
+                continue;
+            }
+            if hold.expires <= now && hold.commits == 0 {
+                hold.state = State::Limbo(Ending::Expired);
+                expired.push(id);
+            } else {
+                first = first.min(hold.expires);
+            }
+        }
+        self.expires[chunk] = first;
+        expired
     }
 
     /// Forgets all holds and no generation: an id never comes again.
@@ -109,8 +144,13 @@ impl Holds {
         let (generation, place) = self.slots.get_mut(slot).expect("just found");
         debug_assert!(place.is_none());
         *generation = generation.wrapping_add(1).max(1);
-        let request = hold.request;
+        let (request, expires) = (hold.request, hold.expires);
         *place = Some(hold);
+        let chunk = slot as usize / CHUNK;
+        match self.expires.get_mut(chunk) {
+            Some(first) => *first = expires.min(*first),
+            None => self.expires.push(expires),
+        }
         let id = HoldId::new(slot, *generation);
         let slots = &self.slots;
         let is_same = |slot: &u32| request_in(slots, *slot) == Some(request);

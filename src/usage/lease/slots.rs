@@ -5,7 +5,7 @@
 #[derive(Debug)]
 pub(super) struct Slots<T>(Vec<Vec<T>>);
 
-const CHUNK: usize = 256;
+pub(super) const CHUNK: usize = 256;
 
 impl<T> Slots<T> {
     pub(super) fn len(&self) -> usize {

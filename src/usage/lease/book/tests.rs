@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
-    model::{Answer, Balance, Carried, Kind, LeaseRow, Period, operate},
+    model::{Answer, Balance, Carried, Ending, Kind, LeaseRow, Period, operate},
     usage::lease::ModelKey,
 };
 
@@ -194,7 +194,7 @@ fn a_lease_that_is_looked_at_is_in_use_while_it_has_enough() {
         ..ask(1, &meters, tokens)
     };
     let given_back = |book: &mut Book, now: Boot| -> Tokens {
-        book.sweep(now, 100);
+        book.sweep(now, 1);
         let operations = book.operations(now, 10);
         operations.iter().map(|(_, sent)| sent.give_back).sum()
     };

@@ -8,7 +8,7 @@ impl World {
         let to = Some((index, self.replicas[index].process));
         match event {
             Event::Tick => {
-                self.replicas[index].book.sweep(now, 1_000);
+                self.replicas[index].book.sweep(now, 1);
                 if self.flaw == Some(Flaw::NoIdleReturn) {
                     // What it would give back is not sent.
                 } else {
