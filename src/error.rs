@@ -12,7 +12,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     #[error("{0}")]
     Invalid(Violations),
-    #[error("the call needs a credential: authorization metadata with a bearer token")]
+    #[error("the call needs a credential, as `authorization: Bearer` and a token or key")]
     CredentialMissing,
     /// A token or key was presented and is not good.
     #[error("the {credential} {fault}")]

@@ -18,9 +18,8 @@ use anyhow::{Context as _, bail, ensure};
 use chrono::Utc;
 use clap::{Args, ValueEnum};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
-use tokio::signal::unix::{SignalKind, signal};
 
-use super::{accounts::with_auth_on, database::Preparation, named};
+use super::{accounts::with_auth_on, database::Preparation, named, signals::Signals};
 use crate::{
     auth::{Import, ImportOptions, ImportRow, Imported, RowFault},
     config::Loaded,
@@ -33,9 +32,6 @@ use file::{Read, Rows};
 
 /// Rows that are committed together.
 const BATCH_ROWS: usize = 500;
-
-/// As shells have it of a command that SIGINT ended.
-const TWICE_INTERRUPTED: i32 = 130;
 
 /// A signal is known of well within this.
 const SIGNAL_BEHIND_END: Duration = Duration::from_millis(200);
@@ -300,23 +296,18 @@ impl Work {
     }
 }
 
-/// Turns true when the process is asked to end; a batch under way is to be settled first. Whoever
-/// asks once more does not wait: for the database, or for more of standard input.
+/// Turns true when the process is asked to end; a batch under way is to be settled first.
 fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
-    let asked = Arc::new(AtomicBool::new(false));
-    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
-        let mut signals = signal(kind).context("cannot wait for signals")?;
-        let asked = asked.clone();
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() {
-                if asked.swap(true, Ordering::Relaxed) {
-                    std::process::exit(TWICE_INTERRUPTED);
-                }
-                eprintln!("ending after this batch; once more ends at once");
-            }
-        });
-    }
-    Ok(asked)
+    let mut signals = Signals::new()?;
+    let is_asked = Arc::new(AtomicBool::new(false));
+    let told = is_asked.clone();
+    tokio::spawn(async move {
+        signals.received().await;
+        told.store(true, Ordering::Relaxed);
+        eprintln!("ending after this batch; once more ends at once");
+        signals.end_at_next().await;
+    });
+    Ok(is_asked)
 }
 
 /// A bar on standard error, if that is a terminal.

@@ -27,14 +27,15 @@ async fn migrate(command: Command, url: &Secret) -> anyhow::Result<()> {
     match command {
         Command::Up => {
             let applied = migrator(url).await?.up()?;
-            applied.iter().for_each(|name| println!("applied {name}"));
-            if applied.is_empty() {
-                println!("nothing to do: the schema is up to date");
+            let lines = applied.iter().map(|name| format!("applied {name}\n"));
+            match applied.is_empty() {
+                true => print(b"nothing to do: the schema is up to date\n"),
+                false => print(lines.collect::<String>().as_bytes()),
             }
         }
         Command::Down => match migrator(url).await?.down()? {
-            Some(name) => println!("reverted {name}"),
-            None => println!("nothing to do: no migration is applied"),
+            Some(name) => print(format!("reverted {name}\n").as_bytes()),
+            None => print(b"nothing to do: no migration is applied\n"),
         },
         Command::Status => {
             let status = migration_status(url).await?;
@@ -45,8 +46,7 @@ async fn migrate(command: Command, url: &Secret) -> anyhow::Result<()> {
                 };
                 format!("{mark}  {}\n", migration.name)
             });
-            print(lines.collect::<String>().as_bytes())?;
+            print(lines.collect::<String>().as_bytes())
         }
     }
-    Ok(())
 }

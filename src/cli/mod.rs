@@ -13,6 +13,7 @@ mod tiers;
 mod usage;
 
 use std::{
+    fs,
     io::{self, ErrorKind, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -22,7 +23,6 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use tempfile::NamedTempFile;
 
 use crate::{
     config::{self, Loaded},
@@ -82,7 +82,7 @@ enum Command {
     /// Change or show the database schema
     #[command(subcommand)]
     Migrate(migrate::Command),
-    /// Create users, or import those of another system
+    /// Create users, import those of another system, or take a lost second factor away
     #[command(subcommand)]
     Users(accounts::UsersCommand),
     /// Create service accounts, which programs call with, and rotate their keys
@@ -233,8 +233,18 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 
 /// Puts a file in place that only its owner may read: as a whole or, when killed, not at all.
 fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // One name: what a killed process left goes with the next attempt.
+    let (folder, draft) = (folder_of(path), format!(".{name}.new"));
     let write = || {
-        let mut draft = NamedTempFile::new_in(folder_of(path))?;
+        match fs::remove_file(folder.join(&draft)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut draft = tempfile::Builder::new()
+            .prefix(&draft)
+            .rand_bytes(0)
+            .tempfile_in(folder)?;
         draft.write_all(text.as_bytes())?;
         draft.as_file().sync_all()?;
         draft.persist(path)?;

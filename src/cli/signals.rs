@@ -8,6 +8,9 @@ pub(super) fn caught(kind: SignalKind) -> anyhow::Result<Signal> {
     signal(kind).context("cannot catch signals")
 }
 
+/// As shells have it of a command that SIGINT ended.
+const TWICE_INTERRUPTED: i32 = 130;
+
 /// SIGTERM and SIGINT, caught from the first moment on.
 pub(super) struct Signals {
     terminate: Signal,
@@ -27,5 +30,11 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+
+    /// Whoever asks once more does not wait: for the database, or for more of standard input.
+    pub(super) async fn end_at_next(mut self) {
+        self.received().await;
+        std::process::exit(TWICE_INTERRUPTED);
     }
 }

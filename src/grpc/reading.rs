@@ -296,7 +296,7 @@ impl Running {
             });
             if is_last {
                 self.is_whole = true;
-                // Unread, it keeps its place.
+                // As long as something of it is unread here, it keeps its place.
                 return self.room(reader).await.map(drop);
             }
         }
@@ -326,7 +326,7 @@ async fn room_of<T, C: Future<Output = Result<()>>>(
             checked => checked.map(|()| true)?,
         };
         match timeout(every, reader.reserve()).await {
-            Ok(_) if !is_known => {}
+            Ok(Ok(_)) if !is_known => {}
             Ok(room) => return room.map_err(|_| status::deadline_exceeded()),
             Err(_) if Instant::now() >= end => return Err(status::deadline_exceeded()),
             Err(_) => {}

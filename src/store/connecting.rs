@@ -51,13 +51,16 @@ pub(super) async fn connect(url: &str, session: &str) -> ConnectionResult<AsyncP
     Ok(conn)
 }
 
+/// What a URL says. Whatever is wrong with it is said without its cause, which may quote a part of the
+/// password.
+pub(super) fn config_of(url: &str) -> ConnectionResult<Config> {
+    let config = url.parse::<Config>();
+    config.map_err(|error| ConnectionError::InvalidConnectionUrl(error.to_string()))
+}
+
 /// Connects. As `AsyncPgConnection::establish` does, which keeps the cause of a failure to itself.
 async fn establish(url: &str) -> ConnectionResult<AsyncPgConnection> {
-    let config: Config = url.parse().map_err(|error: tokio_postgres::Error| {
-        // Its cause may quote a part of the password.
-        ConnectionError::InvalidConnectionUrl(error.to_string())
-    })?;
-    let connected = config.connect(NoTls).await;
+    let connected = config_of(url)?.connect(NoTls).await;
     let (client, connection) =
         connected.map_err(|error| ConnectionError::BadConnection(in_one_line(&error)))?;
     AsyncPgConnection::try_from_client_and_connection(client, connection).await

@@ -7,9 +7,9 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
+use tokio_postgres::{AsyncMessage, Client, NoTls};
 
-use super::Store;
+use super::{Store, connecting::config_of};
 use crate::error::{Error, Result};
 
 /// Between questions whether the other end is still there: a connection that was cut without a word is
@@ -37,7 +37,8 @@ impl Store {
 
     async fn try_listen(&self, name: &str, channel: &str) -> Result<Listening> {
         let unavailable = |error: tokio_postgres::Error| Error::Unavailable(error.into());
-        let mut config: Config = self.url.parse().map_err(unavailable)?;
+        let config = config_of(&self.url);
+        let mut config = config.map_err(|error| Error::Unavailable(error.into()))?;
         config
             .application_name(name)
             .connect_timeout(self.connect_timeout);

@@ -25,8 +25,8 @@ use crate::error::{Error, Result};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
 
-/// Longest a connection may take to be made: a host that drops packets answers after minutes.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest a connection, or a mere look, may take: a host that drops packets answers after minutes.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Held while the schema changes.
 const LOCK: i64 = 0x746f_6c6c_0001;
@@ -140,6 +140,10 @@ impl Migrator {
 /// # Errors
 /// `Unavailable` · `Internal`
 pub async fn migration_status(url: &str) -> Result<Vec<MigrationStatus>> {
+    all(&in_time(applied_versions(url)).await?)
+}
+
+async fn applied_versions(url: &str) -> Result<BTreeSet<String>> {
     #[derive(QueryableByName)]
     struct Version {
         #[diesel(sql_type = Text)]
@@ -150,15 +154,16 @@ pub async fn migration_status(url: &str) -> Result<Vec<MigrationStatus>> {
         #[diesel(sql_type = Bool)]
         found: bool,
     }
-    let mut conn = establish(url).await?;
+    let conn = connect(url, IN_ENGLISH).await;
+    let mut conn = conn.map_err(|error| Error::Unavailable(error.into()))?;
     // Of diesel, which makes it with the first migration.
     let table = sql_query("SELECT to_regclass('__diesel_schema_migrations') IS NOT NULL AS found");
     if !table.get_result::<Found>(&mut conn).await?.found {
-        return all(&BTreeSet::new());
+        return Ok(BTreeSet::new());
     }
     let versions = sql_query("SELECT version FROM __diesel_schema_migrations");
     let versions: Vec<Version> = versions.load(&mut conn).await?;
-    all(&versions.into_iter().map(|row| row.version).collect())
+    Ok(versions.into_iter().map(|row| row.version).collect())
 }
 
 /// Every migration of this binary, oldest first, and whether it is among the `applied` versions.
@@ -183,10 +188,16 @@ const UNHURRIED: &str = "
 
 async fn establish(url: &str) -> Result<AsyncPgConnection> {
     let session = [IN_ENGLISH, UNHURRIED].concat();
-    timeout(CONNECT_TIMEOUT, connect(url, &session))
-        .await
-        .map_err(|_| Error::Unavailable("no answer in time".into()))?
-        .map_err(|error| Error::Unavailable(error.into()))
+    in_time(async {
+        let conn = connect(url, &session).await;
+        conn.map_err(|error| Error::Unavailable(error.into()))
+    })
+    .await
+}
+
+async fn in_time<T>(asked: impl Future<Output = Result<T>>) -> Result<T> {
+    let answer = timeout(ANSWER_TIMEOUT, asked).await;
+    answer.map_err(|_| Error::Unavailable("no answer in time".into()))?
 }
 
 async fn try_lock(conn: &mut AsyncPgConnection) -> Result<bool> {

@@ -1,7 +1,7 @@
 use std::{
-    fs::{File, Permissions},
+    fs::{File, Metadata, Permissions},
     io::{self, IsTerminal as _, Write},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 
 use super::{ExportArgs, Format, NamedUser, month, named, time};
 use crate::{
-    cli::{folder_of, signals::Signals},
+    cli::{folder_of, print, signals::Signals},
     model::UsageFilter,
     store::Store,
     usage::{self, ExportFormat, Written},
@@ -68,25 +68,34 @@ impl Export {
             // On a terminal the records are to be seen.
             let progress = progress(size, io::stdout().is_terminal());
             let to = To("standard output", &mut io::stdout().lock());
-            return pass_on(export, to, &progress).await;
+            return match write(export, to, &progress).await {
+                // Whoever read has enough.
+                Err(error) if is_broken_pipe(&error) => Ok(()),
+                outcome => outcome.map(drop),
+            };
         };
         let (name, progress) = (path.display().to_string(), progress(size, false));
         if path.metadata().is_ok_and(|found| !found.is_file()) {
             let mut open = File::create(&path).with_context(|| cannot_write(&name))?;
-            return pass_on(export, To(&name, &mut open), &progress).await;
+            return write(export, To(&name, &mut open), &progress)
+                .await
+                .map(drop);
         }
         let mut signals = Signals::new()?;
         let written = tokio::select! {
             written = write_file(export, &path, &name, &progress) => written?,
-            () = signals.received() => bail!("interrupted: {name} is as it was"),
+            () = signals.received() => {
+                tokio::spawn(signals.end_at_next());
+                bail!("interrupted: {name} is as it was");
+            }
         };
-        println!(
-            "{} records, {}, in {:.1} s: {name}",
+        let said = format!(
+            "{} records, {}, in {:.1} s: {name}\n",
             HumanCount(written.records),
             HumanBytes(written.bytes),
             started.elapsed().as_secs_f64(),
         );
-        Ok(())
+        print(said.as_bytes())
     }
 }
 
@@ -97,20 +106,8 @@ fn cannot_write(name: &str) -> String {
     format!("cannot write {name}")
 }
 
-/// Writes an export to whoever reads: a terminal, a pipe, a device.
-async fn pass_on(
-    export: usage::Export,
-    to: To<'_, impl Write>,
-    progress: &ProgressBar,
-) -> anyhow::Result<()> {
-    match write(export, to, progress).await {
-        // Whoever read has enough.
-        Err(error) if is_broken_pipe(&error) => Ok(()),
-        outcome => outcome.map(|_| ()),
-    }
-}
-
-/// Writes a whole export to a file, or nothing: what is not whole is of no use, and goes away.
+/// Writes a whole export to a file, or nothing: what is not whole is of no use, and goes away, unless the
+/// process is killed.
 async fn write_file(
     export: usage::Export,
     path: &Path,
@@ -129,18 +126,34 @@ async fn write_file(
 
 /// What a file is written as until it is whole, and the place that it takes then.
 fn draft(path: &Path) -> io::Result<(PathBuf, NamedTempFile)> {
+    // Known for what it is, should a killed process leave it.
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let prefix = format!(".{name}.");
     let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix);
     if !path.is_symlink() && !path.exists() {
         // Whoever may read any new file may read this one.
         builder.permissions(Permissions::from_mode(0o666));
         return Ok((path.to_owned(), builder.tempfile_in(folder_of(path))?));
     }
-    // A link stays one, and who may read the file stays as it is.
+    // A link stays one.
     let target = path.canonicalize()?;
     let draft = builder.tempfile_in(folder_of(&target))?;
-    let permissions = target.metadata()?.permissions();
-    draft.as_file().set_permissions(permissions)?;
+    give_to_readers_of(&target.metadata()?, draft.as_file())?;
     Ok((target, draft))
+}
+
+/// Whoever may read the old file may read the new one, and nobody else.
+fn give_to_readers_of(old: &Metadata, new: &File) -> io::Result<()> {
+    let made = new.metadata()?;
+    if (made.uid(), made.gid()) != (old.uid(), old.gid()) {
+        fchown(new, Some(old.uid()), Some(old.gid())).map_err(|error| {
+            let said = format!("a new file in its place would not have its owner: {error}");
+            io::Error::new(error.kind(), said)
+        })?;
+    }
+    // A change of owners takes bits of the mode away, so this is last.
+    new.set_permissions(old.permissions())
 }
 
 /// Writes a whole export.

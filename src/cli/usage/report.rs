@@ -49,8 +49,7 @@ impl Report {
             .usage_report(self.period, by, user_id, self.top.into())
             .await?;
         if lines.is_empty() {
-            println!("no usage in {}", self.period);
-            return Ok(());
+            return print(format!("no usage in {}\n", self.period).as_bytes());
         }
         let all: UsageTotals = lines.iter().map(|line| line.totals).sum();
         let lines = match self.by {
