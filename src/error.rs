@@ -70,7 +70,7 @@ pub enum Error {
     /// Rather than grow without bound.
     #[error("the user has {limit} live credits already, which is the most")]
     TooManyCredits { limit: u32 },
-    #[error("fewer tokens{} are left this month than wanted", of_model(.0))]
+    #[error("fewer tokens{} are left this month than wanted", .0.of_model())]
     QuotaExceeded(Box<QuotaExceeded>),
     #[error("one request may use at most {limit} tokens")]
     RequestTooLarge { limit: i64 },
@@ -117,11 +117,6 @@ pub enum Error {
 /// An underlying error, for the log only: driver text and SQL never leave the process.
 pub type Cause = Box<dyn StdError + Send + Sync>;
 
-fn of_model(exceeded: &QuotaExceeded) -> String {
-    let of = |model| format!(" of {model}");
-    exceeded.model.as_ref().map(of).unwrap_or_default()
-}
-
 /// A time to wait as people read it: whole seconds, or milliseconds of less than one; rounded up.
 fn in_brief(wait: Duration) -> Duration {
     let millis = wait.as_nanos().div_ceil(1_000_000);
@@ -141,7 +136,8 @@ pub fn in_one_line(error: &dyn StdError) -> String {
         text.push_str(&error.to_string());
         source = error.source();
     }
-    text
+    // Postgres gives details and hints lines of their own.
+    text.lines().collect::<Vec<_>>().join("; ")
 }
 
 impl Error {
@@ -245,6 +241,11 @@ mod tests {
         assert_eq!(
             error.with_causes(),
             "the database is unavailable: connection refused"
+        );
+        let hinted = Error::Unavailable("refused\nHINT: ask again".into());
+        assert_eq!(
+            hinted.with_causes(),
+            "the database is unavailable: refused; HINT: ask again"
         );
     }
 

@@ -188,10 +188,9 @@ fn quota(exceeded: &QuotaExceeded) -> ErrorDetails {
     let metadata: HashMap<_, _> = metadata.collect();
     let reason = short_name(ErrorReason::QuotaExceeded);
     let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
-    let what = model.as_ref().map(|model| format!(" of {model}"));
     details.add_quota_failure_violation(
         format!("user:{user_id}"),
-        format!("monthly tokens{}", what.unwrap_or_default()),
+        format!("monthly tokens{}", exceeded.of_model()),
     );
     details.set_retry_info((resets_at - Utc::now()).to_std().ok());
     details

@@ -176,6 +176,14 @@ pub struct QuotaExceeded {
     pub quota: QuotaState,
 }
 
+impl QuotaExceeded {
+    /// The model that is short, to follow the word tokens.
+    pub fn of_model(&self) -> String {
+        let of = |model| format!(" of {model}");
+        self.model.as_ref().map(of).unwrap_or_default()
+    }
+}
+
 fn left(limit: Option<i64>, used: i64) -> Option<i64> {
     limit.map(|limit| limit.saturating_sub(used).max(0))
 }

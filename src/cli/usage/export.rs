@@ -173,7 +173,9 @@ async fn write(
 
 /// A file of that name would take the place of what standard output is redirected to.
 fn is_stdout(path: &Path) -> bool {
-    path == "-" || path == "/dev/stdout"
+    ["-", "/dev/stdout", "/dev/fd/1"]
+        .map(Path::new)
+        .contains(&path)
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -242,7 +242,7 @@ async fn a_file_is_replaced_for_those_who_may_read_it_and_no_other_file_is() {
     }
     assert_eq!(fs::read(&file).unwrap(), whole);
 
-    for stdout in ["-", "/dev/stdout"] {
+    for stdout in ["-", "/dev/stdout", "/dev/fd/1"] {
         let written = succeeded(used.usage(&["export", "--all", "--output", stdout]));
         assert_eq!(written.as_bytes(), whole, "{stdout}");
     }

@@ -1,4 +1,4 @@
-use std::time::Instant;
+use std::{collections::HashMap, time::Instant};
 
 use uuid::Uuid;
 
@@ -213,6 +213,78 @@ fn a_lease_that_is_looked_at_is_in_use_while_it_has_enough() {
     };
     book.answered(key, operation.number, &answer, half.now);
     assert_eq!(given_back(&mut book, STANDING.now.plus(idle_after)), LEASED);
+}
+
+/// More than fit one chunk, of all lengths, extended, ended, and with commits under way.
+#[test]
+fn a_hold_expires_in_the_next_round_of_sweeps_and_not_before() {
+    const PARTS: u32 = 4;
+    const TICK_MS: u64 = 100;
+    let standing = |now| Standing {
+        now,
+        fence: Boot(100_000),
+        horizon: Boot(100_000),
+    };
+    let mut book = leased(1 << 40);
+    let meters = [meter()];
+    let mut live = HashMap::new();
+    let mut begun = Vec::new();
+    let mut expired = 0;
+    for (round, now) in (0..200).zip((1..).map(|tick| Boot(1_000 + tick * TICK_MS))) {
+        // None comes in the last half: all there are end.
+        for number in 0..if round < 100 { 40 } else { 0 } {
+            let request = round * 1_000 + number;
+            let lasts_ms = 300 + (request as u64 * 7_919) % 3_000;
+            let ask = Ask {
+                lasts_ms,
+                ..ask(request, &meters, 1)
+            };
+            let hold = held(book.reserve(&ask, &standing(now)));
+            live.insert(hold.id, hold.expires);
+            match number % 5 {
+                0 => {
+                    let extended = book.extend(hold.id, 2 * lasts_ms, &standing(now));
+                    live.insert(hold.id, extended.expect("it is live"));
+                }
+                1 => {
+                    book.release(hold.id);
+                    live.remove(&hold.id);
+                }
+                2 => {
+                    book.begin_commit(hold.id);
+                    begun.push((hold.id, now.plus(1_500)));
+                }
+                _ => {}
+            }
+        }
+        book.sweep(now, PARTS);
+        for (id, ending) in book.tombstones(usize::MAX) {
+            book.settled(id, Kind::Ended(ending));
+            if ending == Ending::Expired {
+                let expires = live.remove(&id).expect("it was live");
+                assert!(expires <= now && !begun.iter().any(|(of, _)| *of == id));
+                expired += 1;
+            }
+        }
+        let over = now.since(Boot(u64::from(PARTS) * TICK_MS));
+        let is_late = |(id, expires): (&HoldId, &Boot)| {
+            expires.0 <= over && !begun.iter().any(|(of, _)| of == id)
+        };
+        assert!(!live.iter().any(is_late), "{now:?}");
+        begun.retain(|(id, until)| {
+            let is_over = *until <= now;
+            if is_over {
+                book.end_commit(*id, &meters, Outcome::Refused);
+                // A round from now on.
+                let expires = live.get_mut(id).expect("nothing ended it");
+                *expires = now.max(*expires);
+            }
+            !is_over
+        });
+    }
+    assert_eq!((live.len(), expired), (0, 100 * 40 * 4 / 5));
+    assert_eq!(book.holds(), 0);
+    book.check();
 }
 
 #[test]
