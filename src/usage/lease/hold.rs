@@ -35,8 +35,8 @@ impl RequestKey {
     }
 
     /// It is a hash already.
-    fn hash(self) -> u64 {
-        self.0 as u64
+    fn hash(self) -> u32 {
+        self.0 as u32
     }
 }
 
@@ -86,7 +86,28 @@ pub(super) struct Holds {
     /// Of each chunk of slots: none of its live holds expires before.
     expires: Vec<Boot>,
     /// The slot of each request's hold, the latest one's.
-    by_request: HashTable<u32>,
+    by_request: HashTable<Place>,
+}
+
+/// With the hash, so that to grow is to look at no hold.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    hash: u32,
+    slot: u32,
+}
+
+impl Place {
+    fn is_of(self, request: RequestKey, slots: &Slots<(u32, Option<Hold>)>) -> bool {
+        let is_same = |(_, hold): &(_, Option<Hold>)| {
+            hold.as_ref().is_some_and(|hold| hold.request == request)
+        };
+        self.hash == request.hash() && slots.get(self.slot).is_some_and(is_same)
+    }
+}
+
+/// Of a hash, what the table wants: it looks at the first bits and the last ones.
+fn spread(hash: u32) -> u64 {
+    u64::from(hash) << 32 | u64::from(hash)
 }
 
 impl Holds {
@@ -152,13 +173,14 @@ impl Holds {
             None => self.expires.push(expires),
         }
         let id = HoldId::new(slot, *generation);
-        let slots = &self.slots;
-        let is_same = |slot: &u32| request_in(slots, *slot) == Some(request);
-        match self.by_request.find_mut(request.hash(), is_same) {
-            Some(latest) => *latest = slot,
+        let (hash, slots) = (request.hash(), &self.slots);
+        let is_same = |place: &Place| place.is_of(request, slots);
+        match self.by_request.find_mut(spread(hash), is_same) {
+            Some(latest) => latest.slot = slot,
             None => {
-                let hash = |slot: &u32| request_in(slots, *slot).map_or(0, RequestKey::hash);
-                self.by_request.insert_unique(request.hash(), slot, hash);
+                let place = Place { hash, slot };
+                let of = |place: &Place| spread(place.hash);
+                self.by_request.insert_unique(spread(hash), place, of);
             }
         }
         id
@@ -167,15 +189,16 @@ impl Holds {
     /// The latest hold of a request.
     pub(super) fn of_request(&mut self, request: RequestKey) -> Option<(HoldId, &mut Hold)> {
         let slots = &self.slots;
-        let is_same = |slot: &u32| request_in(slots, *slot) == Some(request);
-        let slot = *self.by_request.find(request.hash(), is_same)?;
-        self.at(slot)
+        let is_same = |place: &Place| place.is_of(request, slots);
+        let place = *self.by_request.find(spread(request.hash()), is_same)?;
+        self.at(place.slot)
     }
 
     /// The request has no hold any more, if this is its latest.
     pub(super) fn forget_request(&mut self, id: HoldId, request: RequestKey) {
-        let is_latest = |slot: &u32| *slot == id.slot();
-        if let Ok(entry) = self.by_request.find_entry(request.hash(), is_latest) {
+        let is_latest = |place: &Place| place.slot == id.slot();
+        let hash = spread(request.hash());
+        if let Ok(entry) = self.by_request.find_entry(hash, is_latest) {
             entry.remove();
         }
     }
@@ -198,9 +221,4 @@ impl Holds {
         let id = HoldId::new(slot, *generation);
         Some((id, hold.as_mut()?))
     }
-}
-
-fn request_in(slots: &Slots<(u32, Option<Hold>)>, slot: u32) -> Option<RequestKey> {
-    let (_, hold) = slots.get(slot)?;
-    hold.as_ref().map(|hold| hold.request)
 }
