@@ -115,6 +115,11 @@ impl Auth {
         self.cache.known_user(id, clock)
     }
 
+    /// Has what [`Auth::recall_user`] looks at first on its way from memory.
+    pub fn expect_user(&self, id: UserId) {
+        self.cache.expect_user(id);
+    }
+
     /// A user by e-mail address or username, in any case.
     ///
     /// # Errors

@@ -99,13 +99,15 @@ pub struct Memory {
     pub bytes_limit: u64,
 }
 
-/// A user as last read, but for the id.
+/// A user who is not disabled, as last read, but for the id.
 #[derive(Clone)]
 struct RecentUser {
     tier: TierName,
-    is_active: bool,
     stamp: Stamp,
 }
+
+// With a lock on one line of the processor's cache.
+const _: () = assert!(size_of::<Option<(UserId, RecentUser)>>() <= 56);
 
 /// Where an answer may come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,6 +261,11 @@ impl CredentialCache {
         self.answer(&self.standings, id, read, source, now).await
     }
 
+    /// [`Self::known_user`] is going to be asked for.
+    pub(super) fn expect_user(&self, id: UserId) {
+        self.recent_users.expect(id);
+    }
+
     /// As [`Self::user`] does, from memory that may be trusted.
     pub(super) fn known_user(&self, id: UserId, now: BootTime) -> Option<UserStanding> {
         let recent = self.recent_users.get(id);
@@ -266,17 +273,18 @@ impl CredentialCache {
             return Some(UserStanding {
                 id,
                 tier: recent.tier,
-                is_active: recent.is_active,
+                is_active: true,
             });
         }
         let answer = self.users.get(&id).filter(|known| self.holds(known, now))?;
         let standing = answer.value.clone()?;
-        let recent = RecentUser {
-            tier: standing.tier.clone(),
-            is_active: standing.is_active,
-            stamp: answer.stamp,
-        };
-        self.recent_users.insert(id, recent);
+        if standing.is_active {
+            let recent = RecentUser {
+                tier: standing.tier.clone(),
+                stamp: answer.stamp,
+            };
+            self.recent_users.insert(id, recent);
+        }
         Some(standing)
     }
 

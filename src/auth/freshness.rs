@@ -33,6 +33,15 @@ impl BootTime {
         Self(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
+    /// How long ago that was.
+    pub fn elapsed(self) -> Duration {
+        Self::now().since(self.0)
+    }
+
+    pub fn millis(self) -> u64 {
+        self.0 / 1_000
+    }
+
     fn since(self, earlier: u64) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier))
     }
@@ -57,7 +66,7 @@ pub struct Freshness {
     /// Every change up to this revision is known; zero: none was heard of yet.
     known: AtomicU64,
     /// Epochs that have ended, with the newest heartbeat of each; the newest last.
-    ended: Mutex<VecDeque<(u64, u64)>>,
+    ended: Mutex<VecDeque<(u32, u64)>>,
     staleness_bound: Duration,
     max_stale: Duration,
 }
@@ -86,7 +95,7 @@ impl Freshness {
     /// Hearing was broken off: what is known of this epoch is as old as its newest heartbeat.
     ///
     /// Revisions begin anew: a standby that takes over may be behind them.
-    pub(super) fn end_epoch(&self, epoch: u64) {
+    pub(super) fn end_epoch(&self, epoch: u32) {
         self.known.store(0, Ordering::Release);
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         ended.push_back((epoch, self.confirmed.load(Ordering::Acquire)));
@@ -96,7 +105,7 @@ impl Freshness {
     }
 
     /// Whether an answer of `epoch` may still be given when the database cannot be asked.
-    pub(super) fn lasts(&self, epoch: u64, now: BootTime) -> bool {
+    pub(super) fn lasts(&self, epoch: u32, now: BootTime) -> bool {
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         let known_until = match (ended.front(), ended.iter().find(|(of, _)| *of == epoch)) {
             (_, Some((_, confirmed))) => *confirmed,

@@ -2,10 +2,11 @@
 
 use std::{
     hash::{BuildHasher as _, Hash, RandomState},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-/// A power of two. More slots mean fewer answers outdated by the change of somebody else.
+/// As many as a number of 16 bits names. More slots mean fewer answers outdated by the change of somebody
+/// else.
 const SLOTS: usize = 1 << 16;
 
 /// One counter per group of keys; a change advances the counter of its group.
@@ -16,21 +17,21 @@ const SLOTS: usize = 1 << 16;
 pub(super) struct Stamps {
     slots: Box<[AtomicU64]>,
     /// Advanced when changes may have been missed.
-    epoch: AtomicU64,
+    epoch: AtomicU32,
     hasher: RandomState,
 }
 
 /// A counter's value at some moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
-    slot: u32,
     value: u64,
-    epoch: u64,
+    epoch: u32,
+    slot: u16,
 }
 
 impl Stamp {
     /// Which stretch of unbroken hearing it is of.
-    pub(super) fn epoch(self) -> u64 {
+    pub(super) fn epoch(self) -> u32 {
         self.epoch
     }
 }
@@ -39,7 +40,7 @@ impl Stamps {
     pub(super) fn new() -> Self {
         Self {
             slots: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
-            epoch: AtomicU64::new(0),
+            epoch: AtomicU32::new(0),
             hasher: RandomState::new(),
         }
     }
@@ -49,7 +50,7 @@ impl Stamps {
         let slot = self.slot(key);
         Stamp {
             slot,
-            value: self.slots[slot as usize].load(Ordering::Acquire),
+            value: self.slots[usize::from(slot)].load(Ordering::Acquire),
             epoch: self.epoch.load(Ordering::Acquire),
         }
     }
@@ -61,16 +62,16 @@ impl Stamps {
 
     /// Whether a change of the key was heard of since.
     pub(super) fn is_contradicted(&self, stamp: Stamp) -> bool {
-        self.slots[stamp.slot as usize].load(Ordering::Acquire) != stamp.value
+        self.slots[usize::from(stamp.slot)].load(Ordering::Acquire) != stamp.value
     }
 
     /// Outdates every answer about `key`.
     pub(super) fn outdate(&self, key: impl Hash) {
-        self.slots[self.slot(key) as usize].fetch_add(1, Ordering::AcqRel);
+        self.slots[usize::from(self.slot(key))].fetch_add(1, Ordering::AcqRel);
     }
 
     /// Makes every answer doubtful; returns the epoch that has ended.
-    pub(super) fn doubt_all(&self) -> u64 {
+    pub(super) fn doubt_all(&self) -> u32 {
         self.epoch.fetch_add(1, Ordering::AcqRel)
     }
 
@@ -81,8 +82,8 @@ impl Stamps {
         }
     }
 
-    fn slot(&self, key: impl Hash) -> u32 {
-        (self.hasher.hash_one(key) as usize % SLOTS) as u32
+    fn slot(&self, key: impl Hash) -> u16 {
+        self.hasher.hash_one(key) as u16
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
     cell::RefCell,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Instant,
 };
 
@@ -24,6 +24,7 @@ use futures_util::future::BoxFuture;
 use http::{
     HeaderMap, HeaderValue, Request, Response,
     header::{AUTHORIZATION, CONTENT_TYPE},
+    request::Parts,
 };
 use http_body::{Body as _, Frame};
 use prost::Message;
@@ -46,7 +47,7 @@ use super::{
 };
 use crate::{
     auth::{Auth, BootTime, KnownService, Validated},
-    model::Scope,
+    model::{Scope, UserId},
     proto::tollkeeper::auth::v1::ValidateTokenResponse,
     usage::Usage,
 };
@@ -89,6 +90,21 @@ enum Answering {
 struct Moment {
     now: DateTime<Utc>,
     clock: BootTime,
+}
+
+impl Moment {
+    fn now() -> Self {
+        Self {
+            now: Utc::now(),
+            clock: BootTime::now(),
+        }
+    }
+
+    /// By the clock of those who wait.
+    fn arrived(self) -> Instant {
+        let now = Instant::now();
+        now.checked_sub(self.clock.elapsed()).unwrap_or(now)
+    }
 }
 
 impl MemoryLayer {
@@ -165,7 +181,7 @@ impl MemoryLayer {
         let asked = reservation::Asked::read(message_of(call)?)?;
         let (user_id, wish) = only(|fields| reservation::request(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
-        let reserved = self.usage.reserve_at_once(&user, wish)?;
+        let reserved = self.usage.reserve_at_once(&user, wish, clock.into())?;
         Some(written(|out| reservation::write(&reserved, out)))
     }
 
@@ -173,7 +189,7 @@ impl MemoryLayer {
         let asked = quota::Asked::read(message_of(call)?)?;
         let (user_id, wish) = only(|fields| quota::check(fields, &asked)).ok()?;
         let user = self.auth.recall_user(user_id, clock)?;
-        let (decision, quota) = self.usage.check_quota_at_once(&user, &wish)?;
+        let (decision, quota) = self.usage.check_quota_at_once(&user, &wish, clock.into())?;
         Some(written(|out| {
             quota::write_checked(decision, quota.as_ref(), out);
         }))
@@ -235,9 +251,11 @@ where
         Poll::Ready(Ok(()))
     }
 
+    /// Reads the call. It is answered when the future is looked at first: of calls that came together,
+    /// after all of them were read. What they will look up is on its way from memory by then.
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         MemoryFuture {
-            asked: Some((self.0.clone(), request, Instant::now())),
+            asked: Some((self.0.clone(), self.0.read(request), Moment::now())),
             waiting: None,
         }
     }
@@ -245,7 +263,7 @@ where
 
 /// A call under way.
 pub struct MemoryFuture<S: Service<Request<Body>>> {
-    asked: Option<(Arc<Shared<S>>, Request<Body>, Instant)>,
+    asked: Option<(Arc<Shared<S>>, Read, Moment)>,
     /// What is not answered at once, apart from it: most calls are moved about, and end.
     waiting: Option<BoxFuture<'static, Result<Response<Body>, S::Error>>>,
 }
@@ -258,16 +276,43 @@ where
     type Output = Result<Response<Body>, S::Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Some((shared, request, arrived)) = self.asked.take() {
-            self.waiting = Some(match shared.look(request, arrived, cx) {
+        if let Some((shared, read, moment)) = self.asked.take() {
+            self.waiting = Some(match shared.look(read, moment) {
                 Look::Answered(response) => return Poll::Ready(Ok(response)),
                 Look::Waits(call) => Box::pin(call.booked(shared)),
-                Look::Passes(request) => Box::pin(shared.pass(request, arrived)),
+                Look::Passes(request) => Box::pin(shared.pass(request, moment.arrived())),
             });
         }
         let waiting = self.waiting.as_mut().expect("polled until it is answered");
         waiting.as_mut().poll(cx)
     }
+}
+
+/// A call as it came.
+enum Read {
+    Whole(Whole),
+    /// Not here for a way of the short way, or not with its message.
+    Other(Request<Body>),
+}
+
+/// A call on one of the ways, with its whole message.
+struct Whole {
+    way: usize,
+    head: Parts,
+    call: Bytes,
+    rest: Body,
+}
+
+impl Whole {
+    /// As if it had not been looked at.
+    fn unread(self) -> Request<Body> {
+        unread(self.head, Frame::data(self.call), self.rest)
+    }
+}
+
+fn unread(head: Parts, frame: Frame<Bytes>, rest: Body) -> Request<Body> {
+    let frame = Some(frame);
+    Request::from_parts(head, Body::new(Unread { frame, rest }))
 }
 
 /// What memory makes of a call.
@@ -292,56 +337,68 @@ where
 }
 
 impl<S> Shared<S> {
-    fn look(&self, request: Request<Body>, arrived: Instant, cx: &mut Context<'_>) -> Look {
-        // Where successes are logged, they take the way that logs.
+    fn read(&self, request: Request<Body>) -> Read {
         let path = request.uri().path();
-        let way = self.layer.ways.iter().find(|way| way.path == path);
+        let way = self.layer.ways.iter().position(|way| way.path == path);
+        // Where successes are logged, they take the way that logs.
         let Some(way) = way.filter(|_| !tracing::enabled!(Level::DEBUG)) else {
-            return Look::Passes(request);
+            return Read::Other(request);
         };
-        let moment = Moment {
-            now: Utc::now(),
-            clock: BootTime::now(),
-        };
-        if !is_grpc(request.headers()) || !self.may_call(way, request.headers(), moment) {
-            return Look::Passes(request);
+        if !is_grpc(request.headers()) {
+            return Read::Other(request);
         }
-        let (head, mut body) = request.into_parts();
+        let (head, mut rest) = request.into_parts();
         // The message came with the headers or it does not matter here: nothing waits for it.
-        let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut body).poll_frame(cx) else {
-            return Look::Passes(Request::from_parts(head, body));
+        let mut nobody = Context::from_waker(Waker::noop());
+        let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut rest).poll_frame(&mut nobody) else {
+            return Read::Other(Request::from_parts(head, rest));
         };
-        let frame = match frame.into_data() {
-            Ok(data) if body.is_end_stream() && self.layer.admits(&data) => {
-                match way.answer {
-                    Answering::AtOnce(answer) => {
-                        if let Some(answer) = answer(&self.layer, &data, moment) {
-                            let response = respond(&head.headers, answer);
-                            way.metrics.record(Code::Ok, arrived.elapsed());
-                            return Look::Answered(response);
-                        }
-                    }
-                    Answering::Booked => {
-                        if let Some(event) = self.layer.event(&data, moment) {
-                            return Look::Waits(Box::new(EventCall {
-                                event,
-                                head,
-                                arrived,
-                                metrics: way.metrics.clone(),
-                            }));
-                        }
-                    }
+        match frame.into_data() {
+            Ok(call) if rest.is_end_stream() && self.layer.admits(&call) => {
+                if let Some(user_id) = user_of(&call) {
+                    self.layer.auth.expect_user(user_id);
                 }
-                Frame::data(data)
+                Read::Whole(Whole {
+                    way,
+                    head,
+                    call,
+                    rest,
+                })
             }
-            Ok(data) => Frame::data(data),
-            Err(frame) => frame,
+            Ok(part) => Read::Other(unread(head, Frame::data(part), rest)),
+            Err(trailers) => Read::Other(unread(head, trailers, rest)),
+        }
+    }
+
+    fn look(&self, read: Read, moment: Moment) -> Look {
+        let whole = match read {
+            Read::Whole(whole) => whole,
+            Read::Other(request) => return Look::Passes(request),
         };
-        let body = Body::new(Unread {
-            frame: Some(frame),
-            rest: body,
-        });
-        Look::Passes(Request::from_parts(head, body))
+        let way = &self.layer.ways[whole.way];
+        if !self.may_call(way, &whole.head.headers, moment) {
+            return Look::Passes(whole.unread());
+        }
+        match way.answer {
+            Answering::AtOnce(answer) => {
+                if let Some(answer) = answer(&self.layer, &whole.call, moment) {
+                    let response = respond(&whole.head.headers, answer);
+                    way.metrics.record(Code::Ok, moment.clock.elapsed());
+                    return Look::Answered(response);
+                }
+            }
+            Answering::Booked => {
+                if let Some(event) = self.layer.event(&whole.call, moment) {
+                    return Look::Waits(Box::new(EventCall {
+                        event,
+                        head: whole.head,
+                        arrived: moment.arrived(),
+                        metrics: way.metrics.clone(),
+                    }));
+                }
+            }
+        }
+        Look::Passes(whole.unread())
     }
 
     fn may_call(&self, way: &Way, headers: &HeaderMap, moment: Moment) -> bool {
@@ -384,6 +441,12 @@ pub(super) fn token_of(data: &[u8]) -> Option<&str> {
         _ => None,
     })?;
     token
+}
+
+/// Whose call it is, if its message begins with the user: its first field is a text of 36 bytes.
+fn user_of(call: &[u8]) -> Option<UserId> {
+    let text = call.get(PREFIX_BYTES..)?.strip_prefix(b"\x0a\x24")?;
+    std::str::from_utf8(text.get(..36)?).ok()?.parse().ok()
 }
 
 /// The message of a call that is whole and plain, from its bytes.
@@ -430,7 +493,10 @@ fn written(write: impl FnOnce(&mut Writer<'_>)) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::tollkeeper::auth::v1::ValidateTokenRequest;
+    use crate::proto::tollkeeper::{
+        auth::v1::ValidateTokenRequest,
+        usage::v1::{CheckQuotaRequest, ReserveQuotaRequest},
+    };
 
     fn request(token: &str, include_quota: bool) -> ValidateTokenRequest {
         ValidateTokenRequest {
@@ -451,6 +517,30 @@ mod tests {
         ] {
             assert_eq!(token_of(&framed(&request(token, false))), Some(token));
         }
+    }
+
+    #[test]
+    fn whose_quota_is_asked_for_is_known_before_the_message_is_read() {
+        let user_id = UserId::new();
+        let name = user_id.0.to_string();
+        let check = CheckQuotaRequest {
+            user_id: name.clone(),
+            tokens: 7,
+            ..CheckQuotaRequest::default()
+        };
+        let reserve = ReserveQuotaRequest {
+            user_id: name.to_uppercase(),
+            request_id: "request".to_owned(),
+            ..ReserveQuotaRequest::default()
+        };
+        for call in [framed(&check), framed(&reserve)] {
+            assert_eq!(user_of(&call), Some(user_id));
+            for end in 0..PREFIX_BYTES + 38 {
+                assert_eq!(user_of(&call[..end]), None, "{end}");
+            }
+        }
+        let token = framed(&request("token", false));
+        assert_eq!(user_of(&token), None);
     }
 
     #[test]

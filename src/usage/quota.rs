@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     Usage,
     keeper::{Reservation, Standing, Wish},
-    lease::{Mode, RequestKey},
+    lease::{Boot, Mode, RequestKey},
     reservations::{denial, may_ask},
 };
 use crate::{
@@ -125,17 +125,18 @@ impl Usage {
         Ok((decision, quota))
     }
 
-    /// [`Usage::check_quota`], if memory says yes; `None`: it may say so yet.
+    /// [`Usage::check_quota`], if memory says yes; `None`: it may say so yet. `now` was lately.
     pub fn check_quota_at_once(
         &self,
         user: &UserStanding,
         wish: &QuotaWish,
+        now: Boot,
     ) -> Option<(Decision, Option<QuotaState>)> {
         let tiers = self.tiers.load();
         let limits = tiers.limits_of(&user.tier);
         may_ask(user, limits, wish.tokens).ok()?;
         let look = wish.look(user.id, limits, wish.tokens);
-        match self.keeper.reserve_at_once(&look)? {
+        match self.keeper.reserve_at_once(&look, now)? {
             Reservation::Enough(total) => Some((Decision::Allowed, stands(user, total))),
             _ => None,
         }

@@ -8,7 +8,7 @@ use super::{
     Usage,
     handle::Handle,
     keeper::{Holding, Reservation, Standing, Wish},
-    lease::{Ended, Mode, Refusal},
+    lease::{Boot, Ended, Mode, Refusal},
     ledger::{Recorded, check_occurred_at},
     quota::stands,
     spool::Unsettled,
@@ -76,12 +76,17 @@ impl Usage {
         self.reserved(user, limits, request, reservation)
     }
 
-    /// [`Usage::reserve`], if memory says yes; `None`: it may say so yet.
-    pub fn reserve_at_once(&self, user: &UserStanding, request: QuotaRequest) -> Option<Reserved> {
+    /// [`Usage::reserve`], if memory says yes; `None`: it may say so yet. `now` was lately.
+    pub fn reserve_at_once(
+        &self,
+        user: &UserStanding,
+        request: QuotaRequest,
+        now: Boot,
+    ) -> Option<Reserved> {
         let tiers = self.tiers.load();
         let limits = tiers.limits_of(&user.tier);
         let wish = self.wish(user, limits, &request).ok()?;
-        let reservation = self.keeper.reserve_at_once(&wish)?;
+        let reservation = self.keeper.reserve_at_once(&wish, now)?;
         let reserved = self.reserved(user, limits, request, reservation);
         // What is refused here is asked, and counted, again.
         if reserved.is_ok() {

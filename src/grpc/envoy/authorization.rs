@@ -79,10 +79,10 @@ pub(in crate::grpc) fn check_at_once(
         Wanted::Nothing => Granted::default(),
         Wanted::Look(wish) => Granted {
             // Another decision is left to the long way.
-            quota: usage.check_quota_at_once(&user, &wish)?.1,
+            quota: usage.check_quota_at_once(&user, &wish, clock.into())?.1,
             reservation: None,
         },
-        Wanted::Hold(request) => usage.reserve_at_once(&user, request)?.into(),
+        Wanted::Hold(request) => usage.reserve_at_once(&user, request, clock.into())?.into(),
     };
     let identity = Identity::from(&validated);
     Some(admitted(&route, identity, held, &sent, now))

@@ -87,13 +87,13 @@ pub(in crate::grpc) fn should_rate_limit_at_once(
             let user = auth.recall_user(user, clock)?;
             Granted {
                 // Another decision is left to the long way.
-                quota: usage.check_quota_at_once(&user, &wish)?.1,
+                quota: usage.check_quota_at_once(&user, &wish, clock.into())?.1,
                 reservation: None,
             }
         }
         Ask::Reserve(user, wish) => {
             let user = auth.recall_user(user, clock)?;
-            usage.reserve_at_once(&user, wish)?.into()
+            usage.reserve_at_once(&user, wish, clock.into())?.into()
         }
         Ask::Book(..) | Ask::Settle(..) | Ask::Release(_) => return None,
     };

@@ -6,7 +6,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::super::lease::{
     self, Book, Boot, Bounds, Gcra, Heartbeat, HoldId, Lasting, Map, MeterKey, Operation, Pace,
-    Rate, Registration, Tokens, Told,
+    Rate, Registration, Sight, Tokens, Told,
 };
 use crate::{
     model::{Period, QuotaState, ReplicaId, TierName, UserId},
@@ -75,6 +75,27 @@ impl Standing {
     pub fn obtainable(&self) -> Option<Tokens> {
         let here = self.free + self.leaving;
         Some(here.saturating_add(self.left?))
+    }
+}
+
+impl From<(Told, Sight)> for Standing {
+    fn from((told, sight): (Told, Sight)) -> Self {
+        let Told {
+            granted, balance, ..
+        } = told;
+        Self {
+            limit: balance.limit,
+            committed: balance.committed,
+            left: balance.limit.map(|limit| {
+                let used = balance.committed.saturating_add(balance.leased);
+                limit.saturating_sub(used).max(0)
+            }),
+            elsewhere: balance.leased - granted,
+            free: sight.free,
+            leaving: sight.leaving,
+            held: sight.held,
+            spent: sight.spent,
+        }
     }
 }
 
@@ -167,23 +188,12 @@ impl Shard {
     }
 
     pub(super) fn standing(&self, key: MeterKey) -> Option<Standing> {
-        let (told, sight) = self.book.view(key)?;
-        let Told {
-            granted, balance, ..
-        } = told;
-        Some(Standing {
-            limit: balance.limit,
-            committed: balance.committed,
-            left: balance.limit.map(|limit| {
-                let used = balance.committed.saturating_add(balance.leased);
-                limit.saturating_sub(used).max(0)
-            }),
-            elsewhere: balance.leased - granted,
-            free: sight.free,
-            leaving: sight.leaving,
-            held: sight.held,
-            spent: sight.spent,
-        })
+        self.book.view(key).map(Standing::from)
+    }
+
+    /// Of the total, with a hold.
+    pub(super) fn standing_of(&mut self, hold: HoldId) -> Option<Standing> {
+        self.book.view_of(hold).map(Standing::from)
     }
 
     /// Looks after a tenth of the book, and forgets who has been quiet.

@@ -256,6 +256,13 @@ impl Book {
         Some((meter.told?, meter.sight()))
     }
 
+    /// As [`Book::view`], of the first meter of a hold.
+    pub fn view_of(&mut self, hold: HoldId) -> Option<(Told, Sight)> {
+        let [index, _] = self.holds.get_mut(hold)?.meters;
+        let meter = self.meters.at(index)?;
+        Some((meter.told?, meter.sight()))
+    }
+
     /// The number of the operation of a meter that was sent last; 0 is none.
     pub fn sent(&self, key: MeterKey) -> u64 {
         self.meters.get(key).map_or(0, |meter| meter.sent)
