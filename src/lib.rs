@@ -7,6 +7,7 @@
 //!
 //! | room | what for |
 //! | --- | --- |
+//! | [`clock`] | the clock that counts suspend |
 //! | [`model`] | leaf types, valid by construction |
 //! | [`error`] | what can go wrong |
 //! | [`config`] | settings, and where each came from |
@@ -27,6 +28,7 @@
 
 pub mod auth;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod embedded;
 pub mod error;

@@ -25,7 +25,8 @@ pub use tls::{Tls, TlsError};
 pub use workers::{Incoming, WorkerGone, Workers};
 
 use crate::{
-    auth::{Auth, BootTime, KeyRing, MasterKey},
+    auth::{Auth, KeyRing, MasterKey},
+    clock::BootTime,
     config::{self, GatewaySettings, ServerSettings, Settings},
     error::Error,
     grpc::{

@@ -18,7 +18,8 @@ use prost::Message as _;
 use serde_json::json;
 use tokio::{sync::watch, time::sleep};
 use tollkeeper::{
-    auth::{BootTime, KeyRing, MasterKey, Trust},
+    auth::{KeyRing, MasterKey, Trust},
+    clock::BootTime,
     config::{DatabaseSettings, Secret, Settings, SigningAlgorithm},
     grpc::{
         AccessLayer, Afterwards, CallEnd, CallLayer, CallMetrics, MemoryLayer, Rules,

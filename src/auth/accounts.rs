@@ -3,8 +3,9 @@
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::{Auth, BootTime, ImportedHash, LoginPassword};
+use super::{Auth, ImportedHash, LoginPassword};
 use crate::{
+    clock::BootTime,
     error::{Error, Result},
     model::{
         Actor, AuditCursor, AuditFilter, AuditRecord, Change, Identifier, Origin, Page,

@@ -13,12 +13,13 @@ use tokio::time::timeout;
 use super::{
     api_key_uses::LastUse,
     counters::Counters,
-    freshness::{BootTime, Freshness, Trust},
+    freshness::{Freshness, Trust},
     recent::Recent,
     stamps::{Stamp, Stamps},
     validation::Validated,
 };
 use crate::{
+    clock::BootTime,
     error::{Error, Result},
     model::{
         ApiKey, ApiKeyStanding, Change, SessionId, SessionStanding, TierName, UserId, UserStanding,

@@ -38,7 +38,7 @@ use tokio::time::timeout;
 pub use accounts::{InitialCredential, NewAccount};
 pub use cache::Memory;
 pub use counters::Counters;
-pub use freshness::{BootTime, Freshness, Trust};
+pub use freshness::{Freshness, Trust};
 pub use import::{Import, ImportOptions, ImportRow, Imported, RowFault};
 pub use keys::{KeyError, KeyFile, KeyRing, PublicKey, generate_key_file, list_key_files};
 pub use master_key::MasterKey;
@@ -63,6 +63,7 @@ use throttle::Throttle;
 use watch::Watchers;
 
 use crate::{
+    clock::BootTime,
     config::{AuthSettings, MailSettings, PasswordSettings, ThrottleSettings},
     error::{Error, Result},
     model::{Change, Revision},

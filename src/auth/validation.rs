@@ -13,12 +13,13 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
 use super::{
-    Auth, BootTime,
+    Auth,
     access_token::Claims,
     cache::{Answer, KnownApiKey, Source, Verified},
     key_text::{API_KEY, SERVICE_KEY},
 };
 use crate::{
+    clock::BootTime,
     error::{Credential, Error, Fault, Result},
     model::{
         ApiKey, ApiKeyId, ApiKeyStanding, MinFreshness, Role, Scope, ScopeSet, ServiceAccountId,

@@ -7,7 +7,7 @@ use prost_types::Timestamp;
 
 use super::{people, status};
 use crate::{
-    auth::{BootTime, IssuedTokens, PublicKey, UserCredential, Validated},
+    auth::{IssuedTokens, PublicKey, UserCredential, Validated},
     error::{Error, FieldViolation, Result, Violations},
     model::{
         ApiKey, Cursor, EventId, Identifier, KeyOverlap, Labels, MinFreshness, MonthlyUsage,
@@ -15,7 +15,7 @@ use crate::{
         TokenCounts, UsageEvent, UsageRecord, UsageTotals, User, UserId, Violation,
     },
     proto::tollkeeper::{admin, auth, usage},
-    usage::{Recorded, check_occurred_at, lease::Boot},
+    usage::{Recorded, check_occurred_at},
 };
 
 /// Reads the fields of a message and collects what is wrong with them.
@@ -277,12 +277,6 @@ pub(super) fn lookup(
         Some(By::Email(email)) => fields.parse("email", &email).map(Identifier::Email),
         Some(By::Username(name)) => fields.parse("username", &name).map(Identifier::Username),
         None => fields.take("by", Err("must hold email or username".into())),
-    }
-}
-
-impl From<BootTime> for Boot {
-    fn from(clock: BootTime) -> Self {
-        Self(clock.millis())
     }
 }
 

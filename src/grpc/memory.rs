@@ -46,7 +46,8 @@ use super::{
     wire::{self, Writer},
 };
 use crate::{
-    auth::{Auth, BootTime, KnownService, Validated},
+    auth::{Auth, KnownService, Validated},
+    clock::BootTime,
     model::{Scope, UserId},
     proto::tollkeeper::auth::v1::ValidateTokenResponse,
     usage::Usage,

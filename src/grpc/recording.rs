@@ -21,7 +21,8 @@ use super::{
     status,
 };
 use crate::{
-    auth::{Auth, BootTime},
+    auth::Auth,
+    clock::BootTime,
     error::{Error, Result},
     model::{UserId, Violation},
     proto::tollkeeper::usage::v1::{

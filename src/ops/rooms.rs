@@ -10,7 +10,8 @@ use prometheus_client::{
 };
 
 use crate::{
-    auth::{Auth, BootTime, Trust},
+    auth::{Auth, Trust},
+    clock::BootTime,
     store::Store,
     tasks::{DeliveryStatus, MailStatus, UpkeepStatus},
     usage::Usage,

@@ -6,7 +6,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::{
-    auth::{Auth, BootTime},
+    auth::Auth,
+    clock::BootTime,
     error::{Error, Result},
     model::Change,
     store::{ChangeListener, Notification, Store},

@@ -3,8 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tollkeeper::{
-    auth::{BootTime, Trust},
-    proto::tollkeeper::admin::v1::DisableServiceAccountRequest,
+    auth::Trust, clock::BootTime, proto::tollkeeper::admin::v1::DisableServiceAccountRequest,
 };
 use tonic::Code;
 

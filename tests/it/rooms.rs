@@ -6,8 +6,9 @@ use std::{
 };
 
 /// Every room and the rooms that it may name; `*` is all of them.
-const ROOMS: [(&str, &[&str]); 19] = [
-    ("auth", &["store", "model", "error", "config"]),
+const ROOMS: [(&str, &[&str]); 20] = [
+    ("auth", &["store", "model", "error", "config", "clock"]),
+    ("clock", &[]),
     ("cli", &["*"]),
     ("client", &["proto"]),
     ("config", &["model"]),
@@ -15,24 +16,26 @@ const ROOMS: [(&str, &[&str]); 19] = [
     ("error", &["model"]),
     (
         "grpc",
-        &["auth", "usage", "model", "error", "proto", "config"],
+        &[
+            "auth", "usage", "model", "error", "proto", "config", "clock",
+        ],
     ),
     ("lib", &[]),
     ("mail", &["model", "config"]),
     ("main", &["cli"]),
     ("model", &[]),
-    ("ops", &["auth", "usage", "store", "grpc", "tasks"]),
+    ("ops", &["auth", "usage", "store", "grpc", "tasks", "clock"]),
     ("proto", &[]),
     ("server", &["*"]),
     ("store", &["model", "error", "config"]),
     (
         "tasks",
         &[
-            "store", "auth", "usage", "model", "error", "mail", "webhook",
+            "store", "auth", "usage", "model", "error", "mail", "webhook", "clock",
         ],
     ),
     ("telemetry", &["config"]),
-    ("usage", &["store", "model", "error", "config"]),
+    ("usage", &["store", "model", "error", "config", "clock"]),
     ("webhook", &["config"]),
 ];
 

@@ -11,7 +11,8 @@ use super::{
     route::{Quota, Route},
 };
 use crate::{
-    auth::{Auth, BootTime, Validated},
+    auth::{Auth, Validated},
+    clock::BootTime,
     error::{Credential, Result},
     grpc::{convert::only, request_id::REQUEST_ID},
     model::{MinFreshness, UserStanding},

@@ -17,7 +17,8 @@ use super::{
     work::Work,
 };
 use crate::{
-    auth::{Auth, BootTime},
+    auth::Auth,
+    clock::BootTime,
     error::{Error, Result},
     model::{Labels, QuotaState, TokenCounts, UserStanding},
     proto::envoy::service::ratelimit::v3::{

@@ -18,7 +18,6 @@ use std::{
 
 use arc_swap::ArcSwap;
 use chrono::{DateTime, Utc};
-use nix::time::{ClockId, clock_gettime};
 use tokio::{
     sync::Notify,
     time::{Instant, timeout_at},
@@ -29,6 +28,7 @@ use super::lease::{
     Refusal, RequestKey, Tokens,
 };
 use crate::{
+    clock::BootTime,
     config::QuotaSettings,
     error::{Error, Result},
     model::{
@@ -383,14 +383,14 @@ impl Locked {
     }
 }
 
-/// The clock that goes on while the machine sleeps.
 fn boot() -> Boot {
-    #[cfg(any(target_os = "linux", target_os = "android"))]
-    const CLOCK: ClockId = ClockId::CLOCK_BOOTTIME;
-    #[cfg(not(any(target_os = "linux", target_os = "android")))]
-    const CLOCK: ClockId = ClockId::CLOCK_MONOTONIC;
-    let reading = clock_gettime(CLOCK).expect("the clock of the system can be read");
-    Boot(millis(Duration::from(reading)))
+    BootTime::now().into()
+}
+
+impl From<BootTime> for Boot {
+    fn from(now: BootTime) -> Self {
+        Self(now.millis())
+    }
 }
 
 fn millis(duration: Duration) -> u64 {

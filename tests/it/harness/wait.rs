@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
-use tollkeeper::auth::{BootTime, Trust};
+use tollkeeper::{auth::Trust, clock::BootTime};
 
 use super::RunningServer;
 
