@@ -24,7 +24,7 @@ pub struct Heartbeat {
     pub holds_ms: u64,
 }
 
-/// What an admission has to know; read once per request.
+/// What an admission has to know; read for each look at the book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
     pub now: Boot,

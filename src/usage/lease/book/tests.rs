@@ -124,6 +124,27 @@ fn a_commit_repeated_while_it_is_under_way_is_spent_once() {
 }
 
 #[test]
+fn requests_are_told_apart_by_the_whole_key() {
+    const REQUESTS: u128 = 500;
+    let mut book = leased(2 * REQUESTS as Tokens);
+    let requests = || (0..REQUESTS).map(|high| high << 32 | 7);
+    let reserve =
+        |book: &mut Book, request| held(book.reserve(&ask(request, &[meter()], 1), &STANDING));
+    let ids: Vec<_> = requests()
+        .map(|request| reserve(&mut book, request))
+        .collect();
+    assert!(ids.iter().all(|held| !held.replay));
+    let ended = ids[3].id;
+    book.release(ended);
+    book.settled(ended, Kind::Ended(Ending::Released));
+    for (request, held) in requests().zip(&ids) {
+        let (again, is_live) = (reserve(&mut book, request), held.id != ended);
+        assert_eq!((again.replay, again.id == held.id), (is_live, is_live));
+    }
+    book.check();
+}
+
+#[test]
 fn open_holds_stay_within_the_allowance_of_one_outage() {
     let mut book = Book::new(Bounds::default(), Pace::default());
     let now = STANDING.now;
