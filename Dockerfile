@@ -7,6 +7,12 @@
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /src
 
+# The allocator is built by its own makefile.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends make \
+ && rm -rf /var/lib/apt/lists/*
+
 # The dependencies, against empty sources: this layer lasts until Cargo.toml or Cargo.lock changes.
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir src \

@@ -66,8 +66,10 @@ apt_get() {
     apt-get -y -q --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" </dev/null
 }
 
+# With make: the allocator is C, and built by its own makefile.
 need_c_compiler() {
   have cc || apt_install gcc libc6-dev
+  have make || apt_install make
 }
 
 need_cargo() {

@@ -28,7 +28,7 @@ use clap::{Args, Parser, Subcommand};
 
 /// As in the product.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Measures the service; see README.md, "Performance".
 #[derive(Parser)]
