@@ -117,8 +117,8 @@ impl Auth {
     }
 
     /// Has what [`Auth::recall_user`] looks at first on its way from memory.
-    pub fn expect_user(&self, id: UserId) {
-        self.cache.expect_user(id);
+    pub fn prefetch_user(&self, id: UserId) {
+        self.cache.prefetch_user(id);
     }
 
     /// A user by e-mail address or username, in any case.

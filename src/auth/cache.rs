@@ -262,9 +262,10 @@ impl CredentialCache {
         self.answer(&self.standings, id, read, source, now).await
     }
 
-    /// [`Self::known_user`] is going to be asked for.
-    pub(super) fn expect_user(&self, id: UserId) {
-        self.recent_users.expect(id);
+    /// Has what [`Self::known_user`] looks at first on its way from memory.
+    pub(super) fn prefetch_user(&self, id: UserId) {
+        self.recent_users.prefetch(id);
+        self.stamps.prefetch(id);
     }
 
     /// As [`Self::user`] does, from memory that may be trusted.

@@ -3,9 +3,10 @@
 use std::{
     array,
     hash::{BuildHasher, Hash, RandomState},
-    hint::black_box,
     sync::{Mutex, OnceLock, PoisonError},
 };
+
+use prefetch_index::prefetch_index;
 
 /// Of as many ids as fit. In front of a map that knows more and forgets better: a map's hit follows a
 /// chain of pointers, and among a hundred thousand ids each of them waits for memory.
@@ -59,12 +60,11 @@ impl<K: Copy + Eq + Hash, V: Clone> Recent<K, V> {
             .map(|(_, value)| value.clone())
     }
 
-    /// Looks at the place of an id, so that it is on its way from memory when it is asked for: nothing
-    /// depends on what is there, so nothing waits for it now.
-    pub(super) fn expect(&self, key: K) {
+    /// Has the place of an id on its way from memory.
+    pub(super) fn prefetch(&self, key: K) {
         let (chunk, set) = self.place_of(key);
         if let Some(chunk) = chunk.get() {
-            black_box(chunk[set].0.is_poisoned());
+            prefetch_index(&chunk[..], set);
         }
     }
 

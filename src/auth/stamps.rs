@@ -5,9 +5,11 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
+use prefetch_index::prefetch_index;
+
 /// As many as a number of 16 bits names. More slots mean fewer answers outdated by the change of somebody
 /// else.
-const SLOTS: usize = 1 << 16;
+const SLOTS: usize = 1 << u16::BITS;
 
 /// One counter per group of keys; a change advances the counter of its group.
 ///
@@ -53,6 +55,11 @@ impl Stamps {
             value: self.slots[usize::from(slot)].load(Ordering::Acquire),
             epoch: self.epoch.load(Ordering::Acquire),
         }
+    }
+
+    /// Has the counter of `key` on its way from memory.
+    pub(super) fn prefetch(&self, key: impl Hash) {
+        prefetch_index(&self.slots, self.slot(key).into());
     }
 
     /// Whether no change of the key can have happened since, as far as is heard.

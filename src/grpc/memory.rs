@@ -253,7 +253,7 @@ where
     }
 
     /// Reads the call. It is answered when the future is looked at first: of calls that came together,
-    /// after all of them were read. What they will look up is on its way from memory by then.
+    /// after all of them were read. The users that quota is asked for are on their way from memory by then.
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         MemoryFuture {
             asked: Some((self.0.clone(), self.0.read(request), Moment::now())),
@@ -357,7 +357,8 @@ impl<S> Shared<S> {
         match frame.into_data() {
             Ok(call) if rest.is_end_stream() && self.layer.admits(&call) => {
                 if let Some(user_id) = user_of(&call) {
-                    self.layer.auth.expect_user(user_id);
+                    self.layer.auth.prefetch_user(user_id);
+                    self.layer.usage.prefetch(user_id);
                 }
                 Read::Whole(Whole {
                     way,

@@ -108,6 +108,11 @@ impl Usage {
         })
     }
 
+    /// Has what a question about a user's quota begins with on its way from memory.
+    pub fn prefetch(&self, user: UserId) {
+        self.keeper.prefetch(user);
+    }
+
     /// Asks streams of events to end: one that goes on would hold up the end of the server.
     pub fn end_streams(&self) {
         self.closing.send_replace(true);

@@ -194,6 +194,14 @@ impl Keeper {
         self.0.shards[0].lock().owner == owner
     }
 
+    /// Has what a reservation of a user begins with on its way from memory.
+    pub fn prefetch(&self, user: UserId) {
+        // Whoever would have to wait has nothing to gain.
+        if let Ok(shard) = self.0.shard_of(user).0.try_lock() {
+            shard.book.prefetch(user);
+        }
+    }
+
     /// What limits a user has changed: what is free of it goes back, and is asked for anew.
     pub fn limits_changed(&self, user: UserId) {
         let now = boot();

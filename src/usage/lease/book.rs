@@ -240,6 +240,12 @@ impl Book {
         self.held(request, now).is_some()
     }
 
+    /// Has what a reservation of a user looks at, and where it writes, on its way from memory.
+    pub fn prefetch(&self, user: UserId) {
+        self.meters.prefetch(user);
+        self.holds.prefetch();
+    }
+
     /// Looks at a meter and consumes nothing.
     pub fn sight(&self, key: MeterKey) -> Option<Sight> {
         self.meters.get(key).map(Meter::sight)

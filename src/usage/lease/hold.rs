@@ -159,14 +159,20 @@ impl Holds {
         }
     }
 
+    /// Has the place of the next hold on its way from memory.
+    pub(super) fn prefetch(&self) {
+        let next = self.empty.last().copied();
+        self.slots.prefetch(next.unwrap_or_else(|| self.slots()));
+    }
+
     pub(super) fn insert(&mut self, hold: Hold) -> HoldId {
         let slot = self.empty.pop();
         let slot = slot.unwrap_or_else(|| self.slots.push((0, None)));
-        let (generation, place) = self.slots.get_mut(slot).expect("just found");
-        debug_assert!(place.is_none());
+        let (generation, empty) = self.slots.get_mut(slot).expect("just found");
+        debug_assert!(empty.is_none());
         *generation = generation.wrapping_add(1).max(1);
         let (request, expires) = (hold.request, hold.expires);
-        *place = Some(hold);
+        *empty = Some(hold);
         let chunk = slot as usize / CHUNK;
         match self.expires.get_mut(chunk) {
             Some(first) => *first = expires.min(*first),
@@ -179,8 +185,8 @@ impl Holds {
             Some(latest) => latest.slot = slot,
             None => {
                 let place = Place { hash, slot };
-                let of = |place: &Place| spread(place.hash);
-                self.by_request.insert_unique(spread(hash), place, of);
+                let hash_of = |place: &Place| spread(place.hash);
+                self.by_request.insert_unique(spread(hash), place, hash_of);
             }
         }
         id

@@ -1,7 +1,5 @@
 //! One lease of this replica: the state of a meter.
 
-use std::hash::{Hash, Hasher};
-
 use crate::model::{Balance, Operation, Period, Tokens, UserId};
 
 /// Milliseconds of the replica's own clock, the one that counts suspend.
@@ -27,19 +25,11 @@ impl ModelKey {
 }
 
 /// What a limit is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MeterKey {
     pub user: UserId,
     pub period: Period,
     pub model: ModelKey,
-}
-
-impl Hash for MeterKey {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u128(self.user.0.as_u128());
-        self.period.hash(state);
-        state.write_u32(self.model.0);
-    }
 }
 
 /// How fast a replica takes and gives back.

@@ -1,14 +1,15 @@
 //! The meters of a book, in slots that are used again.
 
-use std::hash::{BuildHasher as _, BuildHasherDefault};
+use std::hash::Hasher as _;
 
 use hashbrown::HashTable;
 
 use super::{
     hash::Mix,
-    meter::{Meter, MeterKey},
+    meter::{Meter, MeterKey, ModelKey},
     slots::Slots,
 };
+use crate::model::UserId;
 
 /// Meters by index and by key.
 #[derive(Debug, Default)]
@@ -34,7 +35,14 @@ impl Meters {
 
     pub(super) fn find(&self, key: MeterKey) -> Option<u32> {
         let is_same = |slot: &u32| self.at(*slot).is_some_and(|meter| meter.key == key);
-        self.by_key.find(hash(&key), is_same).copied()
+        self.by_key.find(hash(key), is_same).copied()
+    }
+
+    /// Has what is looked at first of a user's total on its way from memory.
+    pub(super) fn prefetch(&self, user: UserId) {
+        for slot in self.by_key.iter_hash(hash_of(user, ModelKey::TOTAL)) {
+            self.slots.prefetch(*slot);
+        }
     }
 
     pub(super) fn get(&self, key: MeterKey) -> Option<&Meter> {
@@ -67,9 +75,9 @@ impl Meters {
         let slots = &self.slots;
         let hash_of = |slot: &u32| {
             let meter = slots.get(*slot).and_then(Option::as_ref);
-            meter.map_or(0, |meter| hash(&meter.key))
+            meter.map_or(0, |meter| hash(meter.key))
         };
-        self.by_key.insert_unique(hash(&key), slot, hash_of);
+        self.by_key.insert_unique(hash(key), slot, hash_of);
         slot
     }
 
@@ -79,7 +87,7 @@ impl Meters {
         };
         let found = self
             .by_key
-            .find_entry(hash(&meter.key), |other| *other == slot);
+            .find_entry(hash(meter.key), |other| *other == slot);
         if let Ok(entry) = found {
             entry.remove();
         }
@@ -87,6 +95,14 @@ impl Meters {
     }
 }
 
-fn hash(key: &MeterKey) -> u64 {
-    BuildHasherDefault::<Mix>::default().hash_one(key)
+fn hash(key: MeterKey) -> u64 {
+    hash_of(key.user, key.model)
+}
+
+/// Of a meter of any month: seldom has a user two.
+fn hash_of(user: UserId, model: ModelKey) -> u64 {
+    let mut state = Mix::default();
+    state.write_u128(user.0.as_u128());
+    state.write_u32(model.0);
+    state.finish()
 }

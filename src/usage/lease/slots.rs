@@ -1,5 +1,7 @@
 //! A sequence that grows without moving what is in it.
 
+use prefetch_index::prefetch_index;
+
 /// In chunks: a vector that doubles would copy all of it, while its shard is locked, and touch twice the
 /// memory.
 #[derive(Debug)]
@@ -16,6 +18,14 @@ impl<T> Slots<T> {
     pub(super) fn get(&self, index: u32) -> Option<&T> {
         let index = index as usize;
         self.0.get(index / CHUNK)?.get(index % CHUNK)
+    }
+
+    /// Has an item on its way from memory: one that is there, or is pushed next.
+    pub(super) fn prefetch(&self, index: u32) {
+        let index = index as usize;
+        if let Some(chunk) = self.0.get(index / CHUNK) {
+            prefetch_index(chunk, index % CHUNK);
+        }
     }
 
     pub(super) fn get_mut(&mut self, index: u32) -> Option<&mut T> {
